@@ -1,0 +1,92 @@
+"""What outlives a process: Orbax behind one class, and parts of one run that start another."""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from mim_jax import UserError
+from mim_jax.train import TrainState
+
+
+class Checkpoints:
+    """The newest `keep` states of a run, under `workdir`/checkpoints, written while it goes on."""
+
+    def __init__(self, workdir: str, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self.manager = ocp.CheckpointManager(
+            Path(workdir).absolute() / "checkpoints", options=options, item_names=("state",)
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest step that was saved."""
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Returns when the state is copied from the devices; the files follow."""
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state._asdict()))
+        self.manager.save(int(state.step), args=args, force=True)
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest state, with the shapes and on the devices of `like` (abstract arrays)."""
+        restored = restore(self.manager, self.latest, like._asdict())
+        return TrainState(**restored)
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
+    """The part of a checkpoint that the tree `like` names, on its devices."""
+    args = ocp.args.PyTreeRestore(
+        like,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+        partial_restore=True,
+    )
+    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+
+
+def init_part(state: TrainState, part: str, workdir: str) -> TrainState:
+    """`state` with one part, as "params/encoder", as it is in the newest checkpoint of a run.
+
+    Raises UserError unless that run has the part with the same names and shapes.
+    """
+    field, name = part.split("/")
+    tree = getattr(state, field)
+    if name not in tree:
+        raise UserError(f"init_from: this objective has no {part}; it has {', '.join(tree)}.")
+    folder = Path(workdir).absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"init_from: {workdir} is not the folder of a run: it has no checkpoints.")
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    manager = ocp.CheckpointManager(folder, options=options, item_names=("state",))
+    step = manager.latest_step()
+    if step is None:
+        raise UserError(f"init_from: the run in {workdir} has not saved a checkpoint yet.")
+    saved = shapes(manager.item_metadata(step)["state"].tree[field].get(name, {}))
+    wanted = shapes(tree[name])
+    if saved != wanted:
+        different = sorted({path for path, _ in saved.items() ^ wanted.items()})
+        raise UserError(
+            f"init_from: {part} of {workdir} is of another model: {len(different)} arrays "
+            f"differ, first {different[0]}: here {wanted.get(different[0])}, "
+            f"there {saved.get(different[0])}."
+        )
+    loaded = restore(manager, step, {field: {name: jax.tree.map(abstract, tree[name])}})
+    manager.close()
+    print(f"{part}: {len(wanted)} arrays from step {step} of {workdir}")
+    return state._replace(**{field: tree | loaded[field]})
+
+
+def abstract(x: jax.Array | jax.ShapeDtypeStruct, sharding=None) -> jax.ShapeDtypeStruct:
+    """The shape and type of an array, to be restored where it is or by another sharding."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding)
+
+
+def shapes(tree) -> dict[str, tuple]:
+    """{"block_0/qkv/kernel": (192, 576), ...}"""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}

@@ -1,0 +1,65 @@
+"""What images there are. A source gives random access to encoded images and their labels."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tensorflow_datasets as tfds
+
+from mim_jax import UserError
+
+BUILTIN = {"emoji": Path(__file__).parent / "builtin" / "emoji" / "1.0.0"}
+
+
+class Source(NamedTuple):
+    """`examples[i]` is {"image": encoded bytes, "label": int, where there are labels}."""
+
+    examples: Any
+    num_labels: int
+    fingerprint: dict  # equal where the examples are: name, version, split, how many
+
+
+def open_source(name: str, split: str, data_dir: str = "") -> Source:
+    """`emoji` is built in; any other name is a data set prepared by TFDS, in array_record files.
+
+    Nothing is decoded, and TensorFlow is not imported. `data_dir` may be local or gs://.
+    """
+    builder = builder_of(name, data_dir)
+    try:
+        examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (ValueError, NotImplementedError) as error:
+        if "plit" not in str(error):
+            raise UserError(
+                f"data set {name!r} in {builder.data_path} cannot be read at random: {error}. "
+                "Prepare it with file_format='array_record'."
+            ) from error
+        raise UserError(
+            f"data set {name!r} has no split {split!r}; it has {', '.join(builder.info.splits)}."
+        ) from error
+    features = builder.info.features
+    if "image" not in features:
+        raise UserError(f"data set {name!r} has no images; its features are {', '.join(features)}.")
+    if not len(examples):
+        raise UserError(f"split {split!r} of data set {name!r} is empty.")
+    num_labels = features["label"].num_classes if "label" in features else 0
+    fingerprint = dict(
+        name=builder.name, version=str(builder.version), split=split, examples=len(examples)
+    )
+    return Source(examples, num_labels, fingerprint)
+
+
+def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    if name in BUILTIN:
+        return tfds.builder_from_directory(BUILTIN[name])
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(
+            f"there is no data set {name!r}: say {', '.join(BUILTIN)}, or a data set of TFDS."
+        ) from error
+    if not builder.is_prepared():
+        raise UserError(
+            f"data set {name!r} is not prepared in {builder.data_path}: prepare it there with "
+            f"tfds.builder({name!r}, file_format='array_record').download_and_prepare(), or say "
+            "where it is with --config.data.data_dir."
+        )
+    return builder

@@ -1,0 +1,220 @@
+"""Trains what a config describes, and goes on with a run that stopped.
+
+    python -m mim_jax.main --config=configs/mae_emoji.py --workdir=runs/emoji
+    python -m mim_jax.main --config=configs/mae_base.py --config.optimizer.base_lr=1e-4
+    python -m mim_jax.main --config=configs/mae_base.py --smoke
+
+A run's folder holds config.json, metrics.jsonl, checkpoints/ and pictures/. Exit codes: 0 done,
+1 failed, 2 a mistake in what was asked for, told in one sentence.
+"""
+
+import argparse
+import errno
+import functools
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mim_jax import UserError, recipe
+from mim_jax.checkpoint import Checkpoints, abstract, init_part
+from mim_jax.log import Log
+from mim_jax.pictures import draw_sheet
+from mim_jax.sharding import replicated, to_global
+from mim_jax.train import TrainState, evaluate, initialize, train
+
+PACKAGES = ("mim-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+NO_ROOM = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EPERM)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. -> its exit code."""
+    options, overrides = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if options.distributed:
+            jax.distributed.initialize()
+        config = recipe.load(options.config, overrides, options.smoke)
+        run(config, options.workdir or f"runs/{Path(options.config).stem}", options.profile)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(f"error: cannot write {error.filename}: {error.strerror}.", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """-> options, and the overrides "key=value" that --config.key=value asked for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mim_jax.main", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="a Python file with get_config()")
+    parser.add_argument("--workdir", default="", help="the run's folder; by default runs/CONFIG")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny model, built-in images, 20 steps"
+    )
+    parser.add_argument(
+        "--profile", default="", help="FIRST:LAST step of an xprof trace, as 100:105"
+    )
+    parser.add_argument("--distributed", action="store_true", help="one of several processes")
+    parser.epilog = "--config.KEY=VALUE changes a key of the config, as --config.optimizer.b2=0.99"
+    options, rest = parser.parse_known_args(argv)
+    overrides = []
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--config."):
+            parser.error(f"unknown argument {flag}")
+        separate = "=" not in flag and rest and not rest[0].startswith("--")
+        overrides.append(flag.removeprefix("--config.") + (f"={rest.pop(0)}" if separate else ""))
+    return options, overrides
+
+
+def run(config: ConfigDict, workdir: str, profile: str = "") -> None:
+    """Trains from where the folder stands to the end; logs, evaluates, draws, saves on the way."""
+    this = recipe.build(config)
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
+    begin = functools.partial(initialize, this.objective, this.optimizer, this.example, config.seed)
+    everywhere = replicated(this.mesh)
+    like = jax.tree.map(functools.partial(abstract, sharding=everywhere), jax.eval_shape(begin))
+    trace = Trace(profile, workdir)
+    claim(config, this, workdir, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
+    checkpoints = Checkpoints(workdir, config.save.keep)
+    start = checkpoints.latest or 0
+    log = Log(
+        workdir, step=start, steps=this.steps, batch_size=config.batch_size,
+        tensorboard=config.log.tensorboard, wandb=config.log.wandb,
+    )  # fmt: skip
+    parameters = sum(x.size for x in jax.tree.leaves(like.params))
+    log.say(f"{config.objective.name}: {parameters:,} parameters\n{this.story}")
+    if start >= this.steps:
+        log.say(f"{workdir} is done: it stands at step {start:,} of {this.steps:,}.")
+        return
+    if start:
+        state = checkpoints.restore(like)
+        log.say(f"going on after step {start:,}")
+    else:
+        state = jax.jit(begin, out_shardings=everywhere)()
+        for part, source in config.init_from.items():
+            if source:
+                state = init_part(state, f"params/{part}", source)
+
+    def due(block: ConfigDict) -> bool:
+        every = recipe.in_steps(block, "every", this.steps_per_epoch)
+        return step == this.steps or (every > 0 and step % every == 0)
+
+    def batches_from(step: int):
+        return log.waited(
+            this.data.training_batches(
+                config.batch_size, seed=config.seed, start=step, stop=this.steps
+            )
+        )
+
+    steps = train(
+        this.objective, this.optimizer, batches_from, state=state, mesh=this.mesh,
+        steps=this.steps, seed=config.seed, accumulate=config.accumulate,
+    )  # fmt: skip
+    log.say("compiling the first step")
+    trace.after(start)
+    for step, state, metrics in log.timed(steps):
+        trace.after(step, metrics)
+        log.train(
+            step, metrics, due=due(config.log),
+            lr=float(this.schedule(step - 1)), epoch=step / this.steps_per_epoch,
+        )  # fmt: skip
+        if due(config.evaluate):
+            batches = this.data.evaluation_batches(config.batch_size, limit=config.evaluate.limit)
+            means = evaluate(this.objective, state, batches, mesh=this.mesh, seed=config.seed)
+            log.flush()
+            log.evaluation(step, means)
+        if due(config.pictures):
+            draw(this, state, config, Path(workdir) / "pictures" / f"step_{step:07d}.png")
+        if due(config.save):
+            if not np.isfinite(metrics["loss"]):
+                raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}.")
+            checkpoints.save(state)
+    log.flush()
+    checkpoints.close()
+    log.say(f"done: {workdir}")
+
+
+def claim(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) -> None:
+    """Makes the run's folder and writes config.json, if the folder is free or this very run's."""
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: a run's folder must be local, or mounted.")
+    path = Path(workdir) / "config.json"
+    trajectory = json.loads(json.dumps(recipe.trajectory(config, this.data)))
+    if path.exists():
+        begun = json.loads(path.read_text())["trajectory"]
+        changes = [
+            f"{key} is {trajectory.get(key)!r}, was {begun.get(key)!r}"
+            for key in sorted(begun | trajectory)
+            if trajectory.get(key) != begun.get(key)
+        ]
+        if changes:
+            raise UserError(
+                f"{workdir} holds a run that goes another way: {'; '.join(changes)}. "
+                "Choose another --workdir, or go on with the same settings."
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(workdir).free, 2 * state_bytes
+    if free < needed:
+        raise UserError(
+            f"{workdir} has {free / 2**30:.1f} GiB free, but two checkpoints take "
+            f"{needed / 2**30:.1f} GiB: choose another --workdir."
+        )
+    if jax.process_index() == 0:
+        record = dict(
+            config=config.to_dict(),
+            trajectory=trajectory,
+            versions={name: version(name) for name in PACKAGES}
+            | {"python": platform.python_version()},
+            devices=f"{this.mesh.size} x {jax.devices()[0].device_kind}",
+        )
+        path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path) -> None:
+    """A sheet of what the objective makes of the first images of the evaluation split."""
+    count = -(-config.pictures.count // this.mesh.size) * this.mesh.size
+    batch = to_global(next(this.data.evaluation_batches(count, limit=count)), this.mesh)
+    pictures = jax.jit(this.objective.pictures, out_shardings=replicated(this.mesh))
+    columns = pictures(state.params, state.buffers, batch, jax.random.key(config.seed))
+    if jax.process_index() == 0:
+        draw_sheet(path, columns, f"{config.objective.name}, step {int(state.step):,}")
+
+
+class Trace:
+    """An xprof trace of some steps, asked for as "FIRST:LAST", under the run's profile/."""
+
+    def __init__(self, steps: str, workdir: str):
+        self.folder = Path(workdir) / "profile"
+        try:
+            self.first, self.last = (int(step) for step in steps.split(":")) if steps else (0, 0)
+        except ValueError:
+            raise UserError(f"--profile={steps}: say FIRST:LAST, as --profile=100:105.") from None
+
+    def after(self, step: int, metrics: dict | None = None) -> None:
+        """Begins before the first of the steps, ends when the last is computed."""
+        if self.last and step == self.first - 1:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(self.folder)
+        if self.last and step == self.last:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Networks as Linen modules: arrays in, arrays out."""

@@ -1,0 +1,49 @@
+"""What to learn. One file here is one objective; the file's name is its name in a config."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mim_jax import UserError
+
+
+class Objective(NamedTuple):
+    """What to learn, as pure functions: what optax.GradientTransformation is for how to step.
+
+    `batch` is a dict of arrays (b, ...): `image`, `index`, and where they apply `label` and `mask`.
+    `params["encoder"]` is the ViT. `buffers` is carried but not trained. All randomness of an
+    example is drawn by `per_example(rng, batch["index"])`, whatever device it lies on.
+    """
+
+    init: Callable  # (rng, batch)                  -> params, buffers
+    # A sum and its weight: the step adds both over microbatches and devices, and divides once.
+    # Metrics are means over the same weight.
+    loss: Callable  # (params, buffers, batch, rng, step) -> total (), weight (), (metrics, buffers)
+    evaluate: Callable  # (params, buffers, batch, rng) -> {name: (b, ...)}, averaged by the loop
+    pictures: Callable  # (params, buffers, batch, rng) -> {caption: images (b, H, W, c) in [0, 1]}
+    summarize: Callable = lambda means: means  # {name: mean} -> {name: number}
+
+
+def per_example(rng: jax.Array, index: jax.Array) -> jax.Array:
+    """One key an example: rng (), index (b,) -> keys (b,)."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, index)
+
+
+def normalize(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
+    """Integers in their type's range, or floats in [0, 1], (b, H, W, c) -> (x - mean) / std."""
+    channels = images.shape[-1]
+    if {len(mean), len(std)} - {1, channels}:
+        raise UserError(
+            f"the images have {channels} channels, but objective.mean has {len(mean)} values and "
+            f"objective.std {len(std)}: give one a channel, or one for all."
+        )
+    if jnp.issubdtype(images.dtype, jnp.integer):
+        images = images.astype(jnp.float32) / jnp.iinfo(images.dtype).max
+    return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+
+
+def denormalize(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
+    """Undoes `normalize`: -> [0, 1]."""
+    return images * jnp.asarray(std, images.dtype) + jnp.asarray(mean, images.dtype)

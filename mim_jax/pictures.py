@@ -1,0 +1,46 @@
+"""What people look at: sheets of images in columns, each column under its caption."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 8
+
+
+def to_rgb(images: np.ndarray) -> np.ndarray:
+    """Images (b, H, W, c) in [0, 1] -> (b, H, W, 3) uint8: grey as grey, of many channels three."""
+    if images.shape[-1] < 3:
+        images = images[..., :1].repeat(3, axis=-1)
+    return (np.clip(images[..., :3], 0, 1) * 255).round().astype(np.uint8)
+
+
+def draw_sheet(path: Path, columns: dict[str, np.ndarray], title: str, pairs: int = 2) -> None:
+    """Writes a PNG: a row for each image, `pairs` rows side by side, small images enlarged.
+
+    columns {caption: images (b, H, W, c) in [0, 1]}.
+    """
+    columns = {caption: to_rgb(np.asarray(images)) for caption, images in columns.items()}
+    count, height, width, _ = next(iter(columns.values())).shape
+    zoom = max(1, 144 // max(height, width))
+    height, width = height * zoom, width * zoom
+    pairs = min(pairs, count)
+    rows = -(-count // pairs)
+    group = len(columns) * (width + MARGIN) + 2 * MARGIN  # one row of one pair
+    title_font, font = (ImageFont.load_default(size) for size in (16, 12))
+    top = 74
+    size = (pairs * group - MARGIN, top + rows * (height + MARGIN))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, 8), title, "black", title_font)
+    for pair in range(pairs):
+        for j, (caption, images) in enumerate(columns.items()):
+            x = pair * group + MARGIN + j * (width + MARGIN)
+            lines = "\n".join(textwrap.wrap(caption, width // 7))
+            draw.multiline_text((x, top - 6), lines, "dimgray", font, anchor="ld", spacing=2)
+            for row, image in enumerate(images[pair * rows : (pair + 1) * rows]):
+                tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+                sheet.paste(tile, (x, top + row * (height + MARGIN)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)

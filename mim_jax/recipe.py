@@ -1,0 +1,299 @@
+"""From a config to the objects of a run. Config stops here: below, all are keyword arguments.
+
+A block of a config may say what the function that it is for takes, and what it leaves out is that
+function's default. What no function takes stands in DEFAULTS.
+"""
+
+import ast
+import copy
+import difflib
+import importlib
+import inspect
+import pkgutil
+import runpy
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mim_jax import UserError, data, objectives, optim
+from mim_jax.models.vit import vit
+from mim_jax.sharding import make_mesh
+
+DEFAULTS = dict(  # a type stands for a value of that type that each config must give
+    seed=0,
+    batch_size=int,  # images an update, over all devices
+    epochs=0.0,
+    steps=0,  # if given, the epochs do not count; so it is with every pair *_steps, *_epochs
+    accumulate=1,  # parts that a batch is taken in, one after the other
+    compile_cache="~/.cache/mim_jax",
+    init_from=dict(encoder=""),  # the folder of a run
+    model=dict(dtype="auto"),  # of the computation: bfloat16, but float32 on a CPU
+    objective=dict(name=str),
+    optimizer=dict(name=str, base_lr=float, min_lr=0.0, warmup_epochs=0.0, warmup_steps=0),
+    log=dict(every_epochs=0.0, every_steps=50, tensorboard=False, wandb=""),
+    evaluate=dict(every_epochs=0.0, every_steps=0, limit=0),  # limit: so many examples, 0: all
+    pictures=dict(every_epochs=0.0, every_steps=0, count=12),
+    save=dict(every_epochs=0.0, every_steps=0, keep=3),
+)
+SUPPLIED = ("model", "learning_rate", "process", "processes")  # arguments that no config gives
+# What may change while a run goes on; all else is compared with what it was begun with.
+FREE = (
+    *("accumulate", "compile_cache", "model.remat", "log", "evaluate", "pictures", "save"),
+    *("data.data_dir", "data.threads", "data.workers", "data.evaluation_split"),
+    "data.crop_fraction",
+)
+
+
+class Run(NamedTuple):
+    """What a config describes, built."""
+
+    objective: objectives.Objective
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule  # step -> learning rate
+    data: data.Data
+    mesh: jax.sharding.Mesh
+    steps: int
+    steps_per_epoch: float
+    story: str  # the arithmetic, for people
+
+    @property
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a batch of one."""
+        batch = {"image": jax.ShapeDtypeStruct((1, *self.data.size), jnp.uint8)}
+        for name in ("index", "label") if self.data.num_labels else ("index",):
+            batch[name] = jax.ShapeDtypeStruct((1,), jnp.int32)
+        return batch
+
+
+def load(path: str, overrides: Sequence[str] = (), smoke: bool = False) -> ConfigDict:
+    """The config of a file, made complete, then changed by overrides "key=value".
+
+    With `smoke` it is made small before that: a tiny model, the built-in images, 20 steps.
+    Raises UserError for a missing file, a key that does not exist, a value of a wrong type.
+    """
+    config = complete(read(path))
+    if smoke:
+        shrink(config)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--config.{key} has no value: say --config.{key}=VALUE.")
+        set_key(config, key, parse(text, kind_of(config, key)))
+    return config
+
+
+def read(path: str) -> dict:
+    """What get_config() of a Python file returns. It may import its neighbours, as configs.x."""
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.py")], 1)
+        hint = f": did you mean {file.parent / near[0]}?" if near else "."
+        raise UserError(f"there is no config file {path}{hint}")
+    sys.path.insert(0, str(file.absolute().parent.parent))
+    try:
+        return runpy.run_path(str(file))["get_config"]().to_dict()
+    finally:
+        sys.path.pop(0)
+
+
+def functions(config: Mapping) -> dict[str, Callable]:
+    """The function that each block of a config is for."""
+    for block in ("model", "objective", "data", "optimizer"):
+        if block not in config:
+            raise UserError(f"the config has no block {block!r}.")
+    for block in ("objective", "optimizer"):
+        if "name" not in config[block]:
+            raise UserError(f"the config must say {block}.name.")
+    there = [module.name for module in pkgutil.iter_modules(objectives.__path__)]
+    objective = choose("objective.name", config["objective"]["name"], there)
+    optimizer = choose("optimizer.name", config["optimizer"]["name"], optim.OPTIMIZERS)
+    return {
+        "model": vit,
+        "objective": importlib.import_module(f"mim_jax.objectives.{objective}").objective,
+        "optimizer": optim.OPTIMIZERS[optimizer],
+        "data": data.make,
+    }
+
+
+def choose(key: str, name: str, there: Iterable[str]) -> str:
+    """`name`, if it is there; if it is not, UserError says what is."""
+    if name not in (there := sorted(there)):
+        raise UserError(f"{key} = {name!r} is unknown; there are {', '.join(there)}.")
+    return name
+
+
+def complete(given: dict) -> ConfigDict:
+    """A config with all keys there are; those that are not given have their defaults."""
+    full = copy.deepcopy(DEFAULTS)
+    for block, function in functions(given).items():
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name not in SUPPLIED:
+                full.setdefault(block, {}).setdefault(name, parameter.default)
+    for block in ("objective", "optimizer"):  # which decide what other keys there are
+        full[block]["name"] = given[block]["name"]
+    config = ConfigDict(full)
+    for key, value in given.items():
+        if isinstance(value, dict) and key in full:
+            for name, inner in value.items():
+                set_key(config, f"{key}.{name}", inner)
+        else:
+            set_key(config, key, value)
+    for key, value in flatten(config).items():
+        if isinstance(value, type):
+            raise UserError(f"the config must say {key}.")
+    return config
+
+
+def kind_of(config: ConfigDict, key: str) -> Any:
+    """The type that a key's value must have. Raises UserError if there is no such key."""
+    *blocks, name = key.split(".")
+    node = config
+    for block in blocks:
+        node = node[block] if block in node and isinstance(node[block], ConfigDict) else {}
+    if name not in node:
+        known = list(flatten(config))
+        near = difflib.get_close_matches(key, known, 1) or [k for k in known if k.endswith(name)]
+        hint = f": did you mean {near[0]}?" if near else "."
+        raise UserError(f"the config has no key {key}{hint}")
+    if len(blocks) == 1 and blocks[0] in (of := functions(config)):
+        hints = get_type_hints(of[blocks[0]])
+        if name in hints:
+            return hints[name]
+    return node[name] if isinstance(node[name], type) else type(node[name])
+
+
+def parse(text: str, kind: Any) -> Any:
+    """A value as typed: a Python literal, true or false, or just text."""
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def set_key(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets a key that there is to a value of its type."""
+    kind = kind_of(config, key)
+    if isinstance(value, list):
+        value = tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is ConfigDict:
+        kind = dict
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{key} = {value!r} must be {getattr(kind, '__name__', kind)}.")
+    *blocks, name = key.split(".")
+    node = config
+    for block in blocks:
+        node = node[block]
+    with config.ignore_type():
+        node[name] = ConfigDict(value) if kind is dict else value
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """{"optimizer.base_lr": 1.5e-4, ...}"""
+    flat = {}
+    for key, value in tree.items():
+        inner = isinstance(value, dict | ConfigDict)
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
+
+
+def shrink(config: ConfigDict) -> None:
+    """Any config as a rehearsal: all that its run does, in under a minute on two cores."""
+    patch = config.model.patch
+    p, q = (patch, patch) if isinstance(patch, int) else patch
+    small = {
+        "model": dict(size="", width=64, depth=2, heads=2),
+        "objective": dict(mean=(0.5,), std=(0.5,)),
+        "objective.decoder": dict(width=32, depth=1, heads=2),
+        "data": dict(name="emoji", data_dir="", split="train", evaluation_split="validation"),
+        "optimizer": dict(warmup_epochs=0.0, warmup_steps=2),
+        "log": dict(every_steps=5),
+        "evaluate": dict(every_epochs=0.0, every_steps=10, limit=100),
+        "pictures": dict(every_epochs=0.0, every_steps=10),
+        "save": dict(every_epochs=0.0, every_steps=10),
+    }
+    there = flatten(config)
+    for block, values in small.items():
+        for name, value in values.items():
+            if f"{block}.{name}" in there:
+                set_key(config, f"{block}.{name}", value)
+    devices = jax.device_count()
+    config.update(batch_size=-(-16 // devices) * devices, steps=20, accumulate=1)
+    set_key(config, "data.size", (4 * p, 4 * q))
+    set_key(config, "data.channels", 3)
+
+
+def in_steps(block: Mapping, what: str, steps_per_epoch: float) -> int:
+    """A duration in steps: the block's `what_steps` if given, else its `what_epochs`."""
+    return block[f"{what}_steps"] or round(block[f"{what}_epochs"] * steps_per_epoch)
+
+
+def build(config: ConfigDict) -> Run:
+    """The objects of a run. Nothing is compiled; data sets are opened.
+
+    Raises UserError where the config cannot be run on these devices.
+    """
+    mesh = make_mesh()
+    batch_size, accumulate = config.batch_size, config.accumulate
+    if batch_size < 1 or accumulate < 1 or batch_size % (mesh.size * accumulate):
+        raise UserError(
+            f"batch_size = {batch_size} cannot be split over {mesh.size} devices x {accumulate} "
+            f"parts: make it a multiple of {mesh.size * max(accumulate, 1)}."
+        )
+    dataset = data.make(
+        **plain(config.data), process=jax.process_index(), processes=jax.process_count()
+    )
+    model, settings = plain(config.model), plain(config.objective)
+    if model["dtype"] == "auto":
+        model["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    objective = functions(config)["objective"](
+        model, **{name: value for name, value in settings.items() if name != "name"}
+    )
+
+    steps_per_epoch = dataset.examples / batch_size
+    steps = config.steps or int(config.epochs * steps_per_epoch)
+    if steps < 1:
+        raise UserError("the config must say epochs or steps.")
+    lr = config.optimizer.base_lr * batch_size / 256
+    warmup = in_steps(config.optimizer, "warmup", steps_per_epoch)
+    schedule = optim.warmup_cosine(
+        lr, min_lr=config.optimizer.min_lr, warmup_steps=warmup, steps=steps
+    )
+    takes = inspect.signature(optim.OPTIMIZERS[config.optimizer.name]).parameters
+    optimizer = optim.OPTIMIZERS[config.optimizer.name](
+        schedule, **{name: v for name, v in plain(config.optimizer).items() if name in takes}
+    )
+    height, width, channels = dataset.size
+    story = (
+        f"{dataset.examples:,} images, seen at {height} x {width} x {channels}, "
+        f"{steps_per_epoch:.1f} batches of {batch_size} an epoch\n"
+        f"steps = {steps / steps_per_epoch:.1f} epochs x {dataset.examples:,} / {batch_size} = "
+        f"{steps:,}, of them {warmup:,} warm-up\n"
+        f"lr = base_lr x batch / 256 = {config.optimizer.base_lr:g} x {batch_size} / 256 = {lr:g}\n"
+        f"batch = {mesh.size} devices ({jax.devices()[0].device_kind}) x {accumulate} parts x "
+        f"{batch_size // mesh.size // accumulate} images, computed in {model['dtype']}"
+    )
+    return Run(objective, optimizer, schedule, dataset, mesh, steps, steps_per_epoch, story)
+
+
+def plain(block: ConfigDict) -> dict:
+    """A block as keyword arguments."""
+    return block.to_dict()
+
+
+def trajectory(config: ConfigDict, dataset: data.Data) -> dict[str, Any]:
+    """All that decides where training goes: two runs with the same go the same way."""
+    keys = flatten(config)
+    decisive = {k: v for k, v in keys.items() if k not in FREE and k.split(".")[0] not in FREE}
+    return decisive | {f"data set's {k}": v for k, v in dataset.fingerprint.items()}

@@ -1,0 +1,134 @@
+"""The one loop for every objective: `for step, state, metrics in train(...)`."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from mim_jax.objectives import Objective
+from mim_jax.sharding import replicated, to_global
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step."""
+
+    step: jax.Array  # updates done
+    params: dict  # what the optimizer moves
+    buffers: dict  # what it does not
+    opt_state: optax.OptState
+
+
+def initialize(objective: Objective, optimizer, example: dict, seed: int) -> TrainState:
+    """The state before the first step. `example` {name: ShapeDtypeStruct} is a batch's shape."""
+    batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
+    params, buffers = objective.init(jax.random.key(seed), batch)
+    return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))
+
+
+def train_step(state: TrainState, batch: dict, rng, *, objective, optimizer, accumulate: int):
+    """One update, the same for every objective: state, batch -> state, metrics {name: ()}."""
+    rng = jax.random.fold_in(rng, state.step)
+
+    def total_loss(params, buffers, rows):
+        total, weight, (metrics, buffers) = objective.loss(params, buffers, rows, rng, state.step)
+        sums = {"weight": jnp.asarray(weight, total.dtype), "loss": total}
+        return total, (sums | {name: mean * weight for name, mean in metrics.items()}, buffers)
+
+    grads, sums, buffers = accumulated(total_loss, state, batch, accumulate)
+    weight = sums.pop("weight")
+    grads, metrics = jax.tree.map(lambda x: x / weight, (grads, sums))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    return TrainState(state.step + 1, params, buffers, opt_state), metrics
+
+
+def accumulated(total_loss: Callable, state: TrainState, batch: dict, accumulate: int):
+    """-> gradient, sums and buffers over the batch, taken in `accumulate` parts in turn."""
+    gradient = jax.grad(total_loss, has_aux=True)
+    if accumulate == 1:
+        grads, (sums, buffers) = gradient(state.params, state.buffers, batch)
+        return grads, sums, buffers
+
+    def add(carry, part):
+        grads, sums, buffers = carry
+        more_grads, (more_sums, buffers) = gradient(state.params, buffers, part)
+        return (*jax.tree.map(jnp.add, (grads, sums), (more_grads, more_sums)), buffers), None
+
+    # A part is every accumulate-th row, so that no row leaves its device.
+    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradient, state.params, state.buffers, first)
+    zeros = jax.tree.map(jnp.zeros_like, (shapes[0], shapes[1][0]))
+    return jax.lax.scan(add, (*zeros, state.buffers), parts)[0]
+
+
+def train(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batches_from: Callable[[int], Iterable[dict]],
+    *,
+    state: TrainState,
+    mesh: Mesh,
+    steps: int,
+    seed: int,
+    accumulate: int = 1,
+) -> Iterator[tuple[int, TrainState, dict]]:
+    """Yields (step, state, metrics) after every update from where `state` stands up to `steps`.
+
+    `batches_from(step)` yields this process's rows of the batches after `step` updates. A yielded
+    state is good until the next one is asked for: its memory is then used again.
+    """
+    rng = jax.random.key(seed)
+    step_fn = jax.jit(
+        functools.partial(
+            train_step, objective=objective, optimizer=optimizer, accumulate=accumulate
+        ),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
+    )
+    start, before = int(state.step), None
+    batches = iter(batches_from(start)) if start < steps else None
+    batch = to_global(next(batches), mesh) if batches else None
+    for step in range(start + 1, steps + 1):
+        state, metrics = step_fn(state, batch, rng)
+        if step < steps:
+            batch = to_global(next(batches), mesh)  # travels while this step runs
+        jax.block_until_ready(before)  # two steps in flight, no more: batches take memory
+        before = metrics
+        yield step, state, metrics
+
+
+@functools.cache
+def evaluate_step(objective: Objective, mesh: Mesh) -> Callable:
+    """-> (params, buffers, batch, rng) -> sums over the rows that count, and how many they are."""
+
+    def sums(params, buffers, batch, rng):
+        counts = batch["mask"] > 0  # padding never counts, not even as NaN * 0
+
+        def total(x):
+            return jnp.sum(x, axis=0, where=counts.reshape(-1, *[1] * (x.ndim - 1)))
+
+        values = objective.evaluate(params, buffers, batch, rng)
+        return jax.tree.map(total, values), counts.sum()
+
+    return jax.jit(sums, out_shardings=replicated(mesh))
+
+
+def evaluate(
+    objective: Objective, state: TrainState, batches: Iterable[dict], *, mesh: Mesh, seed: int
+) -> dict[str, float]:
+    """Means over exactly the examples with batch["mask"], whatever the batches and devices."""
+    rng, step = jax.random.key(seed), evaluate_step(objective, mesh)
+    totals, count = None, 0
+    for batch in batches:
+        sums, rows = step(state.params, state.buffers, to_global(batch, mesh), rng)
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+        totals = jax.tree.map(np.add, totals, sums) if totals else sums
+        count += int(rows)
+    return objective.summarize({name: total / count for name, total in totals.items()})
