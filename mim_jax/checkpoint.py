@@ -13,10 +13,7 @@ class Checkpoints:
     """The newest `keep` states of a run, under `workdir`/checkpoints, written while it goes on."""
 
     def __init__(self, workdir: str, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self.manager = ocp.CheckpointManager(
-            Path(workdir).absolute() / "checkpoints", options=options, item_names=("state",)
-        )
+        self.manager = manager_of(workdir, max_to_keep=keep, cleanup_tmp_directories=True)
 
     @property
     def latest(self) -> int | None:
@@ -39,6 +36,14 @@ class Checkpoints:
         self.manager.close()
 
 
+def manager_of(workdir: str, **options) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        Path(workdir).absolute() / "checkpoints",
+        options=ocp.CheckpointManagerOptions(**options),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+    )
+
+
 def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
     """The part of a checkpoint that the tree `like` names, on its devices."""
     args = ocp.args.PyTreeRestore(
@@ -58,11 +63,9 @@ def init_part(state: TrainState, part: str, workdir: str) -> TrainState:
     tree = getattr(state, field)
     if name not in tree:
         raise UserError(f"init_from: this objective has no {part}; it has {', '.join(tree)}.")
-    folder = Path(workdir).absolute() / "checkpoints"
-    if not folder.is_dir():
+    if not (Path(workdir) / "checkpoints").is_dir():
         raise UserError(f"init_from: {workdir} is not the folder of a run: it has no checkpoints.")
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    manager = ocp.CheckpointManager(folder, options=options, item_names=("state",))
+    manager = manager_of(workdir, read_only=True)
     step = manager.latest_step()
     if step is None:
         raise UserError(f"init_from: the run in {workdir} has not saved a checkpoint yet.")

@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command. -> its exit code."""
     options, overrides = parse(sys.argv[1:] if argv is None else argv)
     try:
-        if options.distributed:
-            jax.distributed.initialize()
+        if options.distributed is not None:
+            join(options.distributed)
         config = recipe.load(options.config, overrides, options.smoke)
         run(config, options.workdir or f"runs/{Path(options.config).stem}", options.profile)
     except UserError as error:
@@ -69,7 +69,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--profile", default="", help="FIRST:LAST step of an xprof trace, as 100:105"
     )
-    parser.add_argument("--distributed", action="store_true", help="one of several processes")
+    parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="",
+        help="one of several processes, which JAX finds on TPU pods, under Slurm and Open MPI; "
+        "elsewhere say ADDRESS:PORT,PROCESSES,PROCESS",
+    )
     parser.epilog = "--config.KEY=VALUE changes a key of the config, as --config.optimizer.b2=0.99"
     options, rest = parser.parse_known_args(argv)
     overrides = []
@@ -82,10 +88,26 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, overrides
 
 
+def join(processes: str) -> None:
+    """Makes this process one of several; "" lets JAX find the others."""
+    if not processes:
+        jax.distributed.initialize()
+        return
+    try:
+        address, count, this = processes.split(",")
+        count, this = int(count), int(this)
+    except ValueError:
+        raise UserError(
+            f"--distributed={processes}: say ADDRESS:PORT,PROCESSES,PROCESS, as localhost:1234,2,0."
+        ) from None
+    jax.distributed.initialize(address, count, this)
+
+
 def run(config: ConfigDict, workdir: str, profile: str = "") -> None:
     """Trains from where the folder stands to the end; logs, evaluates, draws, saves on the way."""
     this = recipe.build(config)
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
+    if not jax.config.jax_compilation_cache_dir:  # the environment's word goes first
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
     begin = functools.partial(initialize, this.objective, this.optimizer, this.example, config.seed)
     everywhere = replicated(this.mesh)
     like = jax.tree.map(functools.partial(abstract, sharding=everywhere), jax.eval_shape(begin))
@@ -126,13 +148,14 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> None:
         this.objective, this.optimizer, batches_from, state=state, mesh=this.mesh,
         steps=this.steps, seed=config.seed, accumulate=config.accumulate,
     )  # fmt: skip
+    lr = np.asarray(this.schedule(np.arange(this.steps)))  # at once: no step waits for its own
     log.say("compiling the first step")
     trace.after(start)
     for step, state, metrics in log.timed(steps):
         trace.after(step, metrics)
         log.train(
             step, metrics, due=due(config.log),
-            lr=float(this.schedule(step - 1)), epoch=step / this.steps_per_epoch,
+            lr=float(lr[step - 1]), epoch=step / this.steps_per_epoch,
         )  # fmt: skip
         if due(config.evaluate):
             batches = this.data.evaluation_batches(config.batch_size, limit=config.evaluate.limit)

@@ -44,7 +44,7 @@ def train_step(state: TrainState, batch: dict, rng, *, objective, optimizer, acc
     grads, metrics = jax.tree.map(lambda x: x / weight, (grads, sums))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     return TrainState(state.step + 1, params, buffers, opt_state), metrics
 
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Several processes on this machine, as on several hosts: a rehearsal of a pod on a CPU.
+#
+#     launch/local.sh 2 --config=configs/mae_base.py --smoke --workdir=runs/smoke
+#
+# The first process speaks; the others write to $WORK/process_N.log. One that fails ends them all.
+set -euo pipefail
+count=${1:?how many processes}; shift
+port=$((20000 + RANDOM % 20000))
+work=${WORK:-$(mktemp -d)}
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+for ((i = count - 1; i >= 0; i--)); do
+    out=$work/process_$i.log
+    [ "$i" = 0 ] && out=/dev/stdout
+    python -m mim_jax.main "$@" --distributed="localhost:$port,$count,$i" >"$out" 2>&1 &
+done
+for ((i = 0; i < count; i++)); do
+    wait -n || { status=$?; echo "a process failed; see $work" >&2; exit "$status"; }
+done

@@ -1,0 +1,37 @@
+"""Eight virtual devices on the CPU, quick compilation, and one cache of it for all tests."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FLAGS = "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
+CACHE = Path(tempfile.gettempdir()) / "mim_jax_tests"
+
+os.environ["XLA_FLAGS"] = FLAGS.format(8)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def command():
+    """Runs `python -m MODULE ARGUMENTS` from the checkout, on so many devices."""
+
+    def call(*arguments: str, devices: int = 1, **kwargs) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": FLAGS.format(devices)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            **kwargs,
+        )
+
+    return call

@@ -1,0 +1,234 @@
+"""The loop: the same run on any devices, in any parts, after any stop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mim_jax import UserError, optim
+from mim_jax.checkpoint import Checkpoints, abstract, init_part
+from mim_jax.objectives import Objective, mae, per_example
+from mim_jax.sharding import make_mesh, replicated
+from mim_jax.train import evaluate, initialize, train
+
+SIZE, ROWS = 16, 16
+EXAMPLE = {
+    "image": jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8),
+    "index": jax.ShapeDtypeStruct((1,), jnp.int32),
+}
+STEPS = 5
+OBJECTIVE = mae.objective(
+    dict(width=16, depth=1, heads=2, patch=4), decoder=dict(width=16, depth=1, heads=2)
+)
+OPTIMIZER = optim.adamw(optim.warmup_cosine(1e-2, min_lr=0.0, warmup_steps=1, steps=STEPS))
+
+
+def batches_from(step):
+    for i in range(step, STEPS):
+        images = np.random.default_rng(i).integers(0, 256, (ROWS, SIZE, SIZE, 3), np.uint8)
+        yield {"image": images, "index": np.arange(ROWS, dtype=np.int32)}
+
+
+def start(mesh, objective=OBJECTIVE, seed=0):
+    begin = jax.jit(
+        lambda: initialize(objective, OPTIMIZER, EXAMPLE, seed), out_shardings=replicated(mesh)
+    )
+    return begin()
+
+
+def run(devices=1, *, state=None, accumulate=1, objective=OBJECTIVE, batches=batches_from):
+    """-> [(step, state on the host, loss, gradient's norm), ...]"""
+    mesh = make_mesh(jax.devices()[:devices])
+    state = start(mesh, objective) if state is None else state
+    steps = train(
+        objective, OPTIMIZER, batches, state=state, mesh=mesh, steps=STEPS, seed=0,
+        accumulate=accumulate,
+    )  # fmt: skip
+    return [
+        (step, jax.device_get(state), float(metrics["loss"]), float(metrics["grad_norm"]))
+        for step, state, metrics in steps
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run(1)
+
+
+def numbers(history):
+    return np.array([row[2:] for row in history])
+
+
+def test_the_loss_falls(reference):
+    assert [row[0] for row in reference] == [1, 2, 3, 4, 5]
+    losses = numbers(reference)[:, 0]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("devices", "accumulate"), [(2, 1), (8, 1), (1, 4), (2, 8), (8, 2)])
+def test_devices_and_parts_change_nothing(reference, devices, accumulate):
+    other = run(devices, accumulate=accumulate)
+    np.testing.assert_allclose(numbers(other), numbers(reference), rtol=1e-5)
+
+
+def test_every_step_draws_new_masks():
+    """The same images in every batch and a step of length zero: only the masks differ."""
+    seen = []
+
+    def loss(params, buffers, batch, rng, step):
+        total, _, rest = OBJECTIVE.loss(params, buffers, batch, rng, step)
+        return total * 0 + jax.random.uniform(per_example(rng, batch["index"])[3]), 1, rest
+
+    def same_batches(step):
+        yield from [next(batches_from(0))] * (STEPS - step)
+
+    seen = numbers(run(objective=OBJECTIVE._replace(loss=loss), batches=same_batches))[:, 0]
+    assert len(set(seen.tolist())) == STEPS
+
+
+def test_a_restart_is_exact(reference, tmp_path):
+    """Killed after step 3 and restored in memory that knows nothing: the last bit is the same."""
+    mesh = make_mesh(jax.devices()[:1])
+    like = jax.tree.map(abstract, start(mesh, seed=1))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    steps = train(
+        OBJECTIVE, OPTIMIZER, batches_from, state=start(mesh), mesh=mesh, steps=STEPS, seed=0
+    )
+    for step, state, _ in steps:
+        if step == 3:
+            checkpoints.save(state)
+            break
+    checkpoints.close()
+    again = run(1, state=Checkpoints(tmp_path, keep=1).restore(like))
+    assert [row[0] for row in again] == [4, 5]
+    assert (numbers(again) == numbers(reference)[3:]).all()
+    same = jax.tree.map(lambda a, b: (a == b).all(), again[-1][1], reference[-1][1])
+    assert all(jax.tree.leaves(same))
+
+
+def test_a_checkpoint_moves_to_other_devices(reference, tmp_path):
+    mesh = make_mesh(jax.devices()[:8])
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    steps = train(
+        OBJECTIVE, OPTIMIZER, batches_from, state=start(mesh), mesh=mesh, steps=STEPS, seed=0
+    )
+    for step, state, _ in steps:
+        if step == 2:
+            checkpoints.save(state)
+            break
+    checkpoints.close()
+    two = replicated(make_mesh(jax.devices()[:2]))
+    like = jax.tree.map(lambda x: abstract(x, two), start(mesh))
+    again = run(2, state=Checkpoints(tmp_path, keep=1).restore(like))
+    np.testing.assert_allclose(numbers(again), numbers(reference)[2:], rtol=1e-5)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    state = start(make_mesh(jax.devices()[:1]))
+    for step in range(4):
+        checkpoints.save(state._replace(step=jnp.int32(step)))
+    checkpoints.close()
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [2, 3]
+
+
+@pytest.mark.parametrize(("devices", "rows"), [(1, 7), (2, 8), (8, 16)])
+def test_evaluation_counts_each_example_once(devices, rows):
+    """13 examples in batches of any size: the mean is over 13, and padding of NaN never counts."""
+    values = np.arange(13, dtype=np.float32)
+
+    def batches():
+        for first in range(0, 13, rows):
+            index = np.arange(first, first + rows)
+            value = np.where(index < 13, values[np.minimum(index, 12)], np.nan)
+            yield {"value": value.astype(np.float32), "mask": (index < 13).astype(np.float32)}
+
+    def measure(params, buffers, batch, rng):
+        return {"mean": batch["value"], "pair": jnp.stack([batch["value"], 2 * batch["value"]], 1)}
+
+    objective = Objective(None, None, measure, None, lambda means: means | {"more": 1.0})
+    mesh = make_mesh(jax.devices()[:devices])
+    state = start(mesh)
+    means = evaluate(objective, state, batches(), mesh=mesh, seed=0)
+    assert means["mean"] == 6.0
+    assert means["pair"].tolist() == [6.0, 12.0]
+    assert means["more"] == 1.0
+
+
+def test_init_part_takes_the_encoder_and_nothing_else(tmp_path, capsys):
+    mesh = make_mesh(jax.devices()[:1])
+    source, state = start(mesh, seed=1), start(mesh, seed=2)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(source)
+    checkpoints.close()
+    begun = init_part(state, "params/encoder", tmp_path)
+    assert "arrays from step 0" in capsys.readouterr().out
+    for part, same_as in (("encoder", source), ("decoder", state)):
+        same = jax.tree.map(lambda a, b: (a == b).all(), begun.params[part], same_as.params[part])
+        assert all(jax.tree.leaves(same))
+    assert begun.step == 0
+
+
+def test_init_part_refuses_another_model(tmp_path):
+    mesh = make_mesh(jax.devices()[:1])
+    checkpoints = Checkpoints(tmp_path / "run", keep=1)
+    checkpoints.save(start(mesh))
+    checkpoints.close()
+    deeper = mae.objective(
+        dict(width=16, depth=2, heads=2, patch=4), decoder=dict(width=16, depth=1, heads=2)
+    )
+    with pytest.raises(UserError, match=r"another model: 12 arrays differ, first block_1/fc1/bias"):
+        init_part(start(mesh, deeper), "params/encoder", tmp_path / "run")
+    with pytest.raises(UserError, match="has no checkpoints"):
+        init_part(start(mesh), "params/encoder", tmp_path)
+    with pytest.raises(UserError, match="has no params/head; it has decoder, encoder"):
+        init_part(start(mesh), "params/head", tmp_path / "run")
+
+
+# --- How to step. ---
+
+
+def test_learning_rates_are_the_recipes():
+    """The golden values of the reference at 312 steps an epoch, 800 epochs, 40 of warm-up."""
+    schedule = optim.warmup_cosine(2.4e-3, min_lr=0.0, warmup_steps=40 * 312, steps=800 * 312)
+    with jax.enable_x64(True):
+        for epoch, lr in {
+            0: 0.0,
+            0.5: 3e-5,
+            20: 0.0012,
+            40: 0.0024,
+            41: 0.002399989748,
+            100: 0.002363280319,
+            400: 0.001299095215,
+            420: 0.0012,
+            799: 1.0252344e-8,
+        }.items():
+            assert float(schedule(jnp.float64(epoch * 312))) == pytest.approx(lr, rel=1e-6)
+    with pytest.raises(UserError, match="does not end before"):
+        optim.warmup_cosine(1.0, min_lr=0.0, warmup_steps=5, steps=5)
+
+
+def test_what_decays():
+    """ViT-B: of the reference's 252 trainable tensors 85 decay, class and mask token among them."""
+    objective = mae.objective(dict(size="B"), decoder=dict(width=512, depth=8, heads=16))
+    example = {
+        "image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8),
+        "index": jax.ShapeDtypeStruct((1,), jnp.int32),
+    }
+    params, _ = jax.eval_shape(objective.init, jax.random.key(0), example)
+    decays = optim.matrices(params)
+    counts = np.unique(jax.tree.leaves(decays), return_counts=True)[1].tolist()
+    assert counts == [167, 85]
+    assert decays["encoder"]["cls_token"]
+    assert decays["decoder"]["mask_token"]
+    assert not decays["encoder"]["norm"]["scale"]
+
+
+def test_adamw_decays_by_the_learning_rate():
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    tx = optim.adamw(lambda step: 0.1, weight_decay=0.5)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    assert jnp.allclose(new["kernel"], 1 - 0.1 * 0.5)
+    assert (new["bias"] == 1).all()
