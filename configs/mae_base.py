@@ -20,7 +20,9 @@ def get_config() -> ConfigDict:
         name="mae",
         mask_ratio=0.75,  # section 4.1
         normalize_target=True,  # of the released models (FINETUNE.md); the ablations have False
-        decoder=dict(width=512, depth=8, heads=16),  # section 4.1; heads: the official code
+        decoder_width=512,  # section 4.1
+        decoder_depth=8,  # section 4.1
+        decoder_heads=16,  # the official code
     )
     config.data = dict(
         name="imagenet2012",

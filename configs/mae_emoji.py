@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
         name="mae",
         mask_ratio=0.75,
         normalize_target=False,
-        decoder=dict(width=128, depth=2, heads=4),
+        decoder_width=128,
+        decoder_depth=2,
+        decoder_heads=4,
         mean=(0.5,),
         std=(0.5,),
     )

@@ -191,7 +191,10 @@ def claim(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) 
                 f"{workdir} holds a run that goes another way: {'; '.join(changes)}. "
                 "Choose another --workdir, or go on with the same settings."
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {workdir}: {error.strerror}.") from error
     free, needed = shutil.disk_usage(workdir).free, 2 * state_bytes
     if free < needed:
         raise UserError(

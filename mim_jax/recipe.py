@@ -77,13 +77,17 @@ def load(path: str, overrides: Sequence[str] = (), smoke: bool = False) -> Confi
     With `smoke` it is made small before that: a tiny model, the built-in images, 20 steps.
     Raises UserError for a missing file, a key that does not exist, a value of a wrong type.
     """
-    config = complete(read(path))
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"--config.{override} has no value: say --config.{override}=VALUE.")
+    given, changes = read(path), [override.split("=", 1) for override in overrides]
+    for key, text in changes:
+        if key in ("objective.name", "optimizer.name"):  # which decide what other keys there are
+            given[key.split(".")[0]]["name"] = text
+    config = complete(given)
     if smoke:
         shrink(config)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"--config.{key} has no value: say --config.{key}=VALUE.")
+    for key, text in changes:
         set_key(config, key, parse(text, kind_of(config, key)))
     return config
 
@@ -97,9 +101,13 @@ def read(path: str) -> dict:
         raise UserError(f"there is no config file {path}{hint}")
     sys.path.insert(0, str(file.absolute().parent.parent))
     try:
-        return runpy.run_path(str(file))["get_config"]().to_dict()
+        get_config = runpy.run_path(str(file)).get("get_config", lambda: None)
+        config = get_config()
     finally:
         sys.path.pop(0)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path} needs a function get_config() that returns a ConfigDict.")
+    return config.to_dict()
 
 
 def functions(config: Mapping) -> dict[str, Callable]:
@@ -135,15 +143,12 @@ def complete(given: dict) -> ConfigDict:
         for name, parameter in inspect.signature(function).parameters.items():
             if name not in SUPPLIED:
                 full.setdefault(block, {}).setdefault(name, parameter.default)
-    for block in ("objective", "optimizer"):  # which decide what other keys there are
+    for block in ("objective", "optimizer"):
         full[block]["name"] = given[block]["name"]
     config = ConfigDict(full)
     for key, value in given.items():
-        if isinstance(value, dict) and key in full:
-            for name, inner in value.items():
-                set_key(config, f"{key}.{name}", inner)
-        else:
-            set_key(config, key, value)
+        for name, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            set_key(config, f"{key}.{name}".strip("."), inner)
     for key, value in flatten(config).items():
         if isinstance(value, type):
             raise UserError(f"the config must say {key}.")
@@ -152,20 +157,19 @@ def complete(given: dict) -> ConfigDict:
 
 def kind_of(config: ConfigDict, key: str) -> Any:
     """The type that a key's value must have. Raises UserError if there is no such key."""
-    *blocks, name = key.split(".")
-    node = config
-    for block in blocks:
-        node = node[block] if block in node and isinstance(node[block], ConfigDict) else {}
-    if name not in node:
-        known = list(flatten(config))
-        near = difflib.get_close_matches(key, known, 1) or [k for k in known if k.endswith(name)]
-        hint = f": did you mean {near[0]}?" if near else "."
-        raise UserError(f"the config has no key {key}{hint}")
-    if len(blocks) == 1 and blocks[0] in (of := functions(config)):
-        hints = get_type_hints(of[blocks[0]])
-        if name in hints:
-            return hints[name]
-    return node[name] if isinstance(node[name], type) else type(node[name])
+    known = flatten(config)
+    if key not in known:
+        if key in config:
+            raise UserError(f"{key} is a block: say {key}.{next(iter(config[key]))} or another.")
+        near = difflib.get_close_matches(key, known, 1) or [k for k in known if k.endswith(key)]
+        raise UserError(
+            f"the config has no key {key}" + (f": did you mean {near[0]}?" if near else ".")
+        )
+    block, _, name = key.rpartition(".")
+    function = functions(config).get(block)
+    hints = get_type_hints(function) if function else {}
+    value = known[key]
+    return hints[name] if name in hints else value if isinstance(value, type) else type(value)
 
 
 def parse(text: str, kind: Any) -> Any:
@@ -187,16 +191,11 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
         value = tuple(value)
     if kind is float and type(value) is int:
         value = float(value)
-    if kind is ConfigDict:
-        kind = dict
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{key} = {value!r} must be {getattr(kind, '__name__', kind)}.")
-    *blocks, name = key.split(".")
-    node = config
-    for block in blocks:
-        node = node[block]
+    block, _, name = key.rpartition(".")
     with config.ignore_type():
-        node[name] = ConfigDict(value) if kind is dict else value
+        (config[block] if block else config)[name] = value
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -214,8 +213,9 @@ def shrink(config: ConfigDict) -> None:
     p, q = (patch, patch) if isinstance(patch, int) else patch
     small = {
         "model": dict(size="", width=64, depth=2, heads=2),
-        "objective": dict(mean=(0.5,), std=(0.5,)),
-        "objective.decoder": dict(width=32, depth=1, heads=2),
+        "objective": dict(
+            mean=(0.5,), std=(0.5,), decoder_width=32, decoder_depth=1, decoder_heads=2
+        ),
         "data": dict(name="emoji", data_dir="", split="train", evaluation_split="validation"),
         "optimizer": dict(warmup_epochs=0.0, warmup_steps=2),
         "log": dict(every_steps=5),

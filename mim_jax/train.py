@@ -85,16 +85,15 @@ def train(
     state is good until the next one is asked for: its memory is then used again.
     """
     rng = jax.random.key(seed)
+    settings = dict(objective=objective, optimizer=optimizer, accumulate=accumulate)
     step_fn = jax.jit(
-        functools.partial(
-            train_step, objective=objective, optimizer=optimizer, accumulate=accumulate
-        ),
+        functools.partial(train_step, **settings),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
     )
     start, before = int(state.step), None
-    batches = iter(batches_from(start)) if start < steps else None
-    batch = to_global(next(batches), mesh) if batches else None
+    batches = iter(batches_from(start))
+    batch = to_global(next(batches), mesh)
     for step in range(start + 1, steps + 1):
         state, metrics = step_fn(state, batch, rng)
         if step < steps:

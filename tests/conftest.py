@@ -19,6 +19,11 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).parent.parent
 
 
+def environment(devices: int) -> dict[str, str]:
+    """For a process of its own, with so many devices."""
+    return os.environ | {"XLA_FLAGS": FLAGS.format(devices)}
+
+
 @pytest.fixture
 def command():
     """Runs `python -m MODULE ARGUMENTS` from the checkout, on so many devices."""
@@ -27,7 +32,7 @@ def command():
         return subprocess.run(
             [sys.executable, "-m", *arguments],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": FLAGS.format(devices)},
+            env=environment(devices),
             capture_output=True,
             text=True,
             timeout=300,

@@ -7,18 +7,19 @@ import pytest
 
 from mim_jax import UserError
 from mim_jax.masking import mask_by_noise, random_masking
-from mim_jax.models.vit import SIZES, Block, patchify, sincos2d, unpatchify, vit
+from mim_jax.models.patches import patchify, sincos2d, unpatchify
+from mim_jax.models.vit import SIZES, Block, vit
 from mim_jax.objectives import denormalize, mae, normalize, per_example
 from tests.official import golden_state, mae_shapes, to_params
 
 MODEL = dict(width=32, depth=2, heads=4, patch=8)
-DECODER = dict(width=16, depth=1, heads=2)
+DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
 RNG = jax.random.key(0)
 
 
-def tiny(model=None, decoder=None, **settings):
+def tiny(model=None, **settings):
     """An objective for images that are normalised already."""
-    settings = dict(decoder=DECODER | (decoder or {}), mean=(0.0,), std=(1.0,)) | settings
+    settings = dict(**DECODER, mean=(0.0,), std=(1.0,)) | settings
     return mae.objective(MODEL | (model or {}), **settings)
 
 
@@ -47,7 +48,7 @@ def golden():
 
 def network(dtype="float64"):
     encoder = vit(**MODEL, dtype=dtype)
-    return mae.MAE(encoder, mae.Decoder(**DECODER, dtype=dtype, remat="none"))
+    return mae.MAE(encoder, mae.Decoder(*DECODER.values(), dtype=dtype, remat="none"))
 
 
 def test_golden_parameters(golden):
@@ -114,9 +115,7 @@ def test_golden_loss(golden, monkeypatch, normalize_target, loss):
     ],
 )
 def test_parameter_counts(size, patch, encoder, trainable):
-    objective = mae.objective(
-        dict(size=size, patch=patch), decoder=dict(width=512, depth=8, heads=16)
-    )
+    objective = mae.objective(dict(size=size, patch=patch))
     batch = {
         "image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8),
         "index": jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -133,7 +132,7 @@ def test_parameter_counts(size, patch, encoder, trainable):
 def test_initialization():
     """Standard deviations of the reference's ViT-B (its init is xavier_uniform on every Linear)."""
     model = dict(size="B", patch=16, depth=1)
-    objective = mae.objective(model, decoder=dict(width=512, depth=1, heads=16))
+    objective = mae.objective(model, decoder_depth=1)
     params, _ = jax.jit(objective.init)(RNG, batch_of(1, 32, 32, 3))
     block = params["encoder"]["block_0"]
     expected = {
@@ -372,7 +371,7 @@ def test_pictures_show_what_was_hidden_and_painted():
     [
         (dict(model=dict(patch=7)), "32 x 32 pixels cannot be cut into patches of 7 x 7"),
         (dict(model=dict(heads=5)), "5 heads do not divide a width of 32"),
-        (dict(decoder=dict(width=18)), "a width that 4 divides, not 18"),
+        (dict(decoder_width=18), "a width that 4 divides, not 18"),
         (dict(model=dict(size="XL")), "model.size = 'XL' is unknown; there are Ti, S, B, L, H"),
         (dict(model=dict(width=0)), "must say model.size"),
         (dict(model=dict(remat="half")), "model.remat = 'half'"),

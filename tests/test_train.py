@@ -18,9 +18,8 @@ EXAMPLE = {
     "index": jax.ShapeDtypeStruct((1,), jnp.int32),
 }
 STEPS = 5
-OBJECTIVE = mae.objective(
-    dict(width=16, depth=1, heads=2, patch=4), decoder=dict(width=16, depth=1, heads=2)
-)
+DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
+OBJECTIVE = mae.objective(dict(width=16, depth=1, heads=2, patch=4), **DECODER)
 OPTIMIZER = optim.adamw(optim.warmup_cosine(1e-2, min_lr=0.0, warmup_steps=1, steps=STEPS))
 
 
@@ -175,9 +174,7 @@ def test_init_part_refuses_another_model(tmp_path):
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
     checkpoints.save(start(mesh))
     checkpoints.close()
-    deeper = mae.objective(
-        dict(width=16, depth=2, heads=2, patch=4), decoder=dict(width=16, depth=1, heads=2)
-    )
+    deeper = mae.objective(dict(width=16, depth=2, heads=2, patch=4), **DECODER)
     with pytest.raises(UserError, match=r"another model: 12 arrays differ, first block_1/fc1/bias"):
         init_part(start(mesh, deeper), "params/encoder", tmp_path / "run")
     with pytest.raises(UserError, match="has no checkpoints"):
@@ -211,7 +208,7 @@ def test_learning_rates_are_the_recipes():
 
 def test_what_decays():
     """ViT-B: of the reference's 252 trainable tensors 85 decay, class and mask token among them."""
-    objective = mae.objective(dict(size="B"), decoder=dict(width=512, depth=8, heads=16))
+    objective = mae.objective(dict(size="B"))
     example = {
         "image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8),
         "index": jax.ShapeDtypeStruct((1,), jnp.int32),

@@ -9,7 +9,7 @@ import numpy as np
 
 from mim_jax import UserError
 from mim_jax.data.sources import open_source
-from mim_jax.data.transforms import INTERPOLATIONS, EvaluationView, TrainingView
+from mim_jax.data.transforms import INTERPOLATIONS, MODES, EvaluationView, TrainingView
 
 
 class Data(NamedTuple):
@@ -53,6 +53,15 @@ def make(
             f"data.interpolation = {interpolation!r} is unknown; there are "
             f"{', '.join(INTERPOLATIONS)}."
         )
+    low, high = crop_scale if len(crop_scale) == 2 else (0, 0)
+    if not 0 < low <= high <= 1:
+        raise UserError(
+            f"data.crop_scale = {crop_scale}: say two shares of the area, as (0.2, 1.0)."
+        )
+    if not 0 < crop_fraction <= 1:
+        raise UserError(f"data.crop_fraction = {crop_fraction}: say a share of the side, up to 1.")
+    if channels not in MODES:
+        raise UserError(f"data.channels = {channels}: there are {', '.join(map(str, MODES))}.")
     height, width = (size, size) if isinstance(size, int) else size
     train, evaluation = (open_source(name, s, data_dir) for s in (split, evaluation_split))
     keys = ("image", "label") if train.num_labels else ("image",)

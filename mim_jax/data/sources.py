@@ -25,21 +25,23 @@ def open_source(name: str, split: str, data_dir: str = "") -> Source:
     """
     builder = builder_of(name, data_dir)
     try:
-        examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except (ValueError, NotImplementedError) as error:
-        if "plit" not in str(error):
-            raise UserError(
-                f"data set {name!r} in {builder.data_path} cannot be read at random: {error}. "
-                "Prepare it with file_format='array_record'."
-            ) from error
+        count = builder.info.splits[split].num_examples
+    except (KeyError, ValueError) as error:
         raise UserError(
             f"data set {name!r} has no split {split!r}; it has {', '.join(builder.info.splits)}."
         ) from error
+    if not count:
+        raise UserError(f"split {split!r} of data set {name!r} is empty.")
     features = builder.info.features
     if "image" not in features:
         raise UserError(f"data set {name!r} has no images; its features are {', '.join(features)}.")
-    if not len(examples):
-        raise UserError(f"split {split!r} of data set {name!r} is empty.")
+    try:
+        examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"data set {name!r} in {builder.data_path} cannot be read at random: prepare it with "
+            "file_format='array_record'."
+        ) from error
     num_labels = features["label"].num_classes if "label" in features else 0
     fingerprint = dict(
         name=builder.name, version=str(builder.version), split=split, examples=len(examples)

@@ -9,9 +9,9 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mim_jax import UserError
+from mim_jax.models.patches import patchify, sincos2d, take
 
 SIZES = {
     "Ti": dict(width=192, depth=12, heads=3),
@@ -25,47 +25,12 @@ LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=Fals
 Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
 
 
-def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """images (b, H, W, c) -> patches (b, n, p*q*c): row by row, the channels fastest."""
-    (p, q), (height, width) = patch, images.shape[1:3]
-    if height % p or width % q:
-        raise UserError(
-            f"images of {height} x {width} pixels cannot be cut into patches of {p} x {q}: "
-            "data.size must be a multiple of model.patch."
-        )
-    return einops.rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=q)
-
-
-def unpatchify(patches: jax.Array, patch: tuple[int, int], height: int) -> jax.Array:
-    """patches (b, n, p*q*c) -> images (b, height, W, c): undoes `patchify`."""
-    p, q = patch
-    return einops.rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", p=p, q=q, h=height // p)
-
-
-def take(tokens: jax.Array, indices: jax.Array) -> jax.Array:
-    """tokens (b or 1, n, d), indices (b, m) -> the tokens at these places (b, m, d)."""
-    return jnp.take_along_axis(tokens, indices[..., None], axis=1)
-
-
-def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
-    """Fixed 2-D sine-cosine positions (1, n, d) in float64, as MAE's checkpoints have them.
-
-    The first half of the width tells the column, the second the row; sines before cosines.
-    """
-    if width % 4:
-        raise UserError(f"sine-cosine positions need a width that 4 divides, not {width}.")
-    omega = 10000.0 ** -(np.arange(width // 4) / (width / 4))
-    y, x = (np.outer(axis.reshape(-1), omega) for axis in np.mgrid[: grid[0], : grid[1]])
-    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None]
-
-
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """q (b, m, h, d), k and v (b, n, h, d) -> (b, m, h, d); softmax in float32 or better."""
     scores = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum(
-        "bmhd,bnhd->bhmn", q * q.shape[-1] ** -0.5, k, preferred_element_type=scores
-    )
-    return jnp.einsum("bhmn,bnhd->bmhd", jax.nn.softmax(logits).astype(v.dtype), v)
+    logits = jnp.einsum("bmhd,bnhd->bhmn", q, k, preferred_element_type=scores)
+    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(v.dtype)
+    return jnp.einsum("bhmn,bnhd->bmhd", weights, v)
 
 
 class Block(nn.Module):
@@ -109,9 +74,7 @@ def rematerialize(block, policy: str):
     if policy in ("none", "full"):
         return nn.remat(block) if policy == "full" else block
     if not hasattr(jax.checkpoint_policies, policy):
-        raise UserError(
-            f"model.remat = {policy!r}: say none, full or one of jax.checkpoint_policies."
-        )
+        raise UserError(f"model.remat = {policy!r}: say none, full or a jax.checkpoint_policies.")
     return nn.remat(block, policy=getattr(jax.checkpoint_policies, policy))
 
 
@@ -137,13 +100,13 @@ class ViT(nn.Module):
         With visible (b, k), only these patches are encoded, in this order: (b, 1 + k, d) (MAE).
         """
         grid = tuple(side // p for side, p in zip(images.shape[1:3], self.patch, strict=True))
-        patches, positions = patchify(images, self.patch), sincos2d(grid, self.width)
-        positions = jnp.asarray(positions, self.dtype)
+        patches = patchify(images, self.patch)
+        positions = jnp.asarray(sincos2d(grid, self.width), self.dtype)
         if visible is not None:  # before embedding: what is hidden costs nothing
             patches, positions = take(patches, visible), take(positions, visible)
         bias_init = functools.partial(default_torch_bias, fan_in=patches.shape[-1])
-        x = Dense(self.width, dtype=self.dtype, bias_init=bias_init, name="embed")(patches)
-        x = x + positions
+        embed = Dense(self.width, dtype=self.dtype, bias_init=bias_init, name="embed")
+        x = embed(patches) + positions
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
         cls = jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.width))
         x = jnp.concatenate([cls, x], axis=1)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from mim_jax.masking import random_masking
-from mim_jax.models.vit import Dense, ViT, patchify, sincos2d, take, transform, unpatchify, vit
+from mim_jax.models.patches import patchify, sincos2d, take, unpatchify
+from mim_jax.models.vit import Dense, ViT, transform, vit
 from mim_jax.objectives import Objective, denormalize, normalize, per_example
 
 
@@ -72,33 +73,36 @@ def statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
 def objective(
     model: dict,
     *,
-    decoder: dict,
     mask_ratio: float = 0.75,
     normalize_target: bool = True,
+    decoder_width: int = 512,
+    decoder_depth: int = 8,
+    decoder_heads: int = 16,
     mean: tuple = (0.485, 0.456, 0.406),
     std: tuple = (0.229, 0.224, 0.225),
 ) -> Objective:
     """MAE. `normalize_target` normalises each patch of the target; mean and std are the data's."""
     encoder = vit(**model)
-    network = MAE(encoder, Decoder(dtype=encoder.dtype, remat=encoder.remat, **decoder))
+    decoder = Decoder(decoder_width, decoder_depth, decoder_heads, encoder.dtype, encoder.remat)
+    network = MAE(encoder, decoder)
 
     def prepare(batch, rng):
         images = normalize(batch["image"], mean, std)
         num_patches = patchify(images, encoder.patch).shape[1]
         return images, *random_masking(per_example(rng, batch["index"]), num_patches, mask_ratio)
 
-    def target_of(images, hidden):
-        target = take(patchify(images, encoder.patch), hidden)
-        if normalize_target:
-            center, scale = statistics(target)
-            target = (target - center) / scale
-        return target
-
-    def error_of(params, batch, rng):
-        """-> squared error of each hidden patch (b, m)."""
+    def forward(params, batch, rng):
+        """-> patches (b, n, p*q*c), hidden (b, m), painted (b, m, p*q*c), center, scale (b, m, 1)."""
         images, visible, hidden = prepare(batch, rng)
         painted = network.apply({"params": params}, images, visible, hidden)
-        return ((painted.astype(images.dtype) - target_of(images, hidden)) ** 2).mean(-1)
+        patches = patchify(images, encoder.patch)
+        norm = statistics(take(patches, hidden)) if normalize_target else (0.0, 1.0)
+        return patches, hidden, painted.astype(images.dtype), *norm
+
+    def error_of(params, batch, rng):
+        """-> mean squared error of each hidden patch (b, m)."""
+        patches, hidden, painted, center, scale = forward(params, batch, rng)
+        return ((painted - (take(patches, hidden) - center) / scale) ** 2).mean(-1)
 
     def init(rng, batch):
         rng_mask, rng_params = jax.random.split(rng)
@@ -112,22 +116,15 @@ def objective(
         return {"loss": error_of(params, batch, rng).mean(1)}
 
     def pictures(params, buffers, batch, rng):
-        images, visible, hidden = prepare(batch, rng)
-        patches = patchify(images, encoder.patch)
-        painted = network.apply({"params": params}, images, visible, hidden).astype(images.dtype)
-        if normalize_target:  # the prediction has no brightness or contrast of its own
-            center, scale = statistics(take(patches, hidden))
-            painted = painted * scale + center
-        rows = jnp.arange(len(images))[:, None]
-        columns = {
-            "masked": patches.at[rows, hidden].set(0.0),  # the data's mean
-            "painted, true mean and variance" if normalize_target else "painted": patches.at[
-                rows, hidden
-            ].set(painted),
-            "original": patches,
-        }
+        patches, hidden, painted, center, scale = forward(params, batch, rng)
+        hide = patches.at[jnp.arange(len(patches))[:, None], hidden].set
+        # What is painted on a normalised target has no brightness and contrast: it borrows them.
+        painted_as = "painted, true mean and variance" if normalize_target else "painted"
+        columns = {"masked": hide(0.0), painted_as: hide(painted * scale + center)}
+        columns["original"] = patches
+        height = batch["image"].shape[1]
         return OrderedDict(
-            (caption, denormalize(unpatchify(x, encoder.patch, images.shape[1]), mean, std))
+            (caption, denormalize(unpatchify(x, encoder.patch, height), mean, std))
             for caption, x in columns.items()
         )
 

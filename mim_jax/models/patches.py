@@ -1,0 +1,45 @@
+"""Images as sequences of patches: cut, taken, placed, put together again.
+
+Shapes: b images, n patches, m of them, d width, (p, q) patch, c channels.
+"""
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mim_jax import UserError
+
+
+def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
+    """images (b, H, W, c) -> patches (b, n, p*q*c): row by row, the channels fastest."""
+    (p, q), (height, width) = patch, images.shape[1:3]
+    if height % p or width % q:
+        raise UserError(
+            f"images of {height} x {width} pixels cannot be cut into patches of {p} x {q}: "
+            "data.size must be a multiple of model.patch."
+        )
+    return einops.rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=q)
+
+
+def unpatchify(patches: jax.Array, patch: tuple[int, int], height: int) -> jax.Array:
+    """patches (b, n, p*q*c) -> images (b, height, W, c): undoes `patchify`."""
+    p, q = patch
+    return einops.rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", p=p, q=q, h=height // p)
+
+
+def take(tokens: jax.Array, indices: jax.Array) -> jax.Array:
+    """tokens (b or 1, n, d), indices (b, m) -> the tokens at these places (b, m, d)."""
+    return jnp.take_along_axis(tokens, indices[..., None], axis=1)
+
+
+def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine positions (1, n, d) in float64, as MAE's checkpoints have them.
+
+    The first half of the width tells the column, the second the row; sines before cosines.
+    """
+    if width % 4:
+        raise UserError(f"sine-cosine positions need a width that 4 divides, not {width}.")
+    omega = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    y, x = (np.outer(axis.reshape(-1), omega) for axis in np.mgrid[: grid[0], : grid[1]])
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None]

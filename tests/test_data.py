@@ -1,0 +1,177 @@
+"""Batches: pixels as PIL's, a function of seed and step, each example once in evaluation."""
+
+import hashlib
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mim_jax import data
+from mim_jax.data.transforms import EvaluationView, TrainingView, decode, random_crop_box
+
+
+def emoji(**settings):
+    return data.make(**dict(name="emoji", size=32, crop_fraction=1.0) | settings)
+
+
+def png(width=40, height=30, mode="RGB", seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def digests(batches):
+    return [
+        hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()
+        for batch in batches
+    ]
+
+
+def joined(parts):
+    """Batches of several processes -> global batches."""
+    return [
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(*parts, strict=True)
+    ]
+
+
+# --- The stream. ---
+
+
+def test_a_batch():
+    batch = next(emoji(size=(16, 24)).training_batches(12, seed=0, start=0, stop=1))
+    assert batch["image"].shape == (12, 16, 24, 3)
+    assert batch["image"].dtype == np.uint8
+    assert batch["index"].tolist() == list(range(12))
+    assert batch["label"].dtype == np.int32
+    assert set(batch) == {"image", "index", "label"}
+
+
+def stream(start, stop, processes=1, **settings):
+    """Global batches of 24 of 100 images: an epoch ends inside a batch."""
+    return joined(
+        emoji(split="train[:100]", process=i, processes=processes, **settings).training_batches(
+            24, seed=5, start=start, stop=stop
+        )
+        for i in range(processes)
+    )
+
+
+@pytest.mark.parametrize("settings", [dict(processes=n) for n in (2, 4, 8)] + [dict(threads=3)])
+def test_the_stream_is_the_same_for_any_processes(settings):
+    assert digests(stream(0, 9, **settings)) == digests(stream(0, 9))
+
+
+def test_the_stream_is_the_same_from_any_step():
+    assert digests(stream(0, 9))[4:] == digests(stream(4, 9))
+    assert digests(stream(0, 9))[4:] == digests(stream(4, 9, processes=2))
+
+
+def test_an_epoch_sees_each_image_once_and_epochs_differ():
+    labels = np.concatenate([batch["label"] for batch in stream(0, 25)])
+    epochs = labels.reshape(6, 100)
+    assert all((np.sort(epoch) == np.sort(epochs[0])).all() for epoch in epochs)
+    assert (epochs[0] != epochs[1]).any()
+
+
+def test_other_seeds_are_other_streams():
+    one, other = (next(emoji().training_batches(8, seed=seed, start=0, stop=1)) for seed in (1, 2))
+    assert (one["label"] != other["label"]).any()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("limit", [0, 50, 64])
+def test_evaluation_sees_each_example_once(processes, limit):
+    batches = joined(
+        emoji(process=i, processes=processes).evaluation_batches(64, limit=limit)
+        for i in range(processes)
+    )
+    count = limit or 566
+    index, mask = (np.concatenate([batch[name] for batch in batches]) for name in ("index", "mask"))
+    assert index[mask > 0].tolist() == list(range(count))
+    assert mask.sum() == count
+    assert len(mask) == -(-count // 64) * 64
+
+
+@pytest.mark.slow
+def test_worker_processes_make_the_same_stream():
+    assert digests(stream(0, 5, workers=2)) == digests(stream(0, 5))
+
+
+def test_reading_needs_no_tensorflow():
+    next(emoji().training_batches(2, seed=0, start=0, stop=1))
+    assert "tensorflow" not in sys.modules
+
+
+# --- Transforms. ---
+
+
+class Fixed:
+    """A generator of given numbers."""
+
+    def __init__(self, *values):
+        self.values = iter(values)
+
+    def __getattr__(self, name):
+        return lambda *args: next(self.values)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_training_view_is_pils_crop_and_bicubic_resize(flip):
+    view = TrainingView((20, 24), 3, (0.2, 1.0), True, "bicubic")
+    rng = Fixed(0.25, 0.0, 7, 3, 0.3 if flip else 0.7)  # area, log aspect, left, top, flip
+    ours = view.random_map({"image": png()}, rng)["image"]
+    side = round((40 * 30 * 0.25) ** 0.5)
+    theirs = Image.open(io.BytesIO(png())).crop((7, 3, 7 + side, 3 + side))
+    theirs = np.asarray(theirs.resize((24, 20), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(ours, theirs[:, ::-1] if flip else theirs)
+
+
+def test_crops_are_torchvisions():
+    """Shares of the area and aspects are spread as drawn; what cannot fit falls to the centre."""
+    rng = np.random.default_rng(0)
+    boxes = np.array([random_crop_box((500, 400), rng, (0.2, 1.0)) for _ in range(4000)])
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
+    assert boxes.min() >= 0
+    assert boxes[:, 2].max() <= 500
+    assert boxes[:, 3].max() <= 400
+    share, aspect = width * height / 200_000, width / height
+    assert 0.19 < share.min() < 0.21
+    area, shape = rng.uniform(0.2, 1, 100_000) * 200_000, np.exp(rng.uniform(-1, 1, 100_000))
+    shape = shape ** np.log(4 / 3)
+    fits = (area * shape < 500.5**2) & (area / shape < 400.5**2)  # what does not is drawn again
+    assert share.mean() == pytest.approx(area[fits].mean() / 200_000, abs=0.01)
+    assert 0.74 < aspect.min() < aspect.max() < 1.35
+    assert random_crop_box((1000, 10), rng, (0.9, 1.0)) == (494, 0, 507, 10)
+    assert random_crop_box((10, 1000), rng, (0.9, 1.0)) == (0, 494, 10, 507)
+    assert random_crop_box((1, 1), rng, (0.2, 1.0)) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 40), (32, 32), (500, 375)])
+def test_an_evaluation_view_is_torchvisions_resize_and_central_crop(width, height):
+    encoded = png(width, height)
+    ours = EvaluationView((28, 28), 3, 0.875, "bicubic").map({"image": encoded})["image"]
+    image = Image.open(io.BytesIO(encoded))
+    long = int(32 * max(width, height) / min(width, height))  # the short side becomes 28 / 0.875
+    image = image.resize((long, 32) if width >= height else (32, long), Image.Resampling.BICUBIC)
+    left, top = round((image.width - 28) / 2), round((image.height - 28) / 2)
+    theirs = image.crop((left, top, left + 28, top + 28))
+    np.testing.assert_array_equal(ours, np.asarray(theirs))
+
+
+def test_an_evaluation_view_may_be_oblong():
+    view = EvaluationView((16, 48), 3, 1.0, "bicubic").map({"image": png(60, 60)})["image"]
+    assert view.shape == (16, 48, 3)
+    assert view.std() > 10
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "LA", "1"])
+def test_any_mode_becomes_the_channels_asked_for(mode):
+    for channels in (1, 3, 4):
+        view = EvaluationView((8, 8), channels, 1.0, "bicubic")
+        image = view.map({"image": png(mode=mode)})
+        assert image["image"].shape == (8, 8, channels)
+    assert decode(png(mode=mode), 3).mode == "RGB"

@@ -1,0 +1,179 @@
+"""The command as a user types it: a run from start to end, its files, its exit codes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mim_jax import main
+from tests.conftest import ROOT, environment
+
+MAE = "--config=configs/mae_base.py"
+TINY = ["--config.batch_size=8", "--config.log.every_steps=1"]
+
+
+def smoke(workdir, *more):
+    return ["mim_jax.main", MAE, "--smoke", f"--workdir={workdir}", *TINY, *more]
+
+
+def records(workdir, key="loss"):
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line for line in map(json.loads, lines) if key in line}
+
+
+def losses(workdir):
+    return {step: line["loss"] for step, line in records(workdir).items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a smoke run of the paper's config, and what it said."""
+    workdir = tmp_path_factory.mktemp("run") / "smoke"
+    done = subprocess.run(
+        [sys.executable, "-m", *smoke(workdir)],
+        cwd=ROOT,
+        env=environment(1),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def test_a_run_leaves_its_files(finished):
+    workdir, said = finished
+    assert sorted(p.name for p in workdir.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "pictures",
+    ]
+    line = records(workdir)[20]
+    assert {"step", "loss", "lr", "grad_norm", "images_per_second", "input_wait", "epoch"} == set(
+        line
+    )
+    assert len(records(workdir)) == 20
+    assert records(workdir)[1]["lr"] == 0.0
+    assert sorted(records(workdir, "evaluate/loss")) == [10, 20]
+    written = json.loads((workdir / "config.json").read_text())
+    assert written["config"]["objective"]["mask_ratio"] == 0.75
+    assert set(written["versions"]) >= {"jax", "flax", "mim-jax", "python"}
+    assert written["trajectory"]["data set's examples"] == 1340
+    picture = Image.open(workdir / "pictures" / "step_0000020.png")
+    assert np.asarray(picture).std() > 10
+    assert "lr = base_lr x batch / 256 = 0.00015 x 8 / 256 = 4.6875e-06" in said
+    assert "ETA" in said
+
+
+def test_the_same_command_says_that_it_is_done(finished, command):
+    workdir, _ = finished
+    again = command(*smoke(workdir))
+    assert again.returncode == 0
+    assert "is done: it stands at step 20 of 20" in again.stdout
+    assert len(records(workdir)) == 20
+
+
+def test_another_trajectory_is_refused(finished, command):
+    workdir, _ = finished
+    other = command(*smoke(workdir, "--config.seed=3", "--config.optimizer.b2=0.9"))
+    assert other.returncode == 2
+    assert "seed is 3, was 0" in other.stderr
+    assert "optimizer.b2 is 0.9, was 0.95" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_a_run_that_is_killed_goes_on_to_the_last_bit(finished, tmp_path):
+    """SIGKILL between two checkpoints: the log's tail goes, and the losses are the same numbers."""
+    call = [sys.executable, "-m", *smoke(tmp_path, "--config.save.every_steps=4")]
+    first = subprocess.Popen(call, cwd=ROOT, env=environment(1), stdout=subprocess.DEVNULL)
+    for _ in range(6000):
+        if (tmp_path / "checkpoints" / "4").exists() and len(losses(tmp_path)) >= 7:
+            break
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 999, "loss": 1.0}\n{"step": 8, "lo')  # what a killed run may leave
+    second = subprocess.run(call, cwd=ROOT, env=environment(1), capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert "going on after step" in second.stdout
+    assert losses(tmp_path) == losses(finished[0])
+
+
+def test_init_from_a_run(finished, tmp_path, command):
+    done = command(
+        *smoke(tmp_path, f"--config.init_from.encoder={finished[0]}", "--config.steps=3")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "params/encoder: 29 arrays from step 20" in done.stdout
+    assert losses(tmp_path)[1] != losses(finished[0])[1]
+
+
+def test_training_imports_neither_tensorflow_nor_torch(tmp_path, command):
+    code = (
+        "import sys; from mim_jax.main import main; "
+        f"code = main({smoke(tmp_path, '--config.steps=3')[1:]!r}); "
+        "sys.exit(code or any(name in sys.modules for name in ('tensorflow', 'torch')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config=configs/mae_bse.py"], "did you mean configs/mae_base.py?"),
+        ([MAE, "--config.optimiser.b2=1"], "did you mean optimizer.b2?"),
+        ([MAE, "--config.optimizer.b2=x"], "optimizer.b2 = 'x' must be float"),
+        ([MAE, "--smoke", "--config.batch_size=-4"], "batch_size = -4 cannot be split"),
+        ([MAE, "--smoke", "--config.data.size=100"], "100 x 100 pixels cannot be cut"),
+        ([MAE, "--smoke", "--config.data.name=nothing"], "there is no data set 'nothing'"),
+        ([MAE], "'imagenet2012' is not prepared in"),
+        ([MAE, "--smoke", "--profile=5"], "--profile=5: say FIRST:LAST"),
+        ([MAE, "--smoke", "--distributed=3"], "say ADDRESS:PORT,PROCESSES,PROCESS"),
+        ([MAE, "--smoke", "--workdir=gs://bucket/run"], "must be local"),
+        ([MAE, "--smoke", "--workdir=/proc/here/run"], "cannot make the folder /proc/here/run"),
+        ([MAE, "--smoke", "--workdir=README.md/run"], "cannot make the folder"),
+        ([MAE, "--smoke", "--config.init_from.encoder=configs"], "is not the folder of a run"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_a_sentence(arguments, sentence, tmp_path, capsys):
+    if not any(argument.startswith("--workdir") for argument in arguments):
+        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
+    assert main.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], [MAE, "--smok"], [MAE, "seed=3"]])
+def test_unknown_arguments_end_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(arguments)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_noticed_at_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(main.shutil, "disk_usage", lambda path: type("", (), {"free": 2**20}))
+    assert main.main([MAE, "--smoke", f"--workdir={tmp_path}"]) == 2
+    assert "has 0.0 GiB free, but two checkpoints take" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, capsys):
+    arguments = smoke(tmp_path, "--config.optimizer.base_lr=1e30", "--config.batch_size=8")[1:]
+    assert main.main(arguments) == 1
+    assert "failed: the loss is nan at step" in capsys.readouterr().err
+
+
+def test_a_trace_is_written(tmp_path, command):
+    done = command(*smoke(tmp_path, "--profile=2:4", "--config.steps=5"))
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -1,0 +1,152 @@
+"""Configs: every file in configs/ is whole, and mistakes are told in a sentence."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from mim_jax import UserError, recipe
+from mim_jax.train import initialize
+
+CONFIGS = sorted(Path("configs").glob("*.py"))
+EMOJI = "configs/mae_emoji.py"
+PARAMETERS = {  # at full size: of the reference where it has the model
+    "mae_base": 111_655_680,
+    "mae_emoji": 3_153_216,
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_built_at_full_size(path):
+    config = recipe.load(str(path), ["data.name=emoji", "data.data_dir="])
+    run = recipe.build(config)
+    state = jax.eval_shape(
+        lambda: initialize(run.objective, run.optimizer, run.example, config.seed)
+    )
+    assert sum(x.size for x in jax.tree.leaves(state.params)) == PARAMETERS[path.stem]
+    assert float(run.schedule(0)) == 0
+    assert path.read_text().startswith('r"""'), "a config opens with what it is and how it is run"
+
+
+def test_the_recipe_of_mae_base():
+    """Table 8 of the paper and the official code, at ImageNet's size."""
+    config = recipe.load("configs/mae_base.py")
+    steps_per_epoch = 1_281_167 / config.batch_size
+    assert config.optimizer.base_lr * config.batch_size / 256 == pytest.approx(2.4e-3)
+    assert recipe.in_steps(config.optimizer, "warmup", steps_per_epoch) == 12_511
+    assert int(config.epochs * steps_per_epoch) == 500_455
+    assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.95)
+    assert config.data.crop_scale == (0.2, 1.0)
+
+
+def test_overrides_have_the_last_word():
+    config = recipe.load(EMOJI, ["optimizer.b2=0.99", "data.size=(32,64)", "data.flip=false"])
+    assert config.optimizer.b2 == 0.99
+    assert config.data.size == (32, 64)
+    assert config.data.flip is False
+    smoke = recipe.load(EMOJI, ["steps=7", "seed=3"], smoke=True)
+    assert (smoke.steps, smoke.seed, smoke.model.width) == (7, 3, 64)
+
+
+def test_a_whole_number_is_a_float_where_one_is_asked_for():
+    assert recipe.load(EMOJI, ["optimizer.weight_decay=0"]).optimizer.weight_decay == 0.0
+    assert recipe.load(EMOJI, ["data.crop_scale=0.5,1"]).data.crop_scale == (0.5, 1)
+    assert recipe.load(EMOJI, ["log.wandb=2026"]).log.wandb == "2026"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optimizer.bas_lr=1", "no key optimizer.bas_lr: did you mean optimizer.base_lr?"),
+        ("base_lr=1", "no key base_lr: did you mean optimizer.base_lr?"),
+        ("objective.decoder_dept=1", "did you mean objective.decoder_depth?"),
+        ("modell.width=1", "did you mean model.width?"),
+        ("nothing.like.it=1", "the config has no key nothing.like.it"),
+        ("batch_size=many", "batch_size = 'many' must be int"),
+        ("batch_size=1.5", "batch_size = 1.5 must be int"),
+        ("data.flip=3", "data.flip = 3 must be bool"),
+        ("data.size=large", "data.size = 'large' must be int | tuple"),
+        ("data.crop_scale=0.5", "data.crop_scale = 0.5 must be tuple"),
+        ("steps=True", "steps = True must be int"),
+        ("model=3", "model is a block: say model.d"),
+        ("steps", "--config.steps has no value"),
+        ("objective.name=mea", "objective.name = 'mea' is unknown; there are mae"),
+        ("optimizer.name=sgd", "optimizer.name = 'sgd' is unknown; there are adamw"),
+    ],
+)
+def test_overrides_that_cannot_be(override, sentence):
+    with pytest.raises(UserError) as error:
+        recipe.load(EMOJI, [override])
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("batch_size=60", "batch_size = 60 cannot be split over 8 devices"),
+        ("accumulate=3", "make it a multiple of 24"),
+        ("batch_size=0", "batch_size = 0 cannot be split"),
+        ("steps=0", "must say epochs or steps"),
+        ("steps=100", "a warm-up of 200 steps does not end before step 100"),
+        ("data.name=imagenet", "there is no data set 'imagenet'"),
+        ("data.name=mnist", "'mnist' is not prepared in"),
+        ("data.split=test", "'emoji' has no split 'test'; it has train, validation"),
+        ("data.split=train[:0]", "'train[:0]' of data set 'emoji' is empty"),
+        ("data.interpolation=cubic", "there are bilinear, bicubic"),
+        ("data.channels=2", "data.channels = 2: there are 1, 3, 4"),
+        ("data.crop_fraction=0", "data.crop_fraction = 0.0"),
+        ("data.crop_scale=1,", "data.crop_scale = (1,)"),
+    ],
+)
+def test_configs_that_cannot_be_run(override, sentence):
+    with pytest.raises(UserError) as error:
+        recipe.build(recipe.load(EMOJI, [override]))
+    assert sentence in str(error.value)
+
+
+def test_config_files_that_cannot_be(tmp_path):
+    with pytest.raises(
+        UserError, match=r"no config file configs/mae_emojy.py: did you mean .*emoji"
+    ):
+        recipe.load("configs/mae_emojy.py")
+
+    def load(body):
+        path = tmp_path / "configs" / "mine.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(body)
+        return recipe.load(str(path))
+
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "small.py").write_text(Path(EMOJI).read_text())
+    body = (
+        "from configs import {}\ndef get_config():\n    c = {}.get_config()\n    {}\n    return c\n"
+    )
+    assert load(body.format("mae_emoji", "mae_emoji", "c.model.width = 96")).model.width == 96
+    for line, sentence in [
+        ("c.model.widht = 96", "no key model.widht: did you mean model.width?"),
+        ("c.optimizer.lr = 1.0", "no key optimizer.lr"),
+        ("del c.data.size", "the config must say data.size"),
+        ("del c.batch_size", "the config must say batch_size"),
+        ("del c.objective", "the config has no block 'objective'"),
+        ("del c.objective.name", "the config must say objective.name"),
+        ("c.model = dict(width='wide')", "model.width = 'wide' must be int"),
+        ("del c.model\n    c.model = 3", "model is a block"),
+    ]:
+        with pytest.raises(UserError) as error:
+            load(body.format("mae_emoji", "mae_emoji", line))
+        assert sentence in str(error.value)
+    for body in ("", "def get_config(): return 3"):
+        with pytest.raises(UserError, match=r"get_config\(\)"):
+            load(body)
+
+
+def test_trajectories_differ_by_what_is_learned_alone():
+    def trajectory(*overrides):
+        config = recipe.load(EMOJI, overrides)
+        return recipe.trajectory(config, recipe.build(config).data)
+
+    same = trajectory()
+    for override in ("log.every_steps=1", "accumulate=2", "data.threads=3", "model.remat=full"):
+        assert trajectory(override) == same
+    for override in ("seed=1", "optimizer.b2=0.9", "model.width=96", "data.split=train[:50]"):
+        assert trajectory(override) != same
