@@ -1,7 +1,6 @@
-r"""MAE, ViT-B/16, ImageNet-1k, 1600 epochs (He et al., 2021: table 8; released as
-mae_pretrain_vit_base).
+r"""MAE, ViT-B/16, ImageNet-1k, 1600 epochs (He et al., 2021, table 3; mae_pretrain_vit_base).
 
-    python -m mim_jax.main --config=configs/mae_base.py --workdir=gs://.../mae_base
+    python -m mim_jax.main --config=configs/mae_base.py --workdir=runs/mae_base
     python -m mim_jax.main --config=configs/mae_base.py --smoke
 
 The paper reports 83.6 % top-1 after fine-tuning (table 3). Ours: not yet run.

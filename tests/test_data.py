@@ -6,9 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
-from mim_jax import data
+from mim_jax import UserError, data
 from mim_jax.data.transforms import EvaluationView, TrainingView, decode, random_crop_box
 
 
@@ -106,6 +107,65 @@ def test_reading_needs_no_tensorflow():
     assert "tensorflow" not in sys.modules
 
 
+# --- Data sets that TFDS prepared. ---
+
+
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Eight JPEGs under a name of TFDS or one of the user's; written without TensorFlow."""
+
+    VERSION = tfds.core.Version("5.1.0")
+    labelled = True
+
+    def _info(self):
+        features = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
+        if self.labelled:
+            features["label"] = tfds.features.ClassLabel(num_classes=1000)
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in ("train", "validation")}
+
+    def _generate_examples(self, split):
+        for i in range(8):
+            jpeg = io.BytesIO(png(60 + i, 50, seed=i))
+            example = {"image": jpeg, "file_name": f"{split}_{i}"}
+            yield i, example | ({"label": i} if self.labelled else {})
+
+
+def prepare(name, labelled, folder):
+    settings = dict(name=name, labelled=labelled, VERSION=Builder.VERSION)
+    with tfds.core.registered.skip_registration():  # reading finds TFDS's own, or none
+        builder = type(name, (Builder,), settings)
+    builder(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+@pytest.mark.parametrize(("name", "labelled"), [("imagenet2012", True), ("my_own_images", False)])
+def test_any_prepared_data_set_is_read_by_its_name(name, labelled, tmp_path):
+    prepare(name, labelled, tmp_path)
+    source = data.make(name=name, size=32, data_dir=str(tmp_path))
+    assert (source.examples, source.num_labels) == (8, 1000 if labelled else 0)
+    assert source.fingerprint["version"] == "5.1.0"
+    batch = next(source.training_batches(8, seed=0, start=0, stop=1))
+    assert ("label" in batch) == labelled
+    if labelled:
+        assert sorted(batch["label"]) == list(range(8))
+
+
+def test_a_set_in_another_file_format_is_refused(tmp_path):
+    prepare("imagenet2012", True, tmp_path)
+    info = tmp_path / "imagenet2012" / "5.1.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match="in a file format without random access"):
+        data.make(name="imagenet2012", size=32, data_dir=str(tmp_path))
+
+
+def test_a_set_that_is_not_prepared_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"'imagenet2012' is not prepared in .*--config.data.data_dir"
+    ):
+        data.make(name="imagenet2012", size=32, data_dir=str(tmp_path))
+
+
 # --- Transforms. ---
 
 
@@ -145,8 +205,8 @@ def test_crops_are_torchvisions():
     fits = (area * shape < 500.5**2) & (area / shape < 400.5**2)  # what does not is drawn again
     assert share.mean() == pytest.approx(area[fits].mean() / 200_000, abs=0.01)
     assert 0.74 < aspect.min() < aspect.max() < 1.35
-    assert random_crop_box((1000, 10), rng, (0.9, 1.0)) == (494, 0, 507, 10)
-    assert random_crop_box((10, 1000), rng, (0.9, 1.0)) == (0, 494, 10, 507)
+    assert random_crop_box((1000, 10), rng, (0.9, 1.0)) == (493, 0, 506, 10)
+    assert random_crop_box((10, 1000), rng, (0.9, 1.0)) == (0, 493, 10, 506)
     assert random_crop_box((1, 1), rng, (0.2, 1.0)) == (0, 0, 1, 1)
 
 

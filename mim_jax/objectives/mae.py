@@ -92,7 +92,7 @@ def objective(
         return images, *random_masking(per_example(rng, batch["index"]), num_patches, mask_ratio)
 
     def forward(params, batch, rng):
-        """-> patches (b, n, p*q*c), hidden (b, m), painted (b, m, p*q*c), center, scale (b, m, 1)."""
+        """-> patches (b, n, p*q*c), hidden (b, m), painted (b, m, p*q*c), center and scale."""
         images, visible, hidden = prepare(batch, rng)
         painted = network.apply({"params": params}, images, visible, hidden)
         patches = patchify(images, encoder.patch)

@@ -1,0 +1,18 @@
+r"""MAE, ViT-H/14, ImageNet-1k, 1600 epochs (He et al., 2021, table 3; mae_pretrain_vit_huge).
+
+    python -m mim_jax.main --config=configs/mae_huge.py --workdir=runs/mae_huge
+    python -m mim_jax.main --config=configs/mae_huge.py --smoke
+
+The paper reports 86.9 % top-1 after fine-tuning (table 3). Ours: not yet run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import mae_base
+
+
+def get_config() -> ConfigDict:
+    config = mae_base.get_config()
+    config.model.size = "H"
+    config.model.patch = 14
+    return config
