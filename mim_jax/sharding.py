@@ -1,5 +1,7 @@
 """Where arrays live: the mesh, and the one rule that places them on it."""
 
+from collections.abc import Callable
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,6 +21,11 @@ def by_row(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Everything else: each device holds a copy."""
     return NamedSharding(mesh, P())
+
+
+def by_device(function: Callable, mesh: Mesh) -> Callable:
+    """`function` on each device's own rows; what it returns must be the same on all."""
+    return jax.shard_map(function, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False)
 
 
 def to_global(batch: dict, mesh: Mesh) -> dict:

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from mim_jax.objectives import Objective
-from mim_jax.sharding import replicated, to_global
+from mim_jax.sharding import by_device, replicated, to_global
 
 
 class TrainState(NamedTuple):
@@ -30,7 +30,7 @@ def initialize(objective: Objective, optimizer, example: dict, seed: int) -> Tra
     return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))
 
 
-def train_step(state: TrainState, batch: dict, rng, *, objective, optimizer, accumulate: int):
+def train_step(state: TrainState, batch: dict, rng, *, objective, optimizer, accumulate, mesh):
     """One update, the same for every objective: state, batch -> state, metrics {name: ()}."""
     rng = jax.random.fold_in(rng, state.step)
 
@@ -39,7 +39,7 @@ def train_step(state: TrainState, batch: dict, rng, *, objective, optimizer, acc
         sums = {"weight": jnp.asarray(weight, total.dtype), "loss": total}
         return total, (sums | {name: mean * weight for name, mean in metrics.items()}, buffers)
 
-    grads, sums, buffers = accumulated(total_loss, state, batch, accumulate)
+    grads, sums, buffers = accumulated(total_loss, state, batch, accumulate, mesh)
     weight = sums.pop("weight")
     grads, metrics = jax.tree.map(lambda x: x / weight, (grads, sums))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -48,7 +48,7 @@ def train_step(state: TrainState, batch: dict, rng, *, objective, optimizer, acc
     return TrainState(state.step + 1, params, buffers, opt_state), metrics
 
 
-def accumulated(total_loss: Callable, state: TrainState, batch: dict, accumulate: int):
+def accumulated(total_loss: Callable, state: TrainState, batch: dict, accumulate: int, mesh: Mesh):
     """-> gradient, sums and buffers over the batch, taken in `accumulate` parts in turn."""
     gradient = jax.grad(total_loss, has_aux=True)
     if accumulate == 1:
@@ -60,12 +60,15 @@ def accumulated(total_loss: Callable, state: TrainState, batch: dict, accumulate
         more_grads, (more_sums, buffers) = gradient(state.params, buffers, part)
         return (*jax.tree.map(jnp.add, (grads, sums), (more_grads, more_sums)), buffers), None
 
-    # A part is every accumulate-th row, so that no row leaves its device.
-    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(gradient, state.params, state.buffers, first)
-    zeros = jax.tree.map(jnp.zeros_like, (shapes[0], shapes[1][0]))
-    return jax.lax.scan(add, (*zeros, state.buffers), parts)[0]
+    def on_a_device(rows):
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), rows)
+        grads, (sums, _) = jax.eval_shape(gradient, state.params, state.buffers, rows)
+        zeros = jax.tree.map(jnp.zeros_like, (grads, sums))
+        *sums, buffers = jax.lax.scan(add, (*zeros, state.buffers), parts)[0]
+        return *jax.lax.psum(sums, "data"), jax.lax.pmean(buffers, "data")
+
+    # Devices meet once, at the end. Left to XLA, they may after every part.
+    return by_device(on_a_device, mesh)(batch)
 
 
 def train(
@@ -85,19 +88,19 @@ def train(
     state is good until the next one is asked for: its memory is then used again.
     """
     rng = jax.random.key(seed)
-    settings = dict(objective=objective, optimizer=optimizer, accumulate=accumulate)
+    settings = dict(objective=objective, optimizer=optimizer, accumulate=accumulate, mesh=mesh)
     step_fn = jax.jit(
         functools.partial(train_step, **settings),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
     )
     start, before = int(state.step), None
-    batches = iter(batches_from(start))
-    batch = to_global(next(batches), mesh)
+    batches = (to_global(batch, mesh) for batch in batches_from(start))
+    batch = next(batches)
     for step in range(start + 1, steps + 1):
         state, metrics = step_fn(state, batch, rng)
         if step < steps:
-            batch = to_global(next(batches), mesh)  # travels while this step runs
+            batch = next(batches)  # travels while this step runs
         jax.block_until_ready(before)  # two steps in flight, no more: batches take memory
         before = metrics
         yield step, state, metrics

@@ -1,5 +1,8 @@
 """The loop: the same run on any devices, in any parts, after any stop."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +12,8 @@ import pytest
 from mim_jax import UserError, optim
 from mim_jax.checkpoint import Checkpoints, abstract, init_part
 from mim_jax.objectives import Objective, mae, per_example
-from mim_jax.sharding import make_mesh, replicated
-from mim_jax.train import evaluate, initialize, train
+from mim_jax.sharding import by_row, make_mesh, replicated
+from mim_jax.train import evaluate, initialize, train, train_step
 
 SIZE, ROWS = 16, 16
 EXAMPLE = {
@@ -69,6 +72,23 @@ def test_the_loss_falls(reference):
 def test_devices_and_parts_change_nothing(reference, devices, accumulate):
     other = run(devices, accumulate=accumulate)
     np.testing.assert_allclose(numbers(other), numbers(reference), rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_gradients_leave_a_device_once_a_step(accumulate):
+    """The compiled step has one collective, an all-reduce, and not in the loop over the parts."""
+    mesh = make_mesh(jax.devices()[:8])
+    settings = dict(objective=OBJECTIVE, optimizer=OPTIMIZER, accumulate=accumulate, mesh=mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((64, *x.shape[1:]), x.dtype, sharding=by_row(mesh))
+        for name, x in EXAMPLE.items()
+    }
+    step = jax.jit(functools.partial(train_step, **settings))
+    text = step.lower(start(mesh), batch, jax.random.key(0)).compile().as_text()
+    found = re.findall(r" (all-\w+|reduce-scatter|collective-\w+)\(", text)
+    assert found == ["all-reduce"]
+    entry = text[text.index("\nENTRY ") :]
+    assert " all-reduce(" in entry
 
 
 def test_every_step_draws_new_masks():

@@ -78,11 +78,6 @@ def rematerialize(block, policy: str):
     return nn.remat(block, policy=getattr(jax.checkpoint_policies, policy))
 
 
-def default_torch_bias(rng, shape, dtype, fan_in: int):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): MAE leaves the patch embedding's bias at it."""
-    return jax.random.uniform(rng, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
-
-
 class ViT(nn.Module):
     """An image as a sequence of patches through a transformer (Dosovitskiy et al., 2020)."""
 
@@ -104,7 +99,8 @@ class ViT(nn.Module):
         positions = jnp.asarray(sincos2d(grid, self.width), self.dtype)
         if visible is not None:  # before embedding: what is hidden costs nothing
             patches, positions = take(patches, visible), take(positions, visible)
-        bias_init = functools.partial(default_torch_bias, fan_in=patches.shape[-1])
+        bound = patches.shape[-1] ** -0.5  # torch's default, at which MAE leaves this bias
+        bias_init = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
         embed = Dense(self.width, dtype=self.dtype, bias_init=bias_init, name="embed")
         x = embed(patches) + positions
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
