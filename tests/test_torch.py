@@ -19,6 +19,7 @@ from mim_jax.masking import random_masking
 from mim_jax.models.vit import vit
 from mim_jax.objectives import mae, per_example
 from mim_jax.optim import adamw, warmup_cosine
+from mim_jax.sharding import make_mesh
 from mim_jax.train import TrainState, train_step
 from tests.official import mae_shapes, to_params
 
@@ -28,8 +29,8 @@ F = torch.nn.functional
 
 ENCODER = dict(width=32, depth=1, heads=4)
 DECODER = dict(width=16, depth=2, heads=2)
-SETTINGS = dict(decoder=DECODER, mask_ratio=0.75, mean=(0.0,), std=(1.0,))
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiling is what takes the time here
+SETTINGS = dict(mask_ratio=0.75, mean=(0.0,), std=(1.0,))
+SETTINGS |= {f"decoder_{name}": value for name, value in DECODER.items()}
 
 
 def random_state(patch, channels) -> dict[str, np.ndarray]:
@@ -210,7 +211,7 @@ def test_loss_predictions_and_gradients(dtype, size, patch, channels, normalize_
     network = mae.MAE(vit(**model), mae.Decoder(**DECODER, dtype=dtype, remat="none"))
     num_patches = math.prod(size) // math.prod(patch)
 
-    @functools.partial(jax.jit, compiler_options=OPTIONS)
+    @jax.jit
     def compute(params, batch, rng, order):
         def loss(params):
             total, weight, _ = objective.loss(params, {}, batch, rng, 0)
@@ -285,12 +286,9 @@ def test_ten_steps_of_adamw(accumulate):
     )
     model = dict(**ENCODER, patch=patch, dtype="float64")
     objective = mae.objective(model, **SETTINGS)
-    step = jax.jit(
-        functools.partial(
-            train_step, objective=objective, optimizer=optimizer, accumulate=accumulate
-        ),
-        compiler_options=OPTIONS,
-    )
+    settings = dict(objective=objective, optimizer=optimizer, accumulate=accumulate)
+    settings["mesh"] = make_mesh(jax.devices()[:1])
+    step = jax.jit(functools.partial(train_step, **settings))
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.array, to_params(state))
         ours = TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(params))
