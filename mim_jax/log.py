@@ -21,7 +21,7 @@ class Log:
         self.steps, self.batch_size = steps, batch_size
         self.writes = jax.process_index() == 0
         self.training = self.waiting = 0.0  # seconds since the last line
-        self.last_step, self.pending = step, None
+        self.last_step, self.first, self.pending = step, True, None
         self.sinks = sinks(workdir, step, tensorboard, wandb) if self.writes else []
 
     def timed(self, steps: Iterable) -> Iterator:
@@ -49,6 +49,9 @@ class Log:
     def train(self, step: int, metrics: dict, due: bool, **more: float) -> None:
         """Takes note of a step; what is due is written a step later, so that no device waits."""
         self.flush()
+        if self.first and not due:  # compiling says nothing of the speed
+            self.last_step, self.training, self.waiting = step, 0.0, 0.0
+        self.first = False
         if due:
             count = step - self.last_step
             speed = count * self.batch_size / self.training

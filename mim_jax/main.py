@@ -5,7 +5,8 @@
     python -m mim_jax.main --config=configs/mae_base.py --smoke
 
 A run's folder holds config.json, metrics.jsonl, checkpoints/ and pictures/. Exit codes: 0 done,
-1 failed, 2 a mistake in what was asked for, told in one sentence.
+1 failed, 2 a mistake in what was asked for, told in one sentence, 130 and 143 stopped by a signal
+and saved.
 """
 
 import argparse
@@ -15,7 +16,9 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.distributed is not None:
             join(options.distributed)
         config = recipe.load(options.config, overrides, options.smoke)
-        run(config, options.workdir or f"runs/{Path(options.config).stem}", options.profile)
+        return run(config, options.workdir or f"runs/{Path(options.config).stem}", options.profile)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,7 +56,6 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -103,7 +105,7 @@ def join(processes: str) -> None:
     jax.distributed.initialize(address, count, this)
 
 
-def run(config: ConfigDict, workdir: str, profile: str = "") -> None:
+def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     """Trains from where the folder stands to the end; logs, evaluates, draws, saves on the way."""
     this = recipe.build(config)
     if not jax.config.jax_compilation_cache_dir:  # the environment's word goes first
@@ -123,7 +125,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> None:
     log.say(f"{config.objective.name}: {parameters:,} parameters\n{this.story}")
     if start >= this.steps:
         log.say(f"{workdir} is done: it stands at step {start:,} of {this.steps:,}.")
-        return
+        return 0
     if start:
         state = checkpoints.restore(like)
         log.say(f"going on after step {start:,}")
@@ -149,6 +151,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> None:
         steps=this.steps, seed=config.seed, accumulate=config.accumulate,
     )  # fmt: skip
     lr = np.asarray(this.schedule(np.arange(this.steps)))  # at once: no step waits for its own
+    stop = Stop()
     log.say("compiling the first step")
     trace.after(start)
     for step, state, metrics in log.timed(steps):
@@ -164,13 +167,20 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> None:
             log.evaluation(step, means)
         if due(config.pictures):
             draw(this, state, config, Path(workdir) / "pictures" / f"step_{step:07d}.png")
-        if due(config.save):
+        if due(config.save) or stop.signal:
+            log.flush()  # so that no record is missing if this is the last that is heard of it
             if not np.isfinite(metrics["loss"]):
                 raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}.")
             checkpoints.save(state)
+        if stop.signal:
+            break
     log.flush()
     checkpoints.close()
+    if stop.signal and step < this.steps:
+        log.say(f"stopped and saved after step {step:,}: the same command goes on from here")
+        return 128 + stop.signal
     log.say(f"done: {workdir}")
+    return 0
 
 
 def claim(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) -> None:
@@ -220,6 +230,23 @@ def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path) ->
     columns = pictures(state.params, state.buffers, batch, jax.random.key(config.seed))
     if jax.process_index() == 0:
         draw_sheet(path, columns, f"{config.objective.name}, step {int(state.step):,}")
+
+
+class Stop:
+    """Whether SIGINT or SIGTERM came; a second one ends the process at once.
+
+    One of several processes dies of them: it cannot stop where the others do.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.note)
+
+    def note(self, number: int, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Trace:

@@ -106,6 +106,33 @@ def test_a_run_that_is_killed_goes_on_to_the_last_bit(finished, tmp_path):
     assert losses(tmp_path) == losses(finished[0])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path, number):
+    call = [sys.executable, "-m", *smoke(tmp_path)]
+    first = subprocess.Popen(
+        call,
+        cwd=ROOT,
+        env=environment(1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in first.stdout:
+        if line.startswith("step "):
+            break
+    first.send_signal(number)
+    said, error = first.communicate()
+    assert "Traceback" not in error
+    if first.returncode == 0:
+        pytest.skip("the run was over before the signal came")
+    assert first.returncode == 128 + number
+    assert "stopped and saved after step" in said
+    second = subprocess.run(call, cwd=ROOT, env=environment(1), capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert "going on after step" in second.stdout
+    assert losses(tmp_path) == losses(finished[0])
+
+
 def test_init_from_a_run(finished, tmp_path, command):
     done = command(
         *smoke(tmp_path, f"--config.init_from.encoder={finished[0]}", "--config.steps=3")
