@@ -11,14 +11,14 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.batch_size = 64
-    config.steps = 3000
+    config.steps = 1800
 
-    config.model = dict(width=192, depth=6, heads=3, patch=8)
+    config.model = dict(width=128, depth=6, heads=4, patch=8)
     config.objective = dict(
         name="mae",
         mask_ratio=0.75,
         normalize_target=False,
-        decoder_width=128,
+        decoder_width=96,
         decoder_depth=2,
         decoder_heads=4,
         mean=(0.5,),
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     )
     config.data = dict(name="emoji", size=64, crop_scale=(0.6, 1.0), flip=True, crop_fraction=1.0)
     config.optimizer = dict(
-        name="adamw", base_lr=4e-3, b1=0.9, b2=0.95, weight_decay=0.05, warmup_steps=200
+        name="adamw", base_lr=4e-3, b1=0.9, b2=0.95, weight_decay=0.05, warmup_steps=100
     )
     config.evaluate = dict(every_steps=500)
     config.pictures = dict(every_steps=500)

@@ -111,13 +111,10 @@ def evaluate_step(objective: Objective, mesh: Mesh) -> Callable:
     """-> (params, buffers, batch, rng) -> sums over the rows that count, and how many they are."""
 
     def sums(params, buffers, batch, rng):
-        counts = batch["mask"] > 0  # padding never counts, not even as NaN * 0
-
-        def total(x):
-            return jnp.sum(x, axis=0, where=counts.reshape(-1, *[1] * (x.ndim - 1)))
-
+        counts = batch["mask"] > 0
+        pick = jax.vmap(jnp.where, (0, 0, None))  # padding never counts, not even as NaN * 0
         values = objective.evaluate(params, buffers, batch, rng)
-        return jax.tree.map(total, values), counts.sum()
+        return jax.tree.map(lambda x: pick(counts, x, 0).sum(0), values), counts.sum()
 
     return jax.jit(sums, out_shardings=replicated(mesh))
 
