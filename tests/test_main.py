@@ -194,6 +194,16 @@ def test_a_disk_without_room_is_noticed_at_the_start(tmp_path, monkeypatch, caps
     assert "has 0.0 GiB free, but two checkpoints take" in capsys.readouterr().err
 
 
+def test_a_disk_that_fills_up_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
+    def save(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 3 bytes: No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", save)
+    assert main.main(smoke(tmp_path, "--config.steps=3")[1:]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"error: cannot write to {tmp_path}/checkpoints: No space left on device."
+
+
 def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, capsys):
     arguments = smoke(tmp_path, "--config.optimizer.base_lr=1e30", "--config.batch_size=8")[1:]
     assert main.main(arguments) == 1

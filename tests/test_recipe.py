@@ -12,7 +12,7 @@ CONFIGS = sorted(Path("configs").glob("*.py"))
 EMOJI = "configs/mae_emoji.py"
 PARAMETERS = {  # at full size: of the reference where it has the model
     "mae_base": 111_655_680,
-    "mae_emoji": 3_153_216,
+    "mae_emoji": 1_469_696,
     "mae_huge": 656_613_964,
     "mae_large": 329_239_296,
     "mae_large_800": 329_239_296,
