@@ -91,7 +91,7 @@ def test_overrides_that_cannot_be(override, sentence):
         ("accumulate=3", "make it a multiple of 24"),
         ("batch_size=0", "batch_size = 0 cannot be split"),
         ("steps=0", "must say epochs or steps"),
-        ("steps=100", "a warm-up of 200 steps does not end before step 100"),
+        ("steps=50", "a warm-up of 100 steps does not end before step 50"),
         ("data.name=imagenet", "there is no data set 'imagenet'"),
         ("data.name=mnist", "'mnist' is not prepared in"),
         ("data.split=test", "'emoji' has no split 'test'; it has train, validation"),
