@@ -1,5 +1,6 @@
 """What a run says while it goes: a line on the screen, a JSON object a line in metrics.jsonl."""
 
+import importlib
 import json
 import math
 import time
@@ -7,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
+
+from mim_jax import UserError
 
 
 class Log:
@@ -129,10 +132,18 @@ def step_of(line: str) -> float:
         return float("inf")
 
 
-def tensorboard_events(workdir: str, step: int):
-    from tensorboardX import SummaryWriter
+def optional(package: str, extra: str):
+    """A package that the core install does without."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"log.{extra} needs {package}: pip install -e '.[{extra}]'.") from error
 
-    writer = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+
+def tensorboard_events(workdir: str, step: int):
+    writer = optional("tensorboardX", "tensorboard").SummaryWriter(
+        str(Path(workdir) / "tensorboard"), purge_step=step + 1
+    )
 
     def write(step, values):
         for name, value in values.items():
@@ -143,7 +154,7 @@ def tensorboard_events(workdir: str, step: int):
 
 
 def wandb_run(workdir: str, project: str):
-    import wandb
-
-    run = wandb.init(project=project, dir=workdir, id=Path(workdir).name, resume="allow")
+    run = optional("wandb", "wandb").init(
+        project=project, dir=workdir, id=Path(workdir).name, resume="allow"
+    )
     return lambda step, values: run.log(values, step=step)

@@ -210,6 +210,43 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, capsys):
     assert "failed: the loss is nan at step" in capsys.readouterr().err
 
 
+class StandIn:
+    """A package of a logging service that writes down what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def SummaryWriter(self, *args, **kwargs):  # noqa: N802
+        return self
+
+    def init(self, **kwargs):
+        return self
+
+    def flush(self):
+        pass
+
+    def add_scalar(self, name, value, step):
+        self.told.append((name, value, step))
+
+    def log(self, values, step):
+        self.told += [(name, value, step) for name, value in values.items()]
+
+
+@pytest.mark.parametrize(
+    ("package", "override"),
+    [("tensorboardX", "log.tensorboard=true"), ("wandb", "log.wandb=my_project")],
+)
+def test_other_logs_are_told_the_same(package, override, tmp_path, monkeypatch, capsys):
+    arguments = smoke(tmp_path, f"--config.{override}", "--config.steps=3")[1:]
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main.main(arguments) == 2
+    assert f"needs {package}: pip install" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, package, StandIn())
+    assert main.main(arguments) == 0
+    told = {(step, value) for name, value, step in sys.modules[package].told if name == "loss"}
+    assert told == set(losses(tmp_path).items())
+
+
 def test_a_trace_is_written(tmp_path, command):
     done = command(*smoke(tmp_path, "--profile=2:4", "--config.steps=5"))
     assert done.returncode == 0, done.stderr
