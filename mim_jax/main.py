@@ -167,7 +167,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
             means = evaluate(this.objective, state, batches, mesh=this.mesh, seed=config.seed)
             log.flush()
             log.evaluation(step, means)
-        if due(config.pictures):
+        if due(config.pictures) and config.pictures.count:
             draw(this, state, config, Path(workdir) / "pictures" / f"step_{step:07d}.png")
         if due(config.save) or stop.signal:
             log.flush()  # so that no record is missing if this is the last that is heard of it

@@ -41,6 +41,7 @@ DEFAULTS = dict(  # a type stands for a value of that type that each config must
     pictures=dict(every_epochs=0.0, every_steps=0, count=12),
     save=dict(every_epochs=0.0, every_steps=0, keep=3),
 )
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 SUPPLIED = ("model", "learning_rate", "process", "processes")  # arguments that no config gives
 # What may change while a run goes on; all else is compared with what it was begun with.
 FREE = (
@@ -251,11 +252,13 @@ def build(config: ConfigDict) -> Run:
             f"batch_size = {batch_size} cannot be split over {mesh.size} devices x {accumulate} "
             f"parts: make it a multiple of {mesh.size * max(accumulate, 1)}."
         )
+    if config.save.keep < 1:
+        raise UserError(f"save.keep = {config.save.keep}: keep one checkpoint at least.")
     dataset = data.make(
-        **plain(config.data), process=jax.process_index(), processes=jax.process_count()
+        **config.data.to_dict(), process=jax.process_index(), processes=jax.process_count()
     )
-    model, settings = plain(config.model), plain(config.objective)
-    if model["dtype"] == "auto":
+    model, settings = config.model.to_dict(), config.objective.to_dict()
+    if choose("model.dtype", model["dtype"], DTYPES) == "auto":
         model["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     objective = functions(config)["objective"](
         model, **{name: value for name, value in settings.items() if name != "name"}
@@ -272,7 +275,7 @@ def build(config: ConfigDict) -> Run:
     )
     takes = inspect.signature(optim.OPTIMIZERS[config.optimizer.name]).parameters
     optimizer = optim.OPTIMIZERS[config.optimizer.name](
-        schedule, **{name: v for name, v in plain(config.optimizer).items() if name in takes}
+        schedule, **{name: v for name, v in config.optimizer.to_dict().items() if name in takes}
     )
     height, width, channels = dataset.size
     story = (
@@ -285,11 +288,6 @@ def build(config: ConfigDict) -> Run:
         f"{batch_size // mesh.size // accumulate} images, computed in {model['dtype']}"
     )
     return Run(objective, optimizer, schedule, dataset, mesh, steps, steps_per_epoch, story)
-
-
-def plain(block: ConfigDict) -> dict:
-    """A block as keyword arguments."""
-    return block.to_dict()
 
 
 def trajectory(config: ConfigDict, dataset: data.Data) -> dict[str, Any]:

@@ -98,6 +98,8 @@ def test_overrides_that_cannot_be(override, sentence):
         ("data.split=train[:0]", "'train[:0]' of data set 'emoji' is empty"),
         ("data.interpolation=cubic", "there are bilinear, bicubic"),
         ("data.channels=2", "data.channels = 2: there are 1, 3, 4"),
+        ("model.dtype=bf16", "model.dtype = 'bf16' is unknown; there are auto, bfloat16, float16"),
+        ("save.keep=0", "save.keep = 0: keep one checkpoint at least"),
         ("data.crop_fraction=0", "data.crop_fraction = 0.0"),
         ("data.crop_scale=1,", "data.crop_scale = (1,)"),
     ],
