@@ -97,7 +97,6 @@ def test_evaluation_sees_each_example_once(processes, limit):
     assert len(mask) == -(-count // 64) * 64
 
 
-@pytest.mark.slow
 def test_worker_processes_make_the_same_stream():
     assert digests(stream(0, 5, workers=2)) == digests(stream(0, 5))
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
 from mim_jax import UserError
 from mim_jax.data.sources import open_source
@@ -77,6 +78,7 @@ def make(
         options = grain.ReadOptions(threads or os.cpu_count(), prefetch_buffer_size=4)
         rows = rows.batch(ours).to_iter_dataset(options)
         if workers:
+            flags.FLAGS.mark_as_parsed()  # Grain asks them when it starts a worker
             rows = rows.mp_prefetch(grain.MultiprocessingOptions(workers))
         return iter(rows)
 
