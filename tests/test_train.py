@@ -93,7 +93,6 @@ def test_gradients_leave_a_device_once_a_step(accumulate):
 
 def test_every_step_draws_new_masks():
     """The same images in every batch and a step of length zero: only the masks differ."""
-    seen = []
 
     def loss(params, buffers, batch, rng, step):
         total, _, rest = OBJECTIVE.loss(params, buffers, batch, rng, step)
@@ -106,19 +105,24 @@ def test_every_step_draws_new_masks():
     assert len(set(seen.tolist())) == STEPS
 
 
-def test_a_restart_is_exact(reference, tmp_path):
-    """Killed after step 3 and restored in memory that knows nothing: the last bit is the same."""
-    mesh = make_mesh(jax.devices()[:1])
-    like = jax.tree.map(abstract, start(mesh, seed=1))
-    checkpoints = Checkpoints(tmp_path, keep=1)
+def save_after(last, mesh, folder):
+    """A run that saves after step `last` and gets no further."""
+    checkpoints = Checkpoints(folder, keep=1)
     steps = train(
         OBJECTIVE, OPTIMIZER, batches_from, state=start(mesh), mesh=mesh, steps=STEPS, seed=0
     )
     for step, state, _ in steps:
-        if step == 3:
+        if step == last:
             checkpoints.save(state)
             break
     checkpoints.close()
+
+
+def test_a_restart_is_exact(reference, tmp_path):
+    """Killed after step 3 and restored in memory that knows nothing: the last bit is the same."""
+    mesh = make_mesh(jax.devices()[:1])
+    like = jax.tree.map(abstract, start(mesh, seed=1))
+    save_after(3, mesh, tmp_path)
     again = run(1, state=Checkpoints(tmp_path, keep=1).restore(like))
     assert [row[0] for row in again] == [4, 5]
     assert (numbers(again) == numbers(reference)[3:]).all()
@@ -128,15 +132,7 @@ def test_a_restart_is_exact(reference, tmp_path):
 
 def test_a_checkpoint_moves_to_other_devices(reference, tmp_path):
     mesh = make_mesh(jax.devices()[:8])
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    steps = train(
-        OBJECTIVE, OPTIMIZER, batches_from, state=start(mesh), mesh=mesh, steps=STEPS, seed=0
-    )
-    for step, state, _ in steps:
-        if step == 2:
-            checkpoints.save(state)
-            break
-    checkpoints.close()
+    save_after(2, mesh, tmp_path)
     two = replicated(make_mesh(jax.devices()[:2]))
     like = jax.tree.map(lambda x: abstract(x, two), start(mesh))
     again = run(2, state=Checkpoints(tmp_path, keep=1).restore(like))

@@ -17,7 +17,6 @@ class Data(NamedTuple):
     """A data set as a run sees it."""
 
     examples: int  # in the training split
-    evaluation_examples: int
     size: tuple[int, int, int]  # of an image: height, width, channels
     num_labels: int  # 0 without labels
     fingerprint: dict
@@ -102,7 +101,6 @@ def make(
 
     return Data(
         examples=len(train.examples),
-        evaluation_examples=len(evaluation.examples),
         size=(height, width, channels),
         num_labels=train.num_labels,
         fingerprint=train.fingerprint,
