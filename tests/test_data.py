@@ -10,7 +10,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mim_jax import UserError, data
-from mim_jax.data.transforms import EvaluationView, TrainingView, decode, random_crop_box
+from mim_jax.data.decode import decode
+from mim_jax.data.transforms import EvaluationView, TrainingView, random_crop_box
 
 
 def emoji(**settings):

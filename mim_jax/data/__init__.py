@@ -9,8 +9,9 @@ import numpy as np
 from absl import flags
 
 from mim_jax import UserError
+from mim_jax.data.decode import MODES
 from mim_jax.data.sources import open_source
-from mim_jax.data.transforms import INTERPOLATIONS, MODES, EvaluationView, TrainingView
+from mim_jax.data.transforms import INTERPOLATIONS, EvaluationView, TrainingView
 
 
 class Data(NamedTuple):

@@ -1,19 +1,14 @@
 """From encoded bytes to arrays of one size, pixel for pixel as PIL and torchvision do it."""
 
-import io
 import math
 
 import grain
 import numpy as np
 from PIL import Image
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+from mim_jax.data.decode import decode
+
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-
-
-def decode(encoded: bytes, channels: int) -> Image.Image:
-    """An image with so many 8-bit channels."""
-    return Image.open(io.BytesIO(encoded)).convert(MODES[channels])
 
 
 def to_array(image: Image.Image) -> np.ndarray:
