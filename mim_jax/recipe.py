@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -66,7 +67,10 @@ class Run(NamedTuple):
     @property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch of one."""
-        batch = {"image": jax.ShapeDtypeStruct((1, *self.data.size), jnp.uint8)}
+        batch = {
+            name: jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
+            for name, shape in self.data.views.items()
+        }
         for name in ("index", "label") if self.data.num_labels else ("index",):
             batch[name] = jax.ShapeDtypeStruct((1,), jnp.int32)
         return batch
@@ -231,6 +235,9 @@ def shrink(config: ConfigDict) -> None:
                 set_key(config, f"{block}.{name}", value)
     devices = jax.device_count()
     config.update(batch_size=-(-16 // devices) * devices, steps=20, accumulate=1)
+    if config.data.tokenizer_size:  # as many patches in the one as tokens in the other
+        tokens = np.multiply(config.data.tokenizer_size, (4 * p, 4 * q)) // config.data.size
+        set_key(config, "data.tokenizer_size", tuple(tokens.tolist()))
     set_key(config, "data.size", (4 * p, 4 * q))
     set_key(config, "data.channels", 3)
 
@@ -277,7 +284,7 @@ def build(config: ConfigDict) -> Run:
     optimizer = optim.OPTIMIZERS[config.optimizer.name](
         schedule, **{name: v for name, v in config.optimizer.to_dict().items() if name in takes}
     )
-    height, width, channels = dataset.size
+    height, width, channels = dataset.views["image"]
     story = (
         f"{dataset.examples:,} images, seen at {height} x {width} x {channels}, "
         f"{steps_per_epoch:.1f} batches of {batch_size} an epoch\n"

@@ -7,11 +7,18 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from mim_jax import UserError, data
 from mim_jax.data.decode import decode
-from mim_jax.data.transforms import EvaluationView, TrainingView, random_crop_box
+from mim_jax.data.transforms import (
+    EvaluationView,
+    TrainingView,
+    color_jitter,
+    crop,
+    random_crop_box,
+    resize,
+)
 
 
 def emoji(**settings):
@@ -169,6 +176,17 @@ def test_a_set_that_is_not_prepared_is_refused(tmp_path):
 # --- Transforms. ---
 
 
+def training_view(**settings):
+    plain = dict(size=(20, 24), tokenizer_size=None, channels=3, interpolation="bicubic")
+    plain |= dict(crop_scale=(0.2, 1.0), flip=True, color_jitter=0.0)
+    return TrainingView(**plain | settings)
+
+
+def evaluation_view(size, channels=3, crop_fraction=1.0):
+    how = dict(size=size, tokenizer_size=None, channels=channels, interpolation="bicubic")
+    return EvaluationView(**how, crop_fraction=crop_fraction)
+
+
 class Fixed:
     """A generator of given numbers."""
 
@@ -181,13 +199,74 @@ class Fixed:
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_a_training_view_is_pils_crop_and_bicubic_resize(flip):
-    view = TrainingView((20, 24), 3, (0.2, 1.0), True, "bicubic")
+    view = training_view(size=(20, 24))
     rng = Fixed(0.25, 0.0, 7, 3, 0.3 if flip else 0.7)  # area, log aspect, left, top, flip
     ours = view.random_map({"image": png()}, rng)["image"]
     side = round((40 * 30 * 0.25) ** 0.5)
     theirs = Image.open(io.BytesIO(png())).crop((7, 3, 7 + side, 3 + side))
     theirs = np.asarray(theirs.resize((24, 20), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(ours, theirs[:, ::-1] if flip else theirs)
+
+
+def test_the_tokenizer_sees_the_same_crop_in_the_same_colours():
+    """BEiT's two views: jitter of the whole image, one crop, bicubic and Lanczos, one flip."""
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    factors = (0.7, 1.3, 0.8)
+    rng = Fixed((2, 0, 1), *factors, 0.5, 0.0, 7, 3, 0.3)
+    view = training_view(size=(28, 28), tokenizer_size=(14, 14), color_jitter=0.4)
+    ours = view.random_map({"image": png()}, rng)
+    image = Image.open(io.BytesIO(png()))
+    for i, factor in zip((2, 0, 1), factors, strict=True):
+        image = kinds[i](image).enhance(factor)
+    side = round((40 * 30 * 0.5) ** 0.5)
+    image = image.crop((7, 3, 7 + side, 3 + side))
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # they flip before they crop
+    for name, side, kind in [
+        ("image", 28, Image.Resampling.BICUBIC),
+        ("tokenizer_image", 14, Image.Resampling.LANCZOS),
+    ]:
+        theirs = np.asarray(image.resize((side, side), kind), np.int32)
+        assert abs(ours[name] - theirs).mean() <= 0.2
+
+
+def test_colour_jitter_changes_by_up_to_its_strength():
+    rng, grey = np.random.default_rng(0), Image.new("L", (1, 1), 100)  # only brightness is seen
+    drawn = [color_jitter(grey, 0.4, rng).getpixel((0, 0)) for _ in range(2000)]
+    assert (min(drawn), max(drawn)) == (60, 139)  # PIL cuts decimals off
+    assert np.mean(drawn) == pytest.approx(100, abs=2)
+    with pytest.raises(UserError, match=r"data.color_jitter is for 8-bit images"):
+        color_jitter(np.zeros((8, 8, 13), np.uint16), 0.4, rng)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_batches_of_two_views(processes):
+    sets = [
+        emoji(size=(32, 64), tokenizer_size=(16, 32), process=i, processes=processes)
+        for i in range(processes)
+    ]
+    assert sets[0].views == {"image": (32, 64, 3), "tokenizer_image": (16, 32, 3)}
+    train = joined(s.training_batches(8, seed=0, start=0, stop=2) for s in sets)
+    evaluation = joined(s.evaluation_batches(8, limit=8) for s in sets)
+    for batch in train + evaluation:
+        for name, shape in sets[0].views.items():
+            assert batch[name].shape == (8, *shape)
+        small = batch["image"].reshape(8, 16, 2, 32, 2, 3).mean((2, 4))
+        assert abs(small - batch["tokenizer_image"]).mean() < 6  # the same part of the same image
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_arrays_of_any_type_are_seen_as_pil_sees_them(dtype):
+    """Channel by channel, in the array's own type; overshoots of integers are clipped."""
+    rng = np.random.default_rng(0)
+    top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
+    image = (rng.integers(0, 2, (30, 40, 13)) * top).astype(dtype)
+    seen = resize(crop(image, (5, 2, 37, 29)), (20, 24), "bicubic")
+    assert (seen.shape, seen.dtype) == ((20, 24, 13), dtype)
+    for c in range(13):
+        channel = image[2:29, 5:37, c].astype(np.uint8 if dtype == np.uint8 else np.float32)
+        theirs = Image.fromarray(channel).resize((24, 20), Image.Resampling.BICUBIC)
+        theirs = np.asarray(theirs).clip(*((0, top) if top > 1 else (-9, 9)))
+        np.testing.assert_allclose(seen[..., c], theirs, rtol=0, atol=0.5 if top > 255 else 0)
 
 
 def test_crops_are_torchvisions():
@@ -213,7 +292,7 @@ def test_crops_are_torchvisions():
 @pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 40), (32, 32), (500, 375)])
 def test_an_evaluation_view_is_torchvisions_resize_and_central_crop(width, height):
     encoded = png(width, height)
-    ours = EvaluationView((28, 28), 3, 0.875, "bicubic").map({"image": encoded})["image"]
+    ours = evaluation_view((28, 28), crop_fraction=0.875).map({"image": encoded})["image"]
     image = Image.open(io.BytesIO(encoded))
     long = int(32 * max(width, height) / min(width, height))  # the short side becomes 28 / 0.875
     image = image.resize((long, 32) if width >= height else (32, long), Image.Resampling.BICUBIC)
@@ -223,7 +302,7 @@ def test_an_evaluation_view_is_torchvisions_resize_and_central_crop(width, heigh
 
 
 def test_an_evaluation_view_may_be_oblong():
-    view = EvaluationView((16, 48), 3, 1.0, "bicubic").map({"image": png(60, 60)})["image"]
+    view = evaluation_view((16, 48)).map({"image": png(60, 60)})["image"]
     assert view.shape == (16, 48, 3)
     assert view.std() > 10
 
@@ -231,7 +310,7 @@ def test_an_evaluation_view_may_be_oblong():
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "LA", "1"])
 def test_any_mode_becomes_the_channels_asked_for(mode):
     for channels in (1, 3, 4):
-        view = EvaluationView((8, 8), channels, 1.0, "bicubic")
+        view = evaluation_view((8, 8), channels)
         image = view.map({"image": png(mode=mode)})
         assert image["image"].shape == (8, 8, channels)
     assert decode(png(mode=mode), 3).mode == "RGB"

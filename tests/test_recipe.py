@@ -52,6 +52,15 @@ def test_overrides_have_the_last_word():
     assert (smoke.steps, smoke.seed, smoke.model.width) == (7, 3, 64)
 
 
+def test_a_rehearsal_keeps_as_many_tokens_as_patches():
+    config = recipe.load(EMOJI, ["data.size=224", "data.tokenizer_size=112"])
+    recipe.shrink(config)
+    assert config.data.size == (32, 32)
+    assert config.data.tokenizer_size == (16, 16)
+    example = recipe.build(config).example
+    assert example["tokenizer_image"].shape == (1, 16, 16, 3)
+
+
 def test_a_whole_number_is_a_float_where_one_is_asked_for():
     assert recipe.load(EMOJI, ["optimizer.weight_decay=0"]).optimizer.weight_decay == 0.0
     assert recipe.load(EMOJI, ["data.crop_scale=0.5,1"]).data.crop_scale == (0.5, 1)
@@ -101,6 +110,7 @@ def test_overrides_that_cannot_be(override, sentence):
         ("model.dtype=bf16", "model.dtype = 'bf16' is unknown; there are auto, bfloat16, float16"),
         ("save.keep=0", "save.keep = 0: keep one checkpoint at least"),
         ("data.crop_fraction=0", "data.crop_fraction = 0.0"),
+        ("data.color_jitter=-1", "data.color_jitter = -1.0"),
         ("data.crop_scale=1,", "data.crop_scale = (1,)"),
     ],
 )

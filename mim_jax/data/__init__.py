@@ -18,7 +18,7 @@ class Data(NamedTuple):
     """A data set as a run sees it."""
 
     examples: int  # in the training split
-    size: tuple[int, int, int]  # of an image: height, width, channels
+    views: dict[str, tuple]  # {"image": (height, width, channels)}, and "tokenizer_image"
     num_labels: int  # 0 without labels
     fingerprint: dict
     # Iterators over this process's rows of the global batches, as dicts of numpy arrays.
@@ -30,12 +30,14 @@ def make(
     *,
     name: str,
     size: int | tuple,
+    tokenizer_size: int | tuple = 0,
     split: str = "train",
     evaluation_split: str = "validation",
     data_dir: str = "",
     channels: int = 3,
     crop_scale: tuple = (0.2, 1.0),
     flip: bool = True,
+    color_jitter: float = 0.0,
     interpolation: str = "bicubic",
     crop_fraction: float = 0.875,
     threads: int = 0,
@@ -45,8 +47,10 @@ def make(
 ) -> Data:
     """Opens a data set for process `process` of `processes`.
 
-    Training views are random resized crops of `crop_scale` of the area, flipped half of the time;
-    evaluation views are central crops of `crop_fraction` of the short side. Images are decoded in
+    Training views are random resized crops of `crop_scale` of the area, flipped half of the time,
+    of images whose brightness, contrast and saturation vary by `color_jitter`; evaluation views are
+    central crops of `crop_fraction` of the short side. With `tokenizer_size`, batches have the same
+    crop at that size too, resized by Lanczos: `tokenizer_image` (BEiT). Images are decoded in
     `threads` (0: one a core) or, where these do not keep up, in so many `workers` (processes).
     """
     if interpolation not in INTERPOLATIONS:
@@ -63,12 +67,18 @@ def make(
         raise UserError(f"data.crop_fraction = {crop_fraction}: say a share of the side, up to 1.")
     if channels not in MODES:
         raise UserError(f"data.channels = {channels}: there are {', '.join(map(str, MODES))}.")
-    height, width = (size, size) if isinstance(size, int) else size
+    if color_jitter < 0:
+        raise UserError(
+            f"data.color_jitter = {color_jitter}: say a strength, as 0.4, or 0 for none."
+        )
+    sizes = [(s, s) if isinstance(s, int) else s for s in (size, tokenizer_size)]
+    how = dict(size=sizes[0], tokenizer_size=sizes[1] if tokenizer_size else None)
+    how |= dict(channels=channels, interpolation=interpolation)
+    augment = TrainingView(**how, crop_scale=crop_scale, flip=flip, color_jitter=color_jitter)
+    view = EvaluationView(**how, crop_fraction=crop_fraction)
     train, evaluation = (open_source(name, s, data_dir) for s in (split, evaluation_split))
     keys = ("image", "label") if train.num_labels else ("image",)
     pick = PickFeatures(keys)
-    augment = TrainingView((height, width), channels, crop_scale, flip, interpolation)
-    view = EvaluationView((height, width), channels, crop_fraction, interpolation)
 
     def stream(dataset, first: int, batches: int, batch_size: int) -> Iterator[dict]:
         """Global batches first, first + 1, ... of a dataset of rows; of each, our block of rows."""
@@ -102,7 +112,7 @@ def make(
 
     return Data(
         examples=len(train.examples),
-        size=(height, width, channels),
+        views={name: (*size, channels) for name, (size, _) in view.sizes().items()},
         num_labels=train.num_labels,
         fingerprint=train.fingerprint,
         training_batches=training_batches,
