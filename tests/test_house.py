@@ -19,6 +19,7 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
     "train": {"objectives", "sharding"},
     "checkpoint": {"train"},
     "data": {"data"},
+    "convert": {"convert"},
     "recipe": {"data", "models", "objectives", "optim", "sharding"},
     "main": {"checkpoint", "log", "pictures", "recipe", "sharding", "train"},
     "__init__": set(),
@@ -30,6 +31,7 @@ NOT_IN = {  # packages that a room has nothing to do with
     "train": {"ml_collections", "grain", "flax"},
     "optim": {"ml_collections", "flax"},
     "data": {"jax", "flax", "optax", "tensorflow", "ml_collections"},
+    "convert": {"ml_collections", "grain", "tensorflow"},
 }
 
 

@@ -1,0 +1,1 @@
+"""Weights of others, read safely and called by our names."""

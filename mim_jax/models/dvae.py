@@ -1,0 +1,303 @@
+"""The discrete VAE: images as grids of tokens out of a vocabulary, and back.
+
+Two kinds: `dalle` is OpenAI's, whose tokens BEiT predicts (Ramesh et al., 2021, appendix A.1),
+`small` the strided convolutions of BEiT's own code, after lucidrains' DALLE-pytorch.
+
+Shapes: b images, n tokens on a grid (h, w), v vocabulary, d width, (p, q) patch, c channels.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mim_jax import UserError
+
+# OpenAI's convolution: zero biases, and kernels that keep the variance.
+Conv = functools.partial(
+    nn.Conv, kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+)
+# Next to the tokens: whatever the rest is computed in, and on any device, float32 or better.
+Exact = functools.partial(Conv, kernel_size=(1, 1), precision="highest")
+
+
+def space_to_depth(images: jax.Array, side: int) -> jax.Array:
+    """images (b, H, W, c) -> (b, H/side, W/side, side*side*c)."""
+    return einops.rearrange(images, "b (h p) (w q) c -> b h w (p q c)", p=side, q=side)
+
+
+def depth_to_space(x: jax.Array, side: int) -> jax.Array:
+    """x (b, h, w, side*side*c) -> (b, h*side, w*side, c): undoes `space_to_depth`."""
+    return einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=side, q=side)
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Block(nn.Module):
+    """x + gain * (four convolutions, each after a ReLU, a quarter as wide inside)."""
+
+    width: int
+    sides: tuple[int, int, int, int]  # of the kernels
+    gain: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x
+        for i, side in enumerate(self.sides, 1):
+            width = self.width if i == len(self.sides) else self.width // 4
+            y = Conv(width, (side, side), dtype=self.dtype, name=f"conv_{i}")(nn.relu(y))
+        if x.shape[-1] != self.width:
+            x = Conv(self.width, (1, 1), dtype=self.dtype, name="id_path")(x)
+        return x + self.gain * y
+
+
+class DalleEncoder(nn.Module):
+    """Groups of blocks; between two groups the maximum of 2 x 2 pixels, then twice the width."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    blocks: int
+    stem: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """images (b, H, W, c), mapped -> logits (b, h, w, v)."""
+        gain = ((self.layers + 1) * self.blocks) ** -2
+        x = space_to_depth(images, self.stem)
+        x = Conv(self.width, (7, 7), dtype=self.dtype, name="input")(x)
+        for group in range(self.layers + 1):
+            if group:
+                x = einops.reduce(x, "b (h p) (w q) d -> b h w d", "max", p=2, q=2)
+            for i in range(self.blocks):
+                name = f"group_{group + 1}_block_{i + 1}"
+                x = Block(self.width << group, (3, 3, 3, 1), gain, self.dtype, name=name)(x)
+        return Exact(self.vocabulary, name="output")(at_least_float32(nn.relu(x)))
+
+
+class DalleDecoder(nn.Module):
+    """The same in reverse; between two groups each pixel becomes 2 x 2."""
+
+    values: int  # a pixel
+    width: int
+    layers: int
+    blocks: int
+    stem: int
+    codebook: int  # the width of a code: the kernel of `input` is the codebook
+    dtype: str
+
+    @nn.compact
+    def __call__(self, codes: jax.Array) -> jax.Array:
+        """codes (b, h, w, v), of each token a distribution -> values of pixels (b, H, W, ...)."""
+        gain = ((self.layers + 1) * self.blocks) ** -2
+        x = Exact(self.codebook, name="input")(at_least_float32(codes)).astype(self.dtype)
+        for group in range(self.layers + 1):
+            if group:
+                x = einops.repeat(x, "b h w d -> b (h p) (w q) d", p=2, q=2)
+            width = self.width << (self.layers - group)
+            for i in range(self.blocks):
+                name = f"group_{group + 1}_block_{i + 1}"
+                x = Block(width, (1, 3, 3, 3), gain, self.dtype, name=name)(x)
+        values = self.values * self.stem**2
+        x = Conv(values, (1, 1), dtype=self.dtype, name="output")(nn.relu(x))
+        return depth_to_space(x, self.stem)
+
+
+def small_conv(
+    width: int, side: int, fan_in: int, *, module=nn.Conv, stride: int = 1, **settings
+) -> nn.Module:
+    """A convolution with torch's default initialisation, `stride` times smaller or larger."""
+    bound = fan_in**-0.5
+    init = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+    shape = dict(kernel_size=(side, side), strides=(stride, stride))
+    return module(width, **shape, kernel_init=init, bias_init=init, **settings)
+
+
+class SmallBlock(nn.Module):
+    """x + three convolutions, a ReLU between two of them."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y, width = x, x.shape[-1]
+        for i, side in enumerate((3, 3, 1), 1):
+            fan_in = width * side**2
+            y = small_conv(width, side, fan_in, dtype=self.dtype, name=f"conv_{i}")(y)
+            y = y if i == 3 else nn.relu(y)
+        return x + y
+
+
+class SmallEncoder(nn.Module):
+    """Convolutions of stride two, each with its blocks."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    blocks: int
+    stem: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """images (b, H, W, c), mapped -> logits (b, h, w, v)."""
+        x = space_to_depth(images, self.stem)
+        for layer in range(1, self.layers + 1):
+            settings = dict(stride=2, dtype=self.dtype, name=f"layer_{layer}")
+            x = nn.relu(small_conv(self.width, 4, 16 * x.shape[-1], **settings)(x))
+            for i in range(1, self.blocks + 1):
+                x = SmallBlock(self.dtype, name=f"layer_{layer}_block_{i}")(x)
+        settings = dict(precision="highest", name="output")
+        return small_conv(self.vocabulary, 1, self.width, **settings)(at_least_float32(x))
+
+
+class SmallDecoder(nn.Module):
+    """The codebook, and the same in reverse with transposed convolutions."""
+
+    values: int  # a pixel
+    width: int
+    layers: int
+    blocks: int
+    stem: int
+    codebook: int  # the width of a code
+    dtype: str
+
+    @nn.compact
+    def __call__(self, codes: jax.Array) -> jax.Array:
+        """codes (b, h, w, v), of each token a distribution -> values of pixels (b, H, W, ...)."""
+        shape = codes.shape[-1], self.codebook
+        codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
+        x = jnp.matmul(at_least_float32(codes), codebook, precision="highest").astype(self.dtype)
+        for layer in range(1, self.layers + 1):
+            settings = dict(stride=2, dtype=self.dtype, name=f"layer_{layer}")
+            up = small_conv(
+                self.width, 4, 16 * self.width,  # torch counts what goes out of these
+                module=nn.ConvTranspose, **settings,
+            )  # fmt: skip
+            x = nn.relu(up(x))
+            for i in range(1, self.blocks + 1):
+                x = SmallBlock(self.dtype, name=f"layer_{layer}_block_{i}")(x)
+        values = self.values * self.stem**2
+        x = small_conv(values, 1, self.width, dtype=self.dtype, name="output")(x)
+        return depth_to_space(x, self.stem)
+
+
+KINDS = {
+    "dalle": (DalleEncoder, DalleDecoder, dict(blocks=2, codebook=128)),
+    "small": (SmallEncoder, SmallDecoder, dict(blocks=1, codebook=512)),
+}
+LIKELIHOODS = ("logit_laplace", "mse", "smooth_l1")
+
+
+class DVAE(NamedTuple):
+    """Encoder and decoder as pure functions of their parameters.
+
+    The parameters of the encoder are called `tokenizer` where both are kept together.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    patch: tuple[int, int]  # the pixels of a token
+    channels: int
+    likelihood: str
+
+    def init(self, rng: jax.Array, images: jax.Array) -> dict:
+        """-> {"tokenizer": the encoder's parameters, "decoder": the decoder's}."""
+        rng_tokenizer, rng_decoder = jax.random.split(rng)
+        logits, variables = self.encoder.init_with_output(rng_tokenizer, self.map_pixels(images))
+        decoder = self.decoder.init(rng_decoder, logits)
+        return {"tokenizer": variables["params"], "decoder": decoder["params"]}
+
+    def map_pixels(self, images: jax.Array) -> jax.Array:
+        """Images in [0, 1] -> as they are encoded and compared.
+
+        [0.1, 0.9] for logit_laplace, whose logit is to stay finite (appendix A.3), else [-1, 1].
+        """
+        return 0.1 + 0.8 * images if self.likelihood == "logit_laplace" else 2 * images - 1
+
+    def logits(self, tokenizer: dict, images: jax.Array) -> jax.Array:
+        """images (b, H, W, c) in [0, 1] -> logits (b, h, w, v) in float32 or better."""
+        (p, q), (height, width, channels) = self.patch, images.shape[1:]
+        if height % p or width % q or channels != self.channels:
+            raise UserError(
+                f"the dVAE makes a token of {p} x {q} pixels with {self.channels} channels: images "
+                f"of {height} x {width} x {channels} cannot be cut so; change data.size, or "
+                "model.layers, stem and channels."
+            )
+        return self.encoder.apply({"params": tokenizer}, self.map_pixels(images))
+
+    def tokens(self, tokenizer: dict, images: jax.Array) -> jax.Array:
+        """images (b, H, W, c) in [0, 1] -> the likeliest tokens (b, n) int32, row by row."""
+        tokens = jnp.argmax(self.logits(tokenizer, images), axis=-1).astype(jnp.int32)
+        return tokens.reshape(len(tokens), -1)
+
+    def paint(self, decoder: dict, codes: jax.Array) -> jax.Array:
+        """codes (b, h, w, v), of each token a distribution -> the likelihood's parameters.
+
+        (b, H, W, 2c) for logit_laplace, locations and logarithms of scales, else (b, H, W, c).
+        """
+        return at_least_float32(self.decoder.apply({"params": decoder}, codes))
+
+    def to_images(self, painted: jax.Array) -> jax.Array:
+        """What `paint` returns -> images (b, H, W, c) in [0, 1]."""
+        if self.likelihood == "logit_laplace":
+            images = (jax.nn.sigmoid(painted[..., : self.channels]) - 0.1) / 0.8
+        else:
+            images = (painted + 1) / 2
+        return jnp.clip(images, 0, 1)
+
+    def decode(
+        self, decoder: dict, tokens: jax.Array, grid: tuple[int, int] | None = None
+    ) -> jax.Array:
+        """tokens (b, n) on a grid (h, w), a square if none is given -> images (b, H, W, c)."""
+        h, w = grid or (math.isqrt(tokens.shape[1]),) * 2
+        codes = jax.nn.one_hot(tokens.reshape(-1, h, w), self.encoder.vocabulary)
+        return self.to_images(self.paint(decoder, codes))
+
+
+def dvae(
+    *,
+    kind: str = "dalle",
+    vocabulary: int = 8192,
+    width: int = 256,
+    layers: int = 3,
+    blocks: int = 0,
+    stem: int = 1,
+    codebook: int = 0,
+    channels: int = 3,
+    likelihood: str = "logit_laplace",
+    dtype: str = "float32",
+) -> DVAE:
+    """A dVAE with a token for every stem * 2**layers pixels squared.
+
+    `dalle`, with its defaults, is OpenAI's; `small`, with likelihood="mse", is BEiT's own.
+    `blocks` a layer and the `codebook`'s width have the kind's defaults. With a `stem` the image is
+    cut into squares of so many pixels a side first, and only then convolved, which a CPU likes.
+    """
+    if kind not in KINDS:
+        raise UserError(f"model.kind = {kind!r} is unknown; there are {', '.join(KINDS)}.")
+    if likelihood not in LIKELIHOODS:
+        raise UserError(
+            f"model.likelihood = {likelihood!r} is unknown; there are {', '.join(LIKELIHOODS)}."
+        )
+    if kind == "dalle" and width % 4:
+        raise UserError(f"model.width = {width}: the blocks of a dalle need a multiple of 4.")
+    encoder, decoder, sizes = KINDS[kind]
+    values = channels * (2 if likelihood == "logit_laplace" else 1)
+    shape = dict(width=width, layers=layers, blocks=blocks or sizes["blocks"], stem=stem)
+    side = stem * 2**layers
+    return DVAE(
+        encoder(vocabulary=vocabulary, dtype=dtype, **shape),
+        decoder(values=values, codebook=codebook or sizes["codebook"], dtype=dtype, **shape),
+        (side, side),
+        channels,
+        likelihood,
+    )
