@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance
 
 from mim_jax import UserError, data
 from mim_jax.data.decode import decode
+from mim_jax.data.randaugment import rand_augment
 from mim_jax.data.transforms import (
     EvaluationView,
     TrainingView,
@@ -178,7 +179,8 @@ def test_a_set_that_is_not_prepared_is_refused(tmp_path):
 
 def training_view(**settings):
     plain = dict(size=(20, 24), tokenizer_size=None, channels=3, interpolation="bicubic")
-    plain |= dict(crop_scale=(0.2, 1.0), flip=True, color_jitter=0.0)
+    plain |= dict(crop_scale=(0.2, 1.0), clip_crop=False, flip=True, color_jitter=0.0)
+    plain |= dict(randaugment=(), fill=(124, 116, 104))
     return TrainingView(**plain | settings)
 
 
@@ -287,6 +289,28 @@ def test_crops_are_torchvisions():
     assert random_crop_box((1000, 10), rng, (0.9, 1.0)) == (493, 0, 506, 10)
     assert random_crop_box((10, 1000), rng, (0.9, 1.0)) == (0, 493, 10, 506)
     assert random_crop_box((1, 1), rng, (0.2, 1.0)) == (0, 0, 1, 1)
+
+
+def test_a_crop_for_linear_probing_is_cut_instead_of_drawn_again():
+    """Four times as wide as the image is high: MAE's crop takes all of the height."""
+    rng = Fixed(0.9, np.log(4 / 3), 11, 0)  # area, log aspect, left, top: no second try
+    assert random_crop_box((60, 15), rng, (0.08, 1), clip=True) == (11, 0, 11 + 33, 15)
+
+
+def test_randaugment_comes_last(monkeypatch):
+    view = training_view(size=(28, 28), randaugment=(9, 0.5))
+    rng, again = np.random.default_rng(1), np.random.default_rng(1)
+    ours = view.random_map({"image": png()}, rng)["image"]
+    plain = training_view(size=(28, 28)).random_map({"image": png()}, again)["image"]
+    theirs = rand_augment(Image.fromarray(plain), 9, 0.5, (124, 116, 104), again)
+    np.testing.assert_array_equal(ours, np.asarray(theirs))
+    assert (ours != plain).any()
+    grey = training_view(channels=1, randaugment=(9, 0.5), fill=(120,))
+    assert grey.random_map({"image": png()}, rng)["image"].shape == (20, 24, 1)
+    with pytest.raises(UserError, match=r"3 channels and a fill of \(124,\)"):
+        emoji(randaugment=(9, 0.5), fill=(124,))
+    with pytest.raises(UserError, match="do not go together"):
+        emoji(randaugment=(9, 0.5), tokenizer_size=16)
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 40), (32, 32), (500, 375)])

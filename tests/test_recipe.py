@@ -110,6 +110,7 @@ def test_overrides_that_cannot_be(override, sentence):
         ("model.dtype=bf16", "model.dtype = 'bf16' is unknown; there are auto, bfloat16, float16"),
         ("save.keep=0", "save.keep = 0: keep one checkpoint at least"),
         ("data.crop_fraction=0", "data.crop_fraction = 0.0"),
+        ("data.randaugment=9,", "data.randaugment = (9,): say a magnitude"),
         ("data.color_jitter=-1", "data.color_jitter = -1.0"),
         ("data.crop_scale=1,", "data.crop_scale = (1,)"),
     ],

@@ -11,7 +11,7 @@ from absl import flags
 from mim_jax import UserError
 from mim_jax.data.decode import MODES
 from mim_jax.data.sources import open_source
-from mim_jax.data.transforms import INTERPOLATIONS, EvaluationView, TrainingView
+from mim_jax.data.transforms import EvaluationView, TrainingView
 
 
 class Data(NamedTuple):
@@ -36,8 +36,11 @@ def make(
     data_dir: str = "",
     channels: int = 3,
     crop_scale: tuple = (0.2, 1.0),
+    clip_crop: bool = False,
     flip: bool = True,
     color_jitter: float = 0.0,
+    randaugment: tuple = (),
+    fill: tuple = (124, 116, 104),
     interpolation: str = "bicubic",
     crop_fraction: float = 0.875,
     threads: int = 0,
@@ -47,34 +50,28 @@ def make(
 ) -> Data:
     """Opens a data set for process `process` of `processes`.
 
-    Training views are random resized crops of `crop_scale` of the area, flipped half of the time,
-    of images whose brightness, contrast and saturation vary by `color_jitter`; evaluation views are
-    central crops of `crop_fraction` of the short side. With `tokenizer_size`, batches have the same
-    crop at that size too, resized by Lanczos: `tokenizer_image` (BEiT). Images are decoded in
+    Training views are random resized crops of `crop_scale` of the area (with `clip_crop` not drawn
+    again where they do not fit), flipped half of the time, of images whose brightness, contrast and
+    saturation vary by `color_jitter`; then `randaugment` of a magnitude and its deviation, which
+    fills with `fill`, 255 x the data's mean. Evaluation views are central crops of `crop_fraction`
+    of the short side. With `tokenizer_size`, batches have the same crop at that size too, resized
+    by Lanczos: `tokenizer_image` (BEiT). Images are decoded in
     `threads` (0: one a core) or, where these do not keep up, in so many `workers` (processes).
     """
-    if interpolation not in INTERPOLATIONS:
-        raise UserError(
-            f"data.interpolation = {interpolation!r} is unknown; there are "
-            f"{', '.join(INTERPOLATIONS)}."
-        )
-    low, high = crop_scale if len(crop_scale) == 2 else (0, 0)
-    if not 0 < low <= high <= 1:
-        raise UserError(
-            f"data.crop_scale = {crop_scale}: say two shares of the area, as (0.2, 1.0)."
-        )
-    if not 0 < crop_fraction <= 1:
-        raise UserError(f"data.crop_fraction = {crop_fraction}: say a share of the side, up to 1.")
     if channels not in MODES:
         raise UserError(f"data.channels = {channels}: there are {', '.join(map(str, MODES))}.")
-    if color_jitter < 0:
-        raise UserError(
-            f"data.color_jitter = {color_jitter}: say a strength, as 0.4, or 0 for none."
-        )
     sizes = [(s, s) if isinstance(s, int) else s for s in (size, tokenizer_size)]
     how = dict(size=sizes[0], tokenizer_size=sizes[1] if tokenizer_size else None)
     how |= dict(channels=channels, interpolation=interpolation)
-    augment = TrainingView(**how, crop_scale=crop_scale, flip=flip, color_jitter=color_jitter)
+    augment = TrainingView(
+        **how,
+        crop_scale=crop_scale,
+        clip_crop=clip_crop,
+        flip=flip,
+        color_jitter=color_jitter,
+        randaugment=randaugment,
+        fill=fill,
+    )
     view = EvaluationView(**how, crop_fraction=crop_fraction)
     train, evaluation = (open_source(name, s, data_dir) for s in (split, evaluation_split))
     keys = ("image", "label") if train.num_labels else ("image",)

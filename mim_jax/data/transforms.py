@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance
 
 from mim_jax import UserError
 from mim_jax.data.decode import decode
+from mim_jax.data.randaugment import rand_augment
 
 INTERPOLATIONS = {
     name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")
@@ -47,16 +48,19 @@ def resize(image: Image.Image | np.ndarray, size, interpolation: str) -> np.ndar
     return array.astype(image.dtype)
 
 
-def random_crop_box(size, rng: np.random.Generator, scale, ratio=(3 / 4, 4 / 3)):
+def random_crop_box(size, rng: np.random.Generator, scale, clip=False, ratio=(3 / 4, 4 / 3)):
     """A box (left, top, right, bottom) of a random share `scale` of the area and aspect `ratio`.
 
     torchvision's RandomResizedCrop: ten tries, then the largest central box of an allowed aspect.
+    With `clip`, the first is taken, cut to the image: MAE's for linear probing.
     """
     width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if clip:
+            w, h = min(w, width), min(h, height)
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
             return int(left), int(top), int(left) + w, int(top) + h
@@ -95,24 +99,70 @@ class View:
             views["tokenizer_image"] = self.tokenizer_size, "lanczos"
         return views
 
+    def __post_init__(self):
+        if self.interpolation not in INTERPOLATIONS:
+            raise UserError(
+                f"data.interpolation = {self.interpolation!r} is unknown; there are "
+                f"{', '.join(INTERPOLATIONS)}."
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingView(View, grain.transforms.RandomMap):
-    """Colour jitter, random resized crop (with antialias) and horizontal flip."""
+    """Colour jitter, random resized crop (with antialias), horizontal flip, RandAugment."""
 
     crop_scale: tuple[float, float]
+    clip_crop: bool
     flip: bool
     color_jitter: float
+    randaugment: tuple[float, float] | tuple[()]  # magnitude, deviation
+    fill: tuple[int, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        low, high = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
+        if not 0 < low <= high <= 1:
+            raise UserError(
+                f"data.crop_scale = {self.crop_scale}: say two shares of the area, as (0.2, 1.0)."
+            )
+        if self.color_jitter < 0:
+            raise UserError(
+                f"data.color_jitter = {self.color_jitter}: say a strength, as 0.4, or 0 for none."
+            )
+        if not self.randaugment:
+            return
+        if len(self.randaugment) != 2 or not 0 <= self.randaugment[0] <= 10:
+            raise UserError(
+                f"data.randaugment = {self.randaugment}: say a magnitude, 0 to 10, and its "
+                "deviation, as (9, 0.5), or () for none."
+            )
+        if self.channels not in (1, 3) or len(self.fill) != self.channels:
+            raise UserError(
+                f"data.randaugment is for images of 1 or 3 channels and a data.fill of as many "
+                f"values: here are {self.channels} channels and a fill of {self.fill}."
+            )
+        if self.tokenizer_size:
+            raise UserError("data.randaugment and data.tokenizer_size do not go together.")
 
     def random_map(self, example: dict, rng: np.random.Generator) -> dict:
         image = decode(example["image"], self.channels)
         if self.color_jitter:  # of the whole image: contrast has its mean
             image = color_jitter(image, self.color_jitter, rng)
-        image = crop(image, random_crop_box(width_and_height(image), rng, self.crop_scale))
+        box = random_crop_box(width_and_height(image), rng, self.crop_scale, self.clip_crop)
+        image = crop(image, box)
         views = {name: resize(image, *how) for name, how in self.sizes().items()}
         if self.flip and rng.random() < 0.5:
             views = {name: view[:, ::-1] for name, view in views.items()}
+        if self.randaugment:
+            views["image"] = self.augmented(views["image"], rng)
         return example | views
+
+    def augmented(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if image.dtype != np.uint8:
+            raise UserError("data.randaugment is for 8-bit images: set it to ().")
+        image = Image.fromarray(image if self.channels > 1 else image[..., 0])
+        image = np.asarray(rand_augment(image, *self.randaugment, self.fill, rng))
+        return image.reshape(*self.size, self.channels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +170,13 @@ class EvaluationView(View, grain.transforms.Map):
     """Resize, so that the view is `crop_fraction` of the short side, and central crop."""
 
     crop_fraction: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.crop_fraction <= 1:
+            raise UserError(
+                f"data.crop_fraction = {self.crop_fraction}: say a share of the side, up to 1."
+            )
 
     def map(self, example: dict) -> dict:
         image = decode(example["image"], self.channels)
