@@ -11,11 +11,12 @@ FILES = sorted((ROOT / "mim_jax").rglob("*.py"))
 MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
     "models": {"models"},
     "masking": set(),
+    "augment": set(),
     "sharding": set(),
     "optim": set(),
     "log": set(),
     "pictures": set(),
-    "objectives": {"models", "masking", "objectives"},
+    "objectives": {"augment", "models", "masking", "objectives"},
     "train": {"objectives", "sharding"},
     "checkpoint": {"train"},
     "data": {"data"},
@@ -27,6 +28,7 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
 NOT_IN = {  # packages that a room has nothing to do with
     "models": {"ml_collections", "optax", "grain"},
     "masking": {"ml_collections", "optax", "flax", "grain"},
+    "augment": {"ml_collections", "optax", "flax", "grain"},
     "objectives": {"ml_collections", "grain"},
     "train": {"ml_collections", "grain", "flax"},
     "optim": {"ml_collections", "flax"},

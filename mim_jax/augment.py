@@ -1,0 +1,110 @@
+"""What fine-tuning does to batches on the device: erase a part of an image, mix two. As timm.
+
+Shapes: b images of H x W pixels and c channels, k classes.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mim_jax import UserError
+
+
+def erase(images: jax.Array, rngs: jax.Array, probability: float) -> jax.Array:
+    """Fills a box of some of the images with noise N(0, 1) (random erasing; Zhong et al., 2017).
+
+    images (b, H, W, c), normalised; rngs (b,) keys, one an image. The box has 2 % to a third of the
+    area and an aspect of 0.3 to 1 / 0.3; what does not fit is drawn again, up to ten times.
+    """
+
+    def one(image, rng):
+        rng_box, rng_noise = jax.random.split(rng)
+        hide = random_box(rng_box, image.shape[:2], probability)
+        return jnp.where(hide[..., None], jax.random.normal(rng_noise, image.shape), image)
+
+    return jax.vmap(one)(images, rngs).astype(images.dtype)
+
+
+def random_box(rng: jax.Array, size: tuple[int, int], probability: float) -> jax.Array:
+    """-> (H, W), true in a box that random erasing fills; nowhere but with this probability."""
+    height, width = size
+    rngs, longest = jax.random.split(rng, 5), math.log(1 / 0.3)
+    area = height * width * jax.random.uniform(rngs[0], (10,), minval=0.02, maxval=1 / 3)
+    aspect = jnp.exp(jax.random.uniform(rngs[1], (10,), minval=-longest, maxval=longest))
+    tall, wide = (jnp.round(jnp.sqrt(x)).astype(int) for x in (area * aspect, area / aspect))
+    fits = (tall < height) & (wide < width)
+    tall, wide = tall[fits.argmax()], wide[fits.argmax()]
+    top = jax.random.randint(rngs[2], (), 0, height - tall + 1)
+    left = jax.random.randint(rngs[3], (), 0, width - wide + 1)
+    erased = fits.any() & (jax.random.uniform(rngs[4]) < probability)
+    return erased & inside(size, top, top + tall, left, left + wide)
+
+
+def inside(size: tuple[int, int], top, bottom, left, right) -> jax.Array:
+    """-> (H, W), true in a box."""
+    y, x = jnp.arange(size[0])[:, None], jnp.arange(size[1])
+    return (top <= y) & (y < bottom) & (left <= x) & (x < right)
+
+
+def smooth(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
+    """labels (b,) -> targets (b, k): one-hot, with a share `smoothing` spread over all classes."""
+    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+
+
+def mix(
+    images: jax.Array,
+    targets: jax.Array,
+    rng: jax.Array,
+    index: jax.Array,
+    *,
+    group: int,
+    mixup: float,
+    cutmix: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) -> images, targets (b, k).
+
+    Of each `group` of consecutive rows, the first is mixed with the last, and so on, all by one
+    share from Beta(mixup, mixup) or Beta(cutmix, cutmix). Where neither is 0, either is as likely.
+    `index` (b,) is the rows' place in the global batch.
+    """
+    if len(images) % group:
+        raise UserError(
+            f"objective.mixup_group = {group} does not divide the {len(images)} images that are "
+            "computed at once: make it a divisor of batch_size / devices / accumulate."
+        )
+
+    def one(images, targets, rng):
+        return blend(images, targets, *draw_share(rng, images.shape[1:3], mixup, cutmix))
+
+    rngs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, index[::group])
+    groups = (x.reshape(-1, group, *x.shape[1:]) for x in (images, targets))
+    images_and_targets = jax.vmap(one)(*groups, rngs)
+    return tuple(x.reshape(-1, *x.shape[2:]) for x in images_and_targets)
+
+
+def draw_share(rng: jax.Array, size: tuple[int, int], mixup: float, cutmix: float):
+    """-> how much of each pixel (H, W) stays the image's own, and on average ()."""
+    rng_kind, rng_share, rng_y, rng_x = jax.random.split(rng, 4)
+    y, x = (jax.random.randint(r, (), 0, n) for r, n in zip((rng_y, rng_x), size, strict=True))
+    a, b = (jax.random.beta(rng_share, alpha or 1.0, alpha or 1.0) for alpha in (mixup, cutmix))
+    cuts = jax.random.uniform(rng_kind) < (0.5 if mixup and cutmix else bool(cutmix))
+    own = cut(size, b, y, x)
+    return jnp.where(cuts, own, a), jnp.where(cuts, own.mean(), a)
+
+
+def cut(size: tuple[int, int], share, y, x) -> jax.Array:
+    """-> (H, W): 0 in a box around (y, x) with 1 - share of the area, 1 outside.
+
+    What of the box lies outside the image is lost, so that more than `share` may be 1.
+    """
+    tall, wide = ((side * jnp.sqrt(1 - share)).astype(int) for side in size)
+    top, left = y - tall // 2, x - wide // 2
+    return 1.0 - inside(size, top, top + tall, left, left + wide)
+
+
+def blend(images, targets, own: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mixes images (b, H, W, c) by `own` (H, W) and targets (b, k) by `share`, first with last."""
+    own = own[..., None]
+    mixed = own * images + (1 - own) * images[::-1]
+    return mixed.astype(images.dtype), share * targets + (1 - share) * targets[::-1]
