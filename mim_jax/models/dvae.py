@@ -73,7 +73,8 @@ class DalleEncoder(nn.Module):
         """images (b, H, W, c), mapped -> logits (b, h, w, v)."""
         gain = ((self.layers + 1) * self.blocks) ** -2
         x = space_to_depth(images, self.stem)
-        x = Conv(self.width, (7, 7), dtype=self.dtype, name="input")(x)
+        side = 7 if self.stem == 1 else 3  # a stem widens what a kernel sees
+        x = Conv(self.width, (side, side), dtype=self.dtype, name="input")(x)
         for group in range(self.layers + 1):
             if group:
                 x = einops.reduce(x, "b (h p) (w q) d -> b h w d", "max", p=2, q=2)
