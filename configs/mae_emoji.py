@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.objective = dict(
         name="mae",
         mask_ratio=0.75,
-        target="pixels",
+        normalize_target=False,
         decoder_width=96,
         decoder_depth=2,
         decoder_heads=4,

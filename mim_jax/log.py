@@ -4,7 +4,7 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -26,6 +26,7 @@ class Log:
         self.training = self.waiting = 0.0  # seconds since the last line
         self.last_step, self.first, self.pending = step, True, None
         self.sinks = sinks(workdir, step, tensorboard, wandb) if self.writes else []
+        self.bad_files = lines_once(Path(workdir) / "bad_files.jsonl")
 
     def timed(self, steps: Iterable) -> Iterator:
         """The same steps; the seconds that they take are what images per second counts."""
@@ -86,6 +87,18 @@ class Log:
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  evaluation: {numbers}")
 
+    def unread(self, files: Sequence[tuple[str, str]]) -> None:
+        """Keeps the names of files that were left out from the start, and why."""
+        if files and self.writes:
+            for name, reason in files:
+                self.bad_files({"file": name, "reason": reason})
+            self.say(f"{len(files):,} files are no images that can be read: see bad_files.jsonl")
+
+    def bad_file(self, name: str, reason: str) -> None:
+        """Keeps the name of a file that turned out to be no use, and why. Every process does."""
+        if self.bad_files({"file": name, "reason": reason}):
+            print(f"cannot use {name}: {reason} (in bad_files.jsonl)", flush=True)
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one record everywhere."""
         for sink in self.sinks:
@@ -121,6 +134,22 @@ def json_lines(path: Path, step: int):
     def write(step, values):
         with path.open("a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
+
+    return write
+
+
+def lines_once(path: Path):
+    """-> a function that appends a record to `path`, if it is not there, and says if it did."""
+    there = set(path.read_text().splitlines()) if path.exists() else set()
+
+    def write(record) -> bool:
+        line = json.dumps(record)
+        if line in there:
+            return False
+        there.add(line)
+        with path.open("a") as file:
+            file.write(line + "\n")
+        return True
 
     return write
 

@@ -112,9 +112,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     this = recipe.build(config)
     if not jax.config.jax_compilation_cache_dir:  # the environment's word goes first
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
-    begin = functools.partial(
-        initialize, this.objective, this.optimizer, this.example, config.seed, config.ema > 0
-    )
+    begin = functools.partial(initialize, this.objective, this.optimizer, this.example, config.seed)
     everywhere = replicated(this.mesh)
     like = jax.tree.map(functools.partial(abstract, sharding=everywhere), jax.eval_shape(begin))
     trace = Trace(profile, workdir)
@@ -127,6 +125,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     )  # fmt: skip
     parameters = sum(x.size for x in jax.tree.leaves(like.params))
     log.say(f"{config.objective.name}: {parameters:,} parameters\n{this.story}")
+    log.unread(this.data.unread)
     if start >= this.steps:
         log.say(f"{workdir} is done: it stands at step {start:,} of {this.steps:,}.")
         return 0
@@ -135,9 +134,9 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
         log.say(f"going on after step {start:,}")
     else:
         state = jax.jit(begin, out_shardings=everywhere)()
-        for name, source in config.init_from.items():
-            for part in recipe.PARTS[name] if source not in ("", "random") else ():
-                state = init_part(state, part, source)
+        for part, source in config.init_from.items():
+            if source:
+                state = init_part(state, f"params/{part}", source)
 
     def due(block: ConfigDict) -> bool:
         every = recipe.in_steps(block, "every", this.steps_per_epoch)
@@ -146,13 +145,17 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     def batches_from(step: int):
         return log.waited(
             this.data.training_batches(
-                config.batch_size, seed=config.seed, start=step, stop=this.steps
+                config.batch_size,
+                seed=config.seed,
+                start=step,
+                stop=this.steps,
+                on_bad=log.bad_file,
             )
         )
 
     steps = train(
         this.objective, this.optimizer, batches_from, state=state, mesh=this.mesh,
-        steps=this.steps, seed=config.seed, accumulate=config.accumulate, ema=config.ema,
+        steps=this.steps, seed=config.seed, accumulate=config.accumulate,
     )  # fmt: skip
     lr = np.asarray(this.schedule(np.arange(this.steps)))  # at once: no step waits for its own
     stop = Stop()
@@ -165,7 +168,9 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
             lr=float(lr[step - 1]), epoch=step / this.steps_per_epoch,
         )  # fmt: skip
         if due(config.evaluate):
-            batches = this.data.evaluation_batches(config.batch_size, limit=config.evaluate.limit)
+            batches = this.data.evaluation_batches(
+                config.batch_size, limit=config.evaluate.limit, on_bad=log.bad_file
+            )
             means = evaluate(this.objective, state, batches, mesh=this.mesh, seed=config.seed)
             log.flush()
             log.evaluation(step, means)
@@ -231,7 +236,7 @@ def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path) ->
     count = -(-config.pictures.count // this.mesh.size) * this.mesh.size
     batch = to_global(next(this.data.evaluation_batches(count, limit=count)), this.mesh)
     pictures = jax.jit(this.objective.pictures, out_shardings=replicated(this.mesh))
-    columns = pictures(state.averaged, state.buffers, batch, jax.random.key(config.seed))
+    columns = pictures(state.params, state.buffers, batch, jax.random.key(config.seed))
     if jax.process_index() == 0:
         draw_sheet(path, columns, f"{config.objective.name}, step {int(state.step):,}")
 

@@ -83,8 +83,7 @@ def test_a_whole_number_is_a_float_where_one_is_asked_for():
         ("steps=True", "steps = True must be int"),
         ("model=3", "model is a block: say model.d"),
         ("steps", "--config.steps has no value"),
-        ("model.size=XL", "model.size = 'XL' is unknown; there are B, H, L, S, Ti"),
-        ("objective.name=mea", "objective.name = 'mea' is unknown; there are beit, mae"),
+        ("objective.name=mea", "objective.name = 'mea' is unknown; there are mae"),
         ("optimizer.name=sgd", "optimizer.name = 'sgd' is unknown; there are adamw"),
     ],
 )
@@ -107,7 +106,7 @@ def test_overrides_that_cannot_be(override, sentence):
         ("data.split=test", "'emoji' has no split 'test'; it has train, validation"),
         ("data.split=train[:0]", "'train[:0]' of data set 'emoji' is empty"),
         ("data.interpolation=cubic", "there are bilinear, bicubic"),
-        ("data.channels=2", "data.channels = 2: there are 1, 3, 4"),
+        ("data.channels=2", "data.channels = 2, but the images of emoji have 3"),
         ("model.dtype=bf16", "model.dtype = 'bf16' is unknown; there are auto, bfloat16, float16"),
         ("save.keep=0", "save.keep = 0: keep one checkpoint at least"),
         ("data.crop_fraction=0", "data.crop_fraction = 0.0"),
@@ -142,7 +141,7 @@ def test_config_files_that_cannot_be(tmp_path):
     assert load(body.format("mae_emoji", "mae_emoji", "c.model.width = 96")).model.width == 96
     for line, sentence in [
         ("c.model.widht = 96", "no key model.widht: did you mean model.width?"),
-        ("c.optimizer.rate = 1.0", "no key optimizer.rate"),
+        ("c.optimizer.lr = 1.0", "no key optimizer.lr"),
         ("del c.data.size", "the config must say data.size"),
         ("del c.batch_size", "the config must say batch_size"),
         ("del c.objective", "the config has no block 'objective'"),

@@ -1,7 +1,11 @@
 """What there is to see: batches of images as a function of the seed and the step, nothing else."""
 
+import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -9,8 +13,9 @@ import numpy as np
 from absl import flags
 
 from mim_jax import UserError
-from mim_jax.data.decode import MODES
-from mim_jax.data.sources import open_source
+from mim_jax.data.bad_files import BadFiles, usable
+from mim_jax.data.decode import channels_of, suits, type_of
+from mim_jax.data.sources import open_sources
 from mim_jax.data.transforms import EvaluationView, TrainingView
 
 
@@ -19,11 +24,14 @@ class Data(NamedTuple):
 
     examples: int  # in the training split
     views: dict[str, tuple]  # {"image": (height, width, channels)}, and "tokenizer_image"
+    dtype: str  # of the images in a batch: the source's own, uint8, uint16 or float32
     num_labels: int  # 0 without labels
     fingerprint: dict
-    # Iterators over this process's rows of the global batches, as dicts of numpy arrays.
-    training_batches: Callable  # (batch_size, *, seed, start, stop) -> batches of steps start..stop
-    evaluation_batches: Callable  # (batch_size, *, limit) -> every example once, and padding
+    unread: Sequence[tuple[str, str]]  # name and reason of files that are no images
+    # Iterators over this process's rows of the global batches, as dicts of numpy arrays. `on_bad`
+    # is told the name and the reason of each file that turns out to be unusable.
+    training_batches: Callable  # (batch_size, *, seed, start, stop, on_bad) -> steps start..stop
+    evaluation_batches: Callable  # (batch_size, *, limit, on_bad) -> each example once, and padding
 
 
 def make(
@@ -34,6 +42,7 @@ def make(
     split: str = "train",
     evaluation_split: str = "validation",
     data_dir: str = "",
+    labels: str = "",
     channels: int = 3,
     crop_scale: tuple = (0.2, 1.0),
     clip_crop: bool = False,
@@ -43,12 +52,17 @@ def make(
     fill: tuple = (124, 116, 104),
     interpolation: str = "bicubic",
     crop_fraction: float = 0.875,
+    max_bad_fraction: float = 0.05,
     threads: int = 0,
     workers: int = 0,
     process: int = 0,
     processes: int = 1,
 ) -> Data:
-    """Opens a data set for process `process` of `processes`.
+    """Opens a data set (see sources.py) for process `process` of `processes`.
+
+    An image that cannot be used is replaced by the next one in training, and does not count in
+    evaluation; if there are more of them than `max_bad_fraction` of a split, batches end in a
+    UserError.
 
     Training views are random resized crops of `crop_scale` of the area (with `clip_crop` not drawn
     again where they do not fit), flipped half of the time, of images whose brightness, contrast and
@@ -58,8 +72,8 @@ def make(
     by Lanczos: `tokenizer_image` (BEiT). Images are decoded in
     `threads` (0: one a core) or, where these do not keep up, in so many `workers` (processes).
     """
-    if channels not in MODES:
-        raise UserError(f"data.channels = {channels}: there are {', '.join(map(str, MODES))}.")
+    if channels < 1:
+        raise UserError(f"data.channels = {channels}: say 3, or how many the images have.")
     sizes = [(s, s) if isinstance(s, int) else s for s in (size, tokenizer_size)]
     how = dict(size=sizes[0], tokenizer_size=sizes[1] if tokenizer_size else None)
     how |= dict(channels=channels, interpolation=interpolation)
@@ -73,9 +87,18 @@ def make(
         fill=fill,
     )
     view = EvaluationView(**how, crop_fraction=crop_fraction)
-    train, evaluation = (open_source(name, s, data_dir) for s in (split, evaluation_split))
-    keys = ("image", "label") if train.num_labels else ("image",)
-    pick = PickFeatures(keys)
+    splits = (split, evaluation_split)
+    train, evaluation = open_sources(name, splits, data_dir=data_dir, labels=labels)
+    if not suits(train.mode, channels):
+        raise UserError(
+            f"data.channels = {channels}, but the images of {name} have {channels_of(train.mode)} "
+            f"({train.mode}): say --config.data.channels={channels_of(train.mode)}."
+        )
+    dtype = type_of(train.mode)
+    augment, view = (dataclasses.replace(view, dtype=dtype) for view in (augment, view))
+    bad_in_training, bad_in_evaluation = (
+        BadFiles(source, channels, dtype, max_bad_fraction) for source in (train, evaluation)
+    )
 
     def stream(dataset, first: int, batches: int, batch_size: int) -> Iterator[dict]:
         """Global batches first, first + 1, ... of a dataset of rows; of each, our block of rows."""
@@ -86,45 +109,60 @@ def make(
         rows = rows.batch(ours).to_iter_dataset(options)
         if workers:
             flags.FLAGS.mark_as_parsed()  # Grain asks them when it starts a worker
-            rows = rows.mp_prefetch(grain.MultiprocessingOptions(workers))
+            options = grain.MultiprocessingOptions(workers)
+            rows = rows.mp_prefetch(options, functools.partial(end_with, os.getpid()))
         return iter(rows)
 
-    def training_batches(batch_size: int, *, seed: int, start: int, stop: int) -> Iterator[dict]:
+    def training_batches(
+        batch_size: int, *, seed: int, start: int, stop: int, on_bad: Callable = ignore
+    ) -> Iterator[dict]:
         # Shuffled and augmented by global position, before any process takes its share.
-        dataset = grain.MapDataset.source(train.examples).seed(seed).map(pick).shuffle().repeat()
-        dataset = dataset.random_map(augment)
-        dataset = dataset.map_with_index(lambda i, row: row | {"index": np.int32(i % batch_size)})
-        return stream(dataset, start, stop - start, batch_size)
+        dataset = grain.MapDataset.range(len(train.examples)).seed(seed).shuffle().repeat()
 
-    def evaluation_batches(batch_size: int, *, limit: int = 0) -> Iterator[dict]:
+        def row(i: int, rng: np.random.Generator) -> dict:
+            return usable(lambda example: augment.random_map(example, rng), train.examples, i)
+
+        dataset = dataset.random_map(row)
+        dataset = dataset.map_with_index(lambda i, row: row | {"index": np.int32(i % batch_size)})
+        batches = stream(dataset, start, stop - start, batch_size)
+        return bad_in_training.noted(batches, on_bad)
+
+    def evaluation_batches(
+        batch_size: int, *, limit: int = 0, on_bad: Callable = ignore
+    ) -> Iterator[dict]:
         count = min(limit or len(evaluation.examples), len(evaluation.examples))
         batches = -(-count // batch_size)
 
         def row(i: int) -> dict:
-            example = view.map(pick.map(evaluation.examples[min(i, count - 1)]))
-            return example | {"index": np.int32(i), "mask": np.float32(i < count)}
+            example = usable(view.map, evaluation.examples, min(i, count - 1))
+            counts = i < count and example["bad"] < 0
+            return example | {"index": np.int32(i), "mask": np.float32(counts)}
 
         dataset = grain.MapDataset.range(batches * batch_size).map(row)
-        return stream(dataset, 0, batches, batch_size)
+        return bad_in_evaluation.noted(stream(dataset, 0, batches, batch_size), on_bad)
 
     return Data(
         examples=len(train.examples),
         views={name: (*size, channels) for name, (size, _) in view.sizes().items()},
+        dtype=dtype,
         num_labels=train.num_labels,
         fingerprint=train.fingerprint,
+        unread=train.unread,
         training_batches=training_batches,
         evaluation_batches=evaluation_batches,
     )
 
 
-class PickFeatures(grain.transforms.Map):
-    """Leaves of an example what a batch is made of."""
+def ignore(name: str, reason: str) -> None:
+    """What is done about a bad file where nothing is asked for."""
 
-    def __init__(self, names):
-        self.names = names
 
-    def map(self, example: dict) -> dict:
-        picked = {name: example[name] for name in self.names}
-        if "label" in picked:
-            picked["label"] = np.int32(picked["label"])
-        return picked
+def end_with(parent: int, worker: int, workers: int) -> None:
+    """Lets a worker process end when its parent is no more, even if that was killed."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

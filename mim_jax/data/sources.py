@@ -1,11 +1,14 @@
 """What images there are. A source gives random access to encoded images and their labels."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from mim_jax import UserError
+from mim_jax.data.folder import Examples, Folder
 
 BUILTIN = {"emoji": Path(__file__).parent / "builtin" / "emoji" / "1.0.0"}
 
@@ -16,17 +19,77 @@ class Source(NamedTuple):
     examples: Any
     num_labels: int
     fingerprint: dict  # equal where the examples are: name, version, split, how many
+    mode: str  # of most images, as decode.header says it
+    name_of: Callable[[int], str]  # where example i comes from, for people
+    unread: Sequence[tuple[str, str]] = ()  # names and reasons of files that are no images
 
 
-def open_source(name: str, split: str, data_dir: str = "") -> Source:
-    """`emoji` is built in; any other name is a data set prepared by TFDS, in array_record files.
+def open_sources(
+    name: str, splits: Sequence[str], data_dir: str = "", labels: str = ""
+) -> list[Source]:
+    """The images of each split. Nothing is decoded, and TensorFlow is not imported.
 
-    Nothing is decoded, and TensorFlow is not imported. `data_dir` may be local or gs://.
+    name: `emoji` is built in; `folder:PATH` is any tree of images, or a tar file (see folder.py);
+        `tfds:PATH` a folder that TFDS or `mim_jax.data.prepare` wrote; any other name a data set
+        that TFDS prepared in array_record files in `data_dir`, which may be local or gs://.
+    labels: of a folder: "folder", or the path of a CSV file, or "" for none.
     """
+    if name.startswith("folder:"):
+        folder = Folder(name.removeprefix("folder:"))
+        return [of_folder(folder, split, labels) for split in splits]
+    if labels:
+        raise UserError(
+            f"data.labels = {labels!r} is for data.name=folder:PATH; {name!r} has its own labels."
+        )
     builder = builder_of(name, data_dir)
+    if "image" not in builder.info.features:
+        has = ", ".join(builder.info.features)
+        raise UserError(f"data set {name!r} has no images; its features are {has}.")
+    return [of_tfds(builder, name, split) for split in splits]
+
+
+def of_folder(folder: Folder, split: str, labels: str) -> Source:
+    """A split of a folder. Raises UserError where an image should have a label and has none."""
+    rows, manifest = folder.rows(split), folder.manifest
+    numbers, names = folder.labels(labels) if labels else (None, [])
+    if labels:
+        numbers = numbers[rows]
+        if len(without := rows[numbers < 0]):
+            raise UserError(
+                f"data.labels = {labels!r} gives {len(without):,} of {len(rows):,} images of split "
+                f"{split!r} no label that train has; the first is {folder.names[without[0]]!r}."
+            )
+    examples = Examples(manifest, rows, numbers)
+    return Source(
+        examples,
+        num_labels=len(names),
+        fingerprint=dict(
+            name="folder", version=examples.digest(), split=split, examples=len(examples)
+        ),
+        mode=manifest.modes[np.bincount(manifest.rows["mode"]).argmax()],
+        name_of=examples.name,
+        unread=manifest.unread,
+    )
+
+
+class Records:
+    """Of the examples that TFDS prepared, image and label."""
+
+    def __init__(self, records: Sequence[dict], labelled: bool):
+        self.records, self.labelled = records, labelled
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> dict:
+        record = self.records[i]
+        example = {"image": record["image"]}
+        return example | {"label": np.int32(record["label"])} if self.labelled else example
+
+
+def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
+    """A split of a prepared data set."""
     features, splits = builder.info.features, builder.info.splits
-    if "image" not in features:
-        raise UserError(f"data set {name!r} has no images; its features are {', '.join(features)}.")
     try:
         count = splits[split].num_examples
     except (KeyError, ValueError) as error:
@@ -35,26 +98,49 @@ def open_source(name: str, split: str, data_dir: str = "") -> Source:
         ) from error
     if not count:
         raise UserError(f"split {split!r} of data set {name!r} is empty.")
-    examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+    def name_of(i: int) -> str:
+        file = records[i].get("file_name", b"").decode(errors="replace")
+        return file or f"{split}, example {i}"
+
     return Source(
-        examples,
+        Records(records, labelled="label" in features),
         num_labels=features["label"].num_classes if "label" in features else 0,
         fingerprint=dict(
             name=builder.name, version=str(builder.version), split=split, examples=count
         ),
+        mode=mode_of(builder.info),
+        name_of=name_of,
     )
+
+
+def mode_of(info: tfds.core.DatasetInfo) -> str:
+    """What `prepare` noted, or else the type and the channels of the image feature."""
+    if info.metadata and "mode" in info.metadata:
+        return info.metadata["mode"]
+    image = info.features["image"]
+    return f"{np.dtype(image.np_dtype)} x {image.shape[-1] or 3}"
 
 
 def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """The TFDS builder of a prepared data set."""
-    if name in BUILTIN:
-        return tfds.builder_from_directory(BUILTIN[name])
-    how = f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
+    path = BUILTIN.get(name) or (name.startswith("tfds:") and name.removeprefix("tfds:"))
+    if path:
+        try:
+            return tfds.builder_from_directory(Path(path).expanduser())
+        except (tfds.core.dataset_info.DatasetInfoFileError, FileNotFoundError) as error:
+            raise UserError(
+                f"{path} is no folder that TFDS or mim_jax.data.prepare finished: say one with a "
+                "dataset_info.json, as tfds:/data/my_images."
+            ) from error
+    how = f"python -m mim_jax.data.prepare {name} --data_dir=FOLDER"
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(
-            f"there is no data set {name!r}: say {', '.join(BUILTIN)}, or a data set of TFDS."
+            f"there is no data set {name!r}: say {', '.join(BUILTIN)}, folder:PATH, tfds:PATH, or "
+            "a data set of TFDS."
         ) from error
     except ValueError as error:
         if "File format is already set" not in str(error):

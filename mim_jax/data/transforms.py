@@ -89,6 +89,7 @@ class View:
 
     size: tuple[int, int]
     channels: int
+    dtype: str = "uint8"
     interpolation: str
     tokenizer_size: tuple[int, int] | None
 
@@ -145,7 +146,7 @@ class TrainingView(View, grain.transforms.RandomMap):
             raise UserError("data.randaugment and data.tokenizer_size do not go together.")
 
     def random_map(self, example: dict, rng: np.random.Generator) -> dict:
-        image = decode(example["image"], self.channels)
+        image = decode(example["image"], self.channels, self.dtype)
         if self.color_jitter:  # of the whole image: contrast has its mean
             image = color_jitter(image, self.color_jitter, rng)
         box = random_crop_box(width_and_height(image), rng, self.crop_scale, self.clip_crop)
@@ -179,7 +180,7 @@ class EvaluationView(View, grain.transforms.Map):
             )
 
     def map(self, example: dict) -> dict:
-        image = decode(example["image"], self.channels)
+        image = decode(example["image"], self.channels, self.dtype)
         return example | {name: self.central(image, *how) for name, how in self.sizes().items()}
 
     def central(self, image, size, interpolation: str) -> np.ndarray:

@@ -1,0 +1,160 @@
+"""Any tree of images, or tar files of them, as a source: its splits and its labels.
+
+With a folder `train/` beside `validation/` (or `val/`, `valid/`) or `test/`, these are the splits;
+`test` is `validation` too where there is no other. In any other tree `validation` is a twentieth of
+all, drawn by the names, and `train` the rest. TFDS's way to ask for parts and sums holds here too:
+`train[:1000]`, `train[10%:]`, `train+validation`, `all`; a slice is as drawn, too.
+"""
+
+import csv
+import hashlib
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from mim_jax import UserError
+from mim_jax.data.manifest import SPLITS, Manifest, scan
+
+HEADERS = ("path", "file", "filename", "file_name", "image", "name")  # of a CSV's first column
+
+
+class Folder:
+    """A scanned folder. `splits` {name: rows of the manifest}."""
+
+    def __init__(self, root: str):
+        self.manifest = scan(root)
+        self.root = self.manifest.root
+        self.names = [os.fsdecode(name) for name in self.manifest.names.split(b"\0")[:-1]]
+        if not self.names:
+            why, files = "it is empty", self.manifest.unread
+            if files:
+                most = Counter(reason for _, reason in files).most_common(1)[0][0]
+                why = f"of {len(files):,} files most are not because: {most}"
+            raise UserError(f"{self.root} holds no image that can be read: {why}.")
+        tops = {name.partition("/")[0] for name in self.names if "/" in name}
+        self.split = "train" in tops and (len(tops) == 1 or len(tops & set(SPLITS)) > 1)
+        self.splits = self.by_folder() if self.split else {}
+        if "validation" not in self.splits:
+            ours = self.splits.get("train", np.arange(len(self.names)))
+            test = self.splits.get("test")
+            held_out = max(1, len(ours) // 20) if len(ours) > 1 else 0
+            self.splits["validation"] = ours[:held_out] if test is None else test
+            self.splits["train"] = ours[held_out:] if test is None else ours
+
+    def by_folder(self) -> dict[str, np.ndarray]:
+        rows = {}
+        for row, name in enumerate(self.names):
+            top, _, below = name.partition("/")
+            if below and top.isidentifier():  # so that TFDS's way to ask for it is clear
+                rows.setdefault(SPLITS.get(top, top), []).append(row)
+        return {split: np.array(rows[split]) for split in sorted(rows)}
+
+    def rows(self, split: str) -> np.ndarray:
+        """The rows of a split, or of a slice or sum of splits."""
+        infos = (
+            tfds.core.SplitInfo(name=name, shard_lengths=[len(rows)], num_bytes=0)
+            for name, rows in self.splits.items()
+        )
+        try:
+            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(
+                tfds.core.splits.SplitDict(infos)
+            )
+        except (ValueError, AssertionError, NotImplementedError) as error:
+            raise UserError(
+                f"{self.root} has no split {split!r}; it has {', '.join(sorted(self.splits))}, "
+                "all, and slices as 'train[:1000]' or 'train[10%:]'."
+            ) from error
+        rows = np.concatenate([self.splits[part.splitname][part.from_ : part.to] for part in parts])
+        rows = rows[np.sort(np.unique(rows, return_index=True)[1])]  # each once
+        if not len(rows):
+            raise UserError(
+                f"split {split!r} of {self.root} is empty: of {len(self.names)} images in all, say "
+                "which, as data.split=all or data.evaluation_split=all."
+            )
+        return rows
+
+    def labels(self, how: str) -> tuple[np.ndarray, list[str]]:
+        """The label of every row, -1 for none, and the labels' names.
+
+        `how` is "folder", the folder that an image lies in, the first below its split's, or else
+        the path of a CSV file: a line an image, its path from the root and its label.
+        """
+        if how != "folder":
+            return self.labels_of_csv(how)
+        parts = [name.split("/")[1 if self.split else 0 : -1] for name in self.names]
+        named = [part[0] if part else "" for part in parts]
+        known = [named[row] for row in self.splits["train"]] if self.split else named
+        names = sorted(set(known) - {""})
+        if not names:
+            raise UserError(
+                f"data.labels = 'folder', but the images of {self.root} lie in no folders that "
+                'could be labels: say data.labels="" or the path of a CSV file.'
+            )
+        return numbered(named, names), names
+
+    def labels_of_csv(self, path: str) -> tuple[np.ndarray, list[str]]:
+        try:
+            with open(Path(path).expanduser(), newline="", encoding="utf-8-sig") as file:
+                lines = [line for line in csv.reader(file) if line]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(
+                f"data.labels = {path!r} cannot be read ({error}): say '', 'folder' or the path of "
+                "a CSV file."
+            ) from error
+        if lines and lines[0][0].strip().lower() in HEADERS:
+            del lines[0]
+        for line in lines:
+            if len(line) < 2 or not line[1].strip():
+                raise UserError(
+                    f"data.labels = {path!r}: {','.join(line)!r} is not a path, a comma, a label."
+                )
+        of = {os.path.normpath(line[0].strip()): line[1].strip() for line in lines}
+        named = [of.get(name, of.get(os.path.join(self.root, name), "")) for name in self.names]
+        names = sorted(set(of.values()))
+        if all(name.isdecimal() for name in names):  # numbers are labels as they stand
+            names = [str(number) for number in range(max(map(int, names), default=-1) + 1)]
+            named = [name and str(int(name)) for name in named]
+        if not any(named):
+            raise UserError(
+                f"data.labels = {path!r} names none of the images of {self.root}: write paths from "
+                f"there, as {self.names[0]!r}."
+            )
+        return numbered(named, names), names
+
+
+def numbered(named: list[str], names: list[str]) -> np.ndarray:
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers.get(name, -1) for name in named], np.int32)
+
+
+class Examples:
+    """examples[i] is {"image": encoded bytes, "label": int, where there are labels}."""
+
+    def __init__(self, manifest: Manifest, rows: np.ndarray, labels: np.ndarray | None):
+        self.manifest, self.rows, self.labels = manifest, rows, labels
+        self.ends = np.flatnonzero(np.frombuffer(manifest.names, np.uint8) == 0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        example = {"image": self.manifest.read(self.rows[i], self.name(i))}
+        return example if self.labels is None else example | {"label": self.labels[i]}
+
+    def name(self, i: int) -> str:
+        """The path of example i, from the root."""
+        row = self.rows[i]
+        start = self.ends[row - 1] + 1 if row else 0
+        return os.fsdecode(self.manifest.names[start : self.ends[row]])
+
+    def digest(self) -> str:
+        """A number that is another one if names, sizes or labels are others."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            digest.update(os.fsencode(self.name(i)) + b"\0")
+        digest.update(self.manifest.rows["bytes"][self.rows].tobytes())
+        digest.update(b"" if self.labels is None else self.labels.tobytes())
+        return digest.hexdigest()[:16]
