@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.objective = dict(
         name="mae",
         mask_ratio=0.75,  # section 4.1
-        normalize_target=True,  # of the released models (FINETUNE.md); the ablations have False
+        target="normalized_pixels",  # of the released models (FINETUNE.md); ablations: pixels
         decoder_width=512,  # section 4.1
         decoder_depth=8,  # section 4.1
         decoder_heads=16,  # the official code

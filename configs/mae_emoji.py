@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.objective = dict(
         name="mae",
         mask_ratio=0.75,
-        normalize_target=False,
+        target="pixels",
         decoder_width=96,
         decoder_depth=2,
         decoder_heads=4,

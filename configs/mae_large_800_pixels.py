@@ -14,5 +14,5 @@ from configs import mae_large_800
 
 def get_config() -> ConfigDict:
     config = mae_large_800.get_config()
-    config.objective.normalize_target = False
+    config.objective.target = "pixels"
     return config

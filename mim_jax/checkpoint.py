@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from mim_jax import UserError
@@ -72,13 +73,14 @@ def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
 
 
 def init_part(state: TrainState, part: str, workdir: str) -> TrainState:
-    """`state` with one part, as "params/encoder", as it is in the newest checkpoint of a run.
+    """`state` with one part of its params or buffers as it is in the newest checkpoint of a run.
 
-    Raises UserError unless that run has the part with the same names and shapes.
+    There it is among the params, or their moving average. Raises UserError unless that run has the
+    part with the same names and shapes.
     """
-    field, name = part.split("/")
+    field = "buffers" if part in state.buffers else "params"
     tree = getattr(state, field)
-    if name not in tree:
+    if part not in tree:
         raise UserError(f"init_from: this objective has no {part}; it has {', '.join(tree)}.")
     if not (Path(workdir) / "checkpoints").is_dir():
         raise UserError(f"init_from: {workdir} is not the folder of a run: it has no checkpoints.")
@@ -86,8 +88,9 @@ def init_part(state: TrainState, part: str, workdir: str) -> TrainState:
     step = manager.latest_step()
     if step is None:
         raise UserError(f"init_from: the run in {workdir} has not saved a checkpoint yet.")
-    saved = shapes(manager.item_metadata(step)["state"].tree[field].get(name, {}))
-    wanted = shapes(tree[name])
+    there = manager.item_metadata(step)["state"].tree
+    source = "ema" if there.get("ema") else "params"
+    saved, wanted = shapes(there[source].get(part, {})), shapes(tree[part])
     if saved != wanted:
         different = sorted({path for path, _ in saved.items() ^ wanted.items()})
         raise UserError(
@@ -95,10 +98,12 @@ def init_part(state: TrainState, part: str, workdir: str) -> TrainState:
             f"differ, first {different[0]}: here {wanted.get(different[0])}, "
             f"there {saved.get(different[0])}."
         )
-    loaded = restore(manager, step, {field: {name: jax.tree.map(abstract, tree[name])}})
+    loaded = restore(manager, step, {source: {part: jax.tree.map(abstract, tree[part])}})
     manager.close()
     print(f"{part}: {len(wanted)} arrays from step {step} of {workdir}")
-    return state._replace(**{field: tree | loaded[field]})
+    state = state._replace(**{field: tree | loaded[source]})
+    # A copy: the step may write its new average over the old one, but never over the parameters.
+    return state if state.ema is None else state._replace(ema=jax.tree.map(jnp.copy, state.params))
 
 
 def abstract(x: jax.Array | jax.ShapeDtypeStruct, sharding=None) -> jax.ShapeDtypeStruct:

@@ -112,7 +112,9 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     this = recipe.build(config)
     if not jax.config.jax_compilation_cache_dir:  # the environment's word goes first
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
-    begin = functools.partial(initialize, this.objective, this.optimizer, this.example, config.seed)
+    begin = functools.partial(
+        initialize, this.objective, this.optimizer, this.example, config.seed, config.ema > 0
+    )
     everywhere = replicated(this.mesh)
     like = jax.tree.map(functools.partial(abstract, sharding=everywhere), jax.eval_shape(begin))
     trace = Trace(profile, workdir)
@@ -134,9 +136,9 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
         log.say(f"going on after step {start:,}")
     else:
         state = jax.jit(begin, out_shardings=everywhere)()
-        for part, source in config.init_from.items():
-            if source:
-                state = init_part(state, f"params/{part}", source)
+        for name, source in config.init_from.items():
+            for part in recipe.PARTS[name] if source not in ("", "random") else ():
+                state = init_part(state, part, source)
 
     def due(block: ConfigDict) -> bool:
         every = recipe.in_steps(block, "every", this.steps_per_epoch)
@@ -155,7 +157,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
 
     steps = train(
         this.objective, this.optimizer, batches_from, state=state, mesh=this.mesh,
-        steps=this.steps, seed=config.seed, accumulate=config.accumulate,
+        steps=this.steps, seed=config.seed, accumulate=config.accumulate, ema=config.ema,
     )  # fmt: skip
     lr = np.asarray(this.schedule(np.arange(this.steps)))  # at once: no step waits for its own
     stop = Stop()
@@ -236,7 +238,7 @@ def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path) ->
     count = -(-config.pictures.count // this.mesh.size) * this.mesh.size
     batch = to_global(next(this.data.evaluation_batches(count, limit=count)), this.mesh)
     pictures = jax.jit(this.objective.pictures, out_shardings=replicated(this.mesh))
-    columns = pictures(state.params, state.buffers, batch, jax.random.key(config.seed))
+    columns = pictures(state.averaged, state.buffers, batch, jax.random.key(config.seed))
     if jax.process_index() == 0:
         draw_sheet(path, columns, f"{config.objective.name}, step {int(state.step):,}")
 

@@ -14,7 +14,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, data, objectives, optim
+from mim_jax.models.dvae import dvae
 from mim_jax.models.vit import vit
 from mim_jax.sharding import make_mesh
 
@@ -33,17 +34,22 @@ DEFAULTS = dict(  # a type stands for a value of that type that each config must
     steps=0,  # if given, the epochs do not count; so it is with every pair *_steps, *_epochs
     accumulate=1,  # parts that a batch is taken in, one after the other
     compile_cache="~/.cache/mim_jax",
-    init_from=dict(encoder=""),  # the folder of a run
-    model=dict(dtype="auto"),  # of the computation: bfloat16, but float32 on a CPU
+    init_from=dict(encoder="", tokenizer=""),  # the folders of runs; "random": none, to rehearse
     objective=dict(name=str),
-    optimizer=dict(name=str, base_lr=float, min_lr=0.0, warmup_epochs=0.0, warmup_steps=0),
+    # The rate is lr, or base_lr x batch_size / 256. 0: gradients are not clipped.
+    optimizer=dict(
+        name=str, base_lr=0.0, lr=0.0, min_lr=0.0, warmup_epochs=0.0, warmup_steps=0, clip_norm=0.0
+    ),
+    ema=0.0,  # decay of the average of the parameters that is evaluated; 0: there is none
     log=dict(every_epochs=0.0, every_steps=50, tensorboard=False, wandb=""),
     evaluate=dict(every_epochs=0.0, every_steps=0, limit=0),  # limit: so many examples, 0: all
     pictures=dict(every_epochs=0.0, every_steps=0, count=12),
     save=dict(every_epochs=0.0, every_steps=0, keep=3),
 )
+PARTS = {"encoder": ("encoder",), "tokenizer": ("tokenizer", "decoder")}  # by key of init_from
+NETWORKS = {"model": vit, "tokenizer": dvae}  # an objective has those that it takes
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
-SUPPLIED = ("model", "learning_rate", "process", "processes")  # arguments that no config gives
+SUPPLIED = (*NETWORKS, "learning_rate", "process", "processes")  # arguments that no config gives
 # What may change while a run goes on; all else is compared with what it was begun with.
 FREE = (
     *("accumulate", "compile_cache", "model.remat", "log", "evaluate", "pictures", "save"),
@@ -118,7 +124,7 @@ def read(path: str) -> dict:
 
 def functions(config: Mapping) -> dict[str, Callable]:
     """The function that each block of a config is for."""
-    for block in ("model", "objective", "data", "optimizer"):
+    for block in ("objective", "data", "optimizer"):
         if block not in config:
             raise UserError(f"the config has no block {block!r}.")
     for block in ("objective", "optimizer"):
@@ -127,9 +133,10 @@ def functions(config: Mapping) -> dict[str, Callable]:
     there = [module.name for module in pkgutil.iter_modules(objectives.__path__)]
     objective = choose("objective.name", config["objective"]["name"], there)
     optimizer = choose("optimizer.name", config["optimizer"]["name"], optim.OPTIMIZERS)
-    return {
-        "model": vit,
-        "objective": importlib.import_module(f"mim_jax.objectives.{objective}").objective,
+    objective = importlib.import_module(f"mim_jax.objectives.{objective}").objective
+    takes = inspect.signature(objective).parameters
+    return {name: network for name, network in NETWORKS.items() if name in takes} | {
+        "objective": objective,
         "optimizer": optim.OPTIMIZERS[optimizer],
         "data": data.make,
     }
@@ -151,6 +158,8 @@ def complete(given: dict) -> ConfigDict:
                 full.setdefault(block, {}).setdefault(name, parameter.default)
     for block in ("objective", "optimizer"):
         full[block]["name"] = given[block]["name"]
+    for block in full.keys() & NETWORKS:
+        full[block]["dtype"] = "auto"  # bfloat16, but float32 on a CPU
     config = ConfigDict(full)
     for key, value in given.items():
         for name, inner in value.items() if isinstance(value, dict) else [("", value)]:
@@ -180,7 +189,7 @@ def kind_of(config: ConfigDict, key: str) -> Any:
 
 def parse(text: str, kind: Any) -> Any:
     """A value as typed: a Python literal, true or false, or just text."""
-    if kind is str:
+    if kind is str or get_origin(kind) is Literal:
         return text
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -197,7 +206,10 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
         value = tuple(value)
     if kind is float and type(value) is int:
         value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            choose(key, value, filter(None, get_args(kind)))
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{key} = {value!r} must be {getattr(kind, '__name__', kind)}.")
     block, _, name = key.rpartition(".")
     with config.ignore_type():
@@ -215,12 +227,23 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 def shrink(config: ConfigDict) -> None:
     """Any config as a rehearsal: all that its run does, in under a minute on two cores."""
-    patch = config.model.patch
-    p, q = (patch, patch) if isinstance(patch, int) else patch
+    if "model" in config:
+        patch = config.model.patch
+        p, q = (patch, patch) if isinstance(patch, int) else patch
+    else:
+        p = q = config.tokenizer.stem * 2**config.tokenizer.layers
     small = {
         "model": dict(size="", width=64, depth=2, heads=2),
+        "tokenizer": dict(vocabulary=64, width=8, blocks=1, codebook=8),
+        "init_from": dict(encoder="", tokenizer="random"),
         "objective": dict(
-            mean=(0.5,), std=(0.5,), decoder_width=32, decoder_depth=1, decoder_heads=2
+            mean=(0.5,),
+            std=(0.5,),
+            decoder_width=32,
+            decoder_depth=1,
+            decoder_heads=2,
+            num_masked=6,
+            min_block=2,
         ),
         "data": dict(
             name="emoji", data_dir="", labels="", split="train", evaluation_split="validation"
@@ -267,18 +290,29 @@ def build(config: ConfigDict) -> Run:
     dataset = data.make(
         **config.data.to_dict(), process=jax.process_index(), processes=jax.process_count()
     )
-    model, settings = config.model.to_dict(), config.objective.to_dict()
-    if choose("model.dtype", model["dtype"], DTYPES) == "auto":
-        model["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    objective = functions(config)["objective"](
-        model, **{name: value for name, value in settings.items() if name != "name"}
-    )
+    networks = {name: config[name].to_dict() for name in NETWORKS if name in config}
+    for name, network in networks.items():
+        if choose(f"{name}.dtype", network["dtype"], DTYPES) == "auto":
+            network["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    settings = {name: value for name, value in config.objective.to_dict().items() if name != "name"}
+    objective = functions(config)["objective"](**networks, **settings)
+    for part in objective.needs:
+        if not config.init_from[part]:
+            raise UserError(
+                f"{config.objective.name} needs a trained {part}: say "
+                f"--config.init_from.{part}=RUN, the folder of a run of configs/dvae_emoji.py or "
+                "of configs/dvae.py."
+            )
 
     steps_per_epoch = dataset.examples / batch_size
     steps = config.steps or int(config.epochs * steps_per_epoch)
     if steps < 1:
         raise UserError("the config must say epochs or steps.")
-    lr = config.optimizer.base_lr * batch_size / 256
+    lr = config.optimizer.lr or config.optimizer.base_lr * batch_size / 256
+    if not lr > 0:
+        raise UserError("the config must say optimizer.base_lr or optimizer.lr.")
+    if not 0 <= config.ema < 1:
+        raise UserError(f"ema = {config.ema}: say a decay below 1, as 0.9999.")
     warmup = in_steps(config.optimizer, "warmup", steps_per_epoch)
     schedule = optim.warmup_cosine(
         lr, min_lr=config.optimizer.min_lr, warmup_steps=warmup, steps=steps
@@ -287,15 +321,19 @@ def build(config: ConfigDict) -> Run:
     optimizer = optim.OPTIMIZERS[config.optimizer.name](
         schedule, **{name: v for name, v in config.optimizer.to_dict().items() if name in takes}
     )
+    if config.optimizer.clip_norm:
+        clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
+        optimizer = optax.chain(clip, optimizer)
     height, width, channels = dataset.views["image"]
+    base = f"base_lr x batch / 256 = {config.optimizer.base_lr:g} x {batch_size} / 256 = "
     story = (
         f"{dataset.examples:,} images, seen at {height} x {width} x {channels}, "
         f"{steps_per_epoch:.1f} batches of {batch_size} an epoch\n"
         f"steps = {steps / steps_per_epoch:.1f} epochs x {dataset.examples:,} / {batch_size} = "
         f"{steps:,}, of them {warmup:,} warm-up\n"
-        f"lr = base_lr x batch / 256 = {config.optimizer.base_lr:g} x {batch_size} / 256 = {lr:g}\n"
+        f"lr = {'' if config.optimizer.lr else base}{lr:g}\n"
         f"batch = {mesh.size} devices ({jax.devices()[0].device_kind}) x {accumulate} parts x "
-        f"{batch_size // mesh.size // accumulate} images, computed in {model['dtype']}"
+        f"{batch_size // mesh.size // accumulate} images, computed in {network['dtype']}"
     )
     return Run(objective, optimizer, schedule, dataset, mesh, steps, steps_per_epoch, story)
 

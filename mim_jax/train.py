@@ -21,16 +21,25 @@ class TrainState(NamedTuple):
     params: dict  # what the optimizer moves
     buffers: dict  # what it does not
     opt_state: optax.OptState
+    ema: dict | None = None  # the params' moving average, where the recipe asks for one
+
+    @property
+    def averaged(self) -> dict:
+        """The parameters to be evaluated."""
+        return self.params if self.ema is None else self.ema
 
 
-def initialize(objective: Objective, optimizer, example: dict, seed: int) -> TrainState:
+def initialize(objective: Objective, optimizer, example: dict, seed: int, ema: bool = False):
     """The state before the first step. `example` {name: ShapeDtypeStruct} is a batch's shape."""
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
     params, buffers = objective.init(jax.random.key(seed), batch)
-    return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params), average)
 
 
-def train_step(state: TrainState, batch: dict, rng, *, objective, optimizer, accumulate, mesh):
+def train_step(
+    state: TrainState, batch: dict, rng, *, objective, optimizer, accumulate, mesh, ema=0.0
+):
     """One update, the same for every objective: state, batch -> state, metrics {name: ()}."""
     rng = jax.random.fold_in(rng, state.step)
 
@@ -44,8 +53,9 @@ def train_step(state: TrainState, batch: dict, rng, *, objective, optimizer, acc
     grads, metrics = jax.tree.map(lambda x: x / weight, (grads, sums))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    average = optax.incremental_update(params, state.ema, 1 - ema) if ema else None
     metrics["grad_norm"] = optax.tree.norm(grads)
-    return TrainState(state.step + 1, params, buffers, opt_state), metrics
+    return TrainState(state.step + 1, params, buffers, opt_state, average), metrics
 
 
 def accumulated(total_loss: Callable, state: TrainState, batch: dict, accumulate: int, mesh: Mesh):
@@ -81,6 +91,7 @@ def train(
     steps: int,
     seed: int,
     accumulate: int = 1,
+    ema: float = 0.0,
 ) -> Iterator[tuple[int, TrainState, dict]]:
     """Yields (step, state, metrics) after every update from where `state` stands up to `steps`.
 
@@ -88,7 +99,8 @@ def train(
     state is good until the next one is asked for: its memory is then used again.
     """
     rng = jax.random.key(seed)
-    settings = dict(objective=objective, optimizer=optimizer, accumulate=accumulate, mesh=mesh)
+    settings = dict(objective=objective, optimizer=optimizer, mesh=mesh)
+    settings |= dict(accumulate=accumulate, ema=ema)
     step_fn = jax.jit(
         functools.partial(train_step, **settings),
         donate_argnums=0,
@@ -126,7 +138,7 @@ def evaluate(
     rng, step = jax.random.key(seed), evaluate_step(objective, mesh)
     totals, count = None, 0
     for batch in batches:
-        sums, rows = step(state.params, state.buffers, to_global(batch, mesh), rng)
+        sums, rows = step(state.averaged, state.buffers, to_global(batch, mesh), rng)
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
         totals = jax.tree.map(np.add, totals, sums) if totals else sums
         count += int(rows)

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from mim_jax import UserError
-from mim_jax.masking import mask_by_noise, random_masking
+from mim_jax.masking import hide, mask_by_noise
+from mim_jax.models.decoder import Decoder
 from mim_jax.models.patches import patchify, sincos2d, unpatchify
-from mim_jax.models.vit import SIZES, Block, vit
+from mim_jax.models.transformer import Block
+from mim_jax.models.vit import SIZES, vit
 from mim_jax.objectives import denormalize, mae, normalize, per_example
+from mim_jax.targets import statistics
 from tests.official import golden_state, mae_shapes, to_params
 
 MODEL = dict(width=32, depth=2, heads=4, patch=8)
@@ -48,7 +51,7 @@ def golden():
 
 def network(dtype="float64"):
     encoder = vit(**MODEL, dtype=dtype)
-    return mae.MAE(encoder, mae.Decoder(*DECODER.values(), dtype=dtype, remat="none"))
+    return mae.MAE(encoder, Decoder(*DECODER.values(), dtype=dtype, remat="none"))
 
 
 def test_golden_parameters(golden):
@@ -68,7 +71,9 @@ def test_golden_mask(golden):
 
 def test_golden_latent(golden):
     params, images, visible, _ = golden
-    latent = vit(**MODEL, dtype="float64").apply({"params": params["encoder"]}, images, visible)
+    latent = vit(**MODEL, dtype="float64").apply(
+        {"params": params["encoder"]}, images, visible=visible
+    )
     first = [1.286933109, 0.346121894, -0.082589876, -0.346875778]
     last = [-1.204017937, 0.354557211, -1.003203607, 0.617795359]
     np.testing.assert_allclose(latent[0, 0, :4], first, atol=1e-9)
@@ -89,12 +94,12 @@ def test_golden_predictions(golden):
 
 
 @pytest.mark.parametrize(
-    ("normalize_target", "loss"), [(False, 0.5773126943), (True, 1.0747624945)]
+    ("target", "loss"), [("pixels", 0.5773126943), ("normalized_pixels", 1.0747624945)]
 )
-def test_golden_loss(golden, monkeypatch, normalize_target, loss):
+def test_golden_loss(golden, monkeypatch, target, loss):
     params, images, *mask = golden
-    monkeypatch.setattr(mae, "random_masking", lambda *_: mask)
-    objective = tiny(model=dict(dtype="float64"), normalize_target=normalize_target)
+    monkeypatch.setattr(mae, "hide", lambda *_: mask)
+    objective = tiny(model=dict(dtype="float64"), target=target)
     batch = {"image": images, "index": jnp.arange(2)}
     total, weight, _ = objective.loss(params, {}, batch, RNG, 0)
     assert weight == 2 * 12  # the hidden patches
@@ -200,31 +205,31 @@ def test_unpatchify_undoes_patchify():
     ],
 )
 def test_the_count_of_visible_patches_is_truncated(n, ratio, visible):
-    keep, hide = random_masking(jax.random.split(RNG, 2), n, ratio)
-    assert keep.shape == (2, visible)
-    assert hide.shape == (2, n - visible)
+    seen, hidden = hide(jax.random.split(RNG, 2), (1, n), ratio)
+    assert seen.shape == (2, visible)
+    assert hidden.shape == (2, n - visible)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.99, 1.0])
 def test_a_mask_of_all_or_nothing_is_refused(ratio):
     with pytest.raises(UserError, match="at least one must be visible"):
-        random_masking(jax.random.split(RNG, 2), 10, ratio)
+        hide(jax.random.split(RNG, 2), (2, 5), ratio)
 
 
 def test_masks_are_of_the_example_alone():
     """Each image has a mask of its own, which neither its neighbours nor its place decide."""
     keys = per_example(RNG, jnp.arange(8))
-    visible, hidden = random_masking(keys, 16, 0.75)
+    visible, hidden = hide(keys, (4, 4), 0.75)
     assert len({tuple(row) for row in visible.tolist()}) == 8
     assert (jnp.sort(jnp.concatenate([visible, hidden], 1)) == jnp.arange(16)).all()
-    alone, _ = random_masking(per_example(RNG, jnp.array([5])), 16, 0.75)
+    alone, _ = hide(per_example(RNG, jnp.array([5])), (4, 4), 0.75)
     assert (alone[0] == visible[5]).all()
-    share = jnp.zeros(16).at[random_masking(jax.random.split(RNG, 4000), 16, 0.75)[1]].add(1 / 4000)
+    share = jnp.zeros(16).at[hide(jax.random.split(RNG, 4000), (4, 4), 0.75)[1]].add(1 / 4000)
     np.testing.assert_allclose(share, 0.75, atol=4 * (0.75 * 0.25 / 4000) ** 0.5)
 
 
 def test_constant_patches_have_a_target_of_zero():
-    center, scale = mae.statistics(jnp.full((1, 2, 12), 0.25))
+    center, scale = statistics(jnp.full((1, 2, 12), 0.25))
     assert jnp.allclose((0.25 - center) / scale, 0)
 
 
@@ -272,7 +277,7 @@ def test_any_shape_patch_and_channels(shape, patch):
 
 
 def mask_of(batch, patches, ratio=0.75):
-    return random_masking(per_example(RNG, batch["index"]), patches, ratio)
+    return hide(per_example(RNG, batch["index"]), (1, patches), ratio)
 
 
 def test_hidden_pixels_do_not_reach_the_encoder():
@@ -282,7 +287,7 @@ def test_hidden_pixels_do_not_reach_the_encoder():
     params = encoder.init(RNG, batch["image"])
 
     def gradient_of(images):
-        return jax.grad(lambda x: (encoder.apply(params, x, visible) ** 2).sum())(images)
+        return jax.grad(lambda x: (encoder.apply(params, x, visible=visible) ** 2).sum())(images)
 
     seen = jnp.abs(patchify(gradient_of(batch["image"]), (8, 8))).max(-1) > 0
     rows = jnp.arange(2)[:, None]
@@ -293,7 +298,7 @@ def test_hidden_pixels_do_not_reach_the_encoder():
 def test_the_loss_asks_for_hidden_patches_alone():
     """What is painted depends on visible patches; the target of the loss is the hidden ones'."""
     batch = batch_of(2, 32, 32, 3)
-    objective = tiny(normalize_target=False)
+    objective = tiny(target="pixels")
     params, buffers = jax.jit(objective.init)(RNG, batch)
     params["decoder"]["pred"] = jax.tree.map(jnp.zeros_like, params["decoder"]["pred"])
     _, hidden = mask_of(batch, 16)
@@ -372,7 +377,6 @@ def test_pictures_show_what_was_hidden_and_painted():
         (dict(model=dict(patch=7)), "32 x 32 pixels cannot be cut into patches of 7 x 7"),
         (dict(model=dict(heads=5)), "5 heads do not divide a width of 32"),
         (dict(decoder_width=18), "a width that 4 divides, not 18"),
-        (dict(model=dict(size="XL")), "model.size = 'XL' is unknown; there are Ti, S, B, L, H"),
         (dict(model=dict(width=0)), "must say model.size"),
         (dict(model=dict(remat="half")), "model.remat = 'half'"),
         (dict(mask_ratio=0.99), "at least one must be visible"),

@@ -138,7 +138,7 @@ def test_init_from_a_run(finished, tmp_path, command):
         *smoke(tmp_path, f"--config.init_from.encoder={finished[0]}", "--config.steps=3")
     )
     assert done.returncode == 0, done.stderr
-    assert "params/encoder: 29 arrays from step 20" in done.stdout
+    assert "encoder: 29 arrays from step 20" in done.stdout
     assert losses(tmp_path)[1] != losses(finished[0])[1]
 
 

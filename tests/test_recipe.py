@@ -83,7 +83,8 @@ def test_a_whole_number_is_a_float_where_one_is_asked_for():
         ("steps=True", "steps = True must be int"),
         ("model=3", "model is a block: say model.d"),
         ("steps", "--config.steps has no value"),
-        ("objective.name=mea", "objective.name = 'mea' is unknown; there are mae"),
+        ("model.size=XL", "model.size = 'XL' is unknown; there are B, H, L, S, Ti"),
+        ("objective.name=mea", "objective.name = 'mea' is unknown; there are beit, mae"),
         ("optimizer.name=sgd", "optimizer.name = 'sgd' is unknown; there are adamw"),
     ],
 )
@@ -141,7 +142,7 @@ def test_config_files_that_cannot_be(tmp_path):
     assert load(body.format("mae_emoji", "mae_emoji", "c.model.width = 96")).model.width == 96
     for line, sentence in [
         ("c.model.widht = 96", "no key model.widht: did you mean model.width?"),
-        ("c.optimizer.lr = 1.0", "no key optimizer.lr"),
+        ("c.optimizer.rate = 1.0", "no key optimizer.rate"),
         ("del c.data.size", "the config must say data.size"),
         ("del c.batch_size", "the config must say batch_size"),
         ("del c.objective", "the config has no block 'objective'"),

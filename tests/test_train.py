@@ -177,7 +177,7 @@ def test_init_part_takes_the_encoder_and_nothing_else(tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(source)
     checkpoints.close()
-    begun = init_part(state, "params/encoder", tmp_path)
+    begun = init_part(state, "encoder", tmp_path)
     assert "arrays from step 0" in capsys.readouterr().out
     for part, same_as in (("encoder", source), ("decoder", state)):
         same = jax.tree.map(lambda a, b: (a == b).all(), begun.params[part], same_as.params[part])
@@ -192,11 +192,11 @@ def test_init_part_refuses_another_model(tmp_path):
     checkpoints.close()
     deeper = mae.objective(dict(width=16, depth=2, heads=2, patch=4), **DECODER)
     with pytest.raises(UserError, match=r"another model: 12 arrays differ, first block_1/fc1/bias"):
-        init_part(start(mesh, deeper), "params/encoder", tmp_path / "run")
+        init_part(start(mesh, deeper), "encoder", tmp_path / "run")
     with pytest.raises(UserError, match="has no checkpoints"):
-        init_part(start(mesh), "params/encoder", tmp_path)
-    with pytest.raises(UserError, match="has no params/head; it has decoder, encoder"):
-        init_part(start(mesh), "params/head", tmp_path / "run")
+        init_part(start(mesh), "encoder", tmp_path)
+    with pytest.raises(UserError, match="has no head; it has decoder, encoder"):
+        init_part(start(mesh), "head", tmp_path / "run")
 
 
 # --- How to step. ---

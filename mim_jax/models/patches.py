@@ -43,3 +43,19 @@ def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
     omega = 10000.0 ** -(np.arange(width // 4) / (width / 4))
     y, x = (np.outer(axis.reshape(-1), omega) for axis in np.mgrid[: grid[0], : grid[1]])
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None]
+
+
+def relative_index(grid: tuple[int, int]) -> np.ndarray:
+    """Which row of a table of relative position bias is whose (1 + n, 1 + n): [query, key].
+
+    Rows go by how far the query lies below and right of the key; the last three are for the class
+    token as query, as key, and as both (BEiT's code).
+    """
+    height, width = grid
+    y, x = (axis.reshape(-1) for axis in np.mgrid[:height, :width])
+    down, right = (axis[:, None] - axis[None] for axis in (y, x))
+    index = np.zeros((1 + y.size, 1 + y.size), np.int32)
+    index[1:, 1:] = (down + height - 1) * (2 * width - 1) + right + width - 1
+    rows = (2 * height - 1) * (2 * width - 1)
+    index[0, :], index[:, 0], index[0, 0] = rows, rows + 1, rows + 2
+    return index

@@ -4,14 +4,15 @@ Shapes: b images, n patches, k visible patches, d width, h heads, (p, q) patch, 
 """
 
 import functools
+from typing import Literal
 
-import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mim_jax import UserError
 from mim_jax.models.patches import patchify, sincos2d, take
+from mim_jax.models.transformer import INITS, Dense, RelativePositionBias, drop_paths, transform
 
 SIZES = {
     "Ti": dict(width=192, depth=12, heads=3),
@@ -20,67 +21,6 @@ SIZES = {
     "L": dict(width=1024, depth=24, heads=16),
     "H": dict(width=1280, depth=32, heads=16),
 }
-
-
-def one_product(x, kernel, *_, **__):
-    """x (..., d), kernel (d, e): as one matrix product, which takes a quarter off a CPU's step."""
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
-
-
-LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
-Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
-Dense = functools.partial(Dense, dot_general=one_product)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """q (b, m, h, d), k and v (b, n, h, d) -> (b, m, h, d); softmax in float32 or better."""
-    scores = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("bmhd,bnhd->bhmn", q, k, preferred_element_type=scores)
-    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(v.dtype)
-    return jnp.einsum("bhmn,bnhd->bmhd", weights, v)
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block: attention, then an MLP of four times the width."""
-
-    heads: int
-    dtype: str
-    last: int | None = None  # compute only the last tokens; all others are still attended to
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x (b, n, d) -> (b, n or last, d)."""
-        n, width = x.shape[1:]
-        start = 0 if self.last is None else n - self.last
-        norm = functools.partial(LayerNorm, dtype=self.dtype)
-        dense = functools.partial(Dense, dtype=self.dtype)
-        qkv = dense(3 * width, name="qkv")(norm(name="norm1")(x))
-        q, k, v = einops.rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
-        y = einops.rearrange(attention(q[:, start:], k, v), "b n h d -> b n (h d)")
-        x = x[:, start:] + dense(width, name="proj")(y)
-        y = dense(4 * width, name="fc1")(norm(name="norm2")(x))
-        return x + dense(width, name="fc2")(nn.gelu(y, approximate=False))
-
-
-def transform(x: jax.Array, depth: int, heads: int, dtype: str, remat: str, last=None) -> jax.Array:
-    """x (b, n, d) through blocks `block_0` ... and the final `norm` of the calling module.
-
-    A loop, not a scan: names stay names, and scan took 1.7 times the memory (ViT-L on v5e).
-    """
-    if x.shape[-1] % heads:
-        raise UserError(f"{heads} heads do not divide a width of {x.shape[-1]}.")
-    block = Block if remat == "none" else rematerialize(remat)
-    for i in range(depth):
-        x = block(heads, dtype, last if i == depth - 1 else None, name=f"block_{i}")(x)
-    return LayerNorm(dtype=dtype, name="norm")(x)
-
-
-def rematerialize(remat: str) -> type[Block]:
-    """Block, computing again for its gradient what a policy of this name does not keep."""
-    policy = "nothing_saveable" if remat == "full" else remat
-    if not hasattr(jax.checkpoint_policies, policy):
-        raise UserError(f"model.remat = {remat!r}: say none, full or a jax.checkpoint_policies.")
-    return nn.remat(Block, policy=getattr(jax.checkpoint_policies, policy))
 
 
 class ViT(nn.Module):
@@ -92,44 +32,107 @@ class ViT(nn.Module):
     heads: int
     dtype: str = "float32"  # of the computation; parameters are float32
     remat: str = "none"
+    positions: str = "sincos"
+    relative_bias: str = "none"
+    layer_scale: float = 0.0
+    key_bias: bool = True
+    drop_path: float = 0.0
+    init: str = "mae"
+
+    def grid(self, images: jax.Array) -> tuple[int, int]:
+        """Rows and columns of patches of images (b, H, W, c)."""
+        return images.shape[1] // self.patch[0], images.shape[2] // self.patch[1]
 
     @nn.compact
-    def __call__(self, images: jax.Array, visible: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        visible: jax.Array | None = None,
+        masked: jax.Array | None = None,
+        rngs: jax.Array | None = None,
+        layers: tuple[int, ...] = (),
+    ) -> jax.Array | tuple[jax.Array, ...]:
         """images (b, H, W, c), normalised -> tokens (b, 1 + n, d), the class token first.
 
         With visible (b, k), only these patches are encoded, in this order: (b, 1 + k, d) (MAE).
+        Where masked (b, n) is true, a token that is learned stands for the patch (BEiT). With rngs
+        (b,), blocks are dropped at random (`drop_path`). With `layers`, the tokens after these
+        blocks are returned, not normalised.
         """
-        grid = tuple(side // p for side, p in zip(images.shape[1:3], self.patch, strict=True))
-        patches = patchify(images, self.patch)
-        positions = jnp.asarray(sincos2d(grid, self.width), self.dtype)
+        if visible is not None and self.relative_bias != "none":
+            raise UserError("model.relative_bias is for encoders that see all patches, not MAE's.")
+        grid, patches = self.grid(images), patchify(images, self.patch)
         if visible is not None:  # before embedding: what is hidden costs nothing
-            patches, positions = take(patches, visible), take(positions, visible)
+            patches = take(patches, visible)
         bound = patches.shape[-1] ** -0.5  # torch's default, at which MAE leaves this bias
-        bias_init = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
-        embed = Dense(self.width, dtype=self.dtype, bias_init=bias_init, name="embed")
-        x = embed(patches) + positions
-        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        cls = jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.width))
-        x = jnp.concatenate([cls, x], axis=1)
-        return transform(x, self.depth, self.heads, self.dtype, self.remat)
+        uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+        embed = dict(bias_init=uniform) if self.init == "mae" else {}
+        embed |= dict(kernel_init=INITS[self.init], dtype=self.dtype, name="embed")
+        x = Dense(self.width, **embed)(patches)
+        if masked is not None:
+            x = jnp.where(masked[..., None], self.token("mask_token").astype(x.dtype), x)
+        cls = self.token("cls_token").astype(x.dtype)
+        if self.positions != "none":
+            table = self.position_table(grid).astype(x.dtype)
+            cls, table = cls + table[:, :1], table[:, 1:]
+            x = x + (table if visible is None else take(table, visible))
+        x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1)
+        bias = keep = None
+        if self.relative_bias == "shared":
+            bias = RelativePositionBias(self.heads, name="relative_position_bias")(grid)
+        if self.drop_path and rngs is not None:
+            keep = drop_paths(rngs, self.drop_path, self.depth)
+        return transform(
+            x, self.depth, heads=self.heads, dtype=self.dtype, remat=self.remat, layers=layers,
+            bias=bias, keep=keep, grid=grid if self.relative_bias == "own" else None,
+            init=self.init, layer_scale=self.layer_scale, key_bias=self.key_bias,
+        )  # fmt: skip
+
+    def token(self, name: str, count: int = 1) -> jax.Array:
+        """Learned vectors (1, count, d)."""
+        draw = nn.initializers.normal(0.02) if self.init == "mae" else INITS[self.init]
+        return self.param(name, draw, (1, count, self.width))
+
+    def position_table(self, grid: tuple[int, int]) -> jax.Array:
+        """Absolute positions (1, 1 + n, d), the class token's first: zero where they are fixed."""
+        fixed = jnp.pad(jnp.asarray(sincos2d(grid, self.width)), ((0, 0), (1, 0), (0, 0)))
+        if self.positions == "sincos":
+            return fixed
+        return self.token("positions", fixed.shape[1])
 
 
 def vit(
     *,
-    size: str = "",
+    size: Literal["", "Ti", "S", "B", "L", "H"] = "",
     patch: int | tuple = 16,
     width: int = 0,
     depth: int = 0,
     heads: int = 0,
+    positions: Literal["sincos", "learned", "none"] = "sincos",
+    relative_bias: Literal["none", "shared", "own"] = "none",
+    layer_scale: float = 0.0,
+    key_bias: bool = True,
+    drop_path: float = 0.0,
+    init: Literal["mae", "beit", "timm"] = "mae",
     dtype: str = "float32",
     remat: str = "none",
 ) -> ViT:
-    """A ViT by its `size` in the papers (Ti, S, B, L, H), or by its width, depth and heads."""
-    if size and size not in SIZES:
-        raise UserError(f"model.size = {size!r} is unknown; there are {', '.join(SIZES)}.")
+    """A ViT by its `size` in the papers (Ti, S, B, L, H), or by its width, depth and heads.
+
+    Positions are fixed (sincos), learned or none; a relative_bias may be added, one for all blocks
+    (shared) or for each its own. layer_scale is what LayerScale begins with, 0: there is none.
+    drop_path is the rate of stochastic depth at the last block. Without key_bias it is BEiT's;
+    init is mae, beit or timm.
+    """
+    if not 0 <= drop_path < 1:
+        raise UserError(f"model.drop_path = {drop_path}: say a probability below 1.")
     given = {k: v for k, v in dict(width=width, depth=depth, heads=heads).items() if v}
     shape = {**SIZES.get(size, {}), **given}
     if len(shape) < 3:
         raise UserError("the config must say model.size, or model.width, depth and heads.")
-    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    return ViT(patch=patch, dtype=dtype, remat=remat, **shape)
+    return ViT(
+        patch=(patch, patch) if isinstance(patch, int) else tuple(patch), **shape,
+        positions=positions, relative_bias=relative_bias, layer_scale=layer_scale,
+        key_bias=key_bias, drop_path=drop_path, init=init, dtype=dtype, remat=remat,
+    )  # fmt: skip

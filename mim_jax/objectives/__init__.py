@@ -24,11 +24,19 @@ class Objective(NamedTuple):
     evaluate: Callable  # (params, buffers, batch, rng) -> {name: (b, ...)}, averaged by the loop
     pictures: Callable  # (params, buffers, batch, rng) -> {caption: images (b, H, W, c) in [0, 1]}
     summarize: Callable = lambda means: means  # {name: mean} -> {name: number}
+    needs: tuple[str, ...] = ()  # buffers that another run must have trained
 
 
 def per_example(rng: jax.Array, index: jax.Array) -> jax.Array:
     """One key an example: rng (), index (b,) -> keys (b,)."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, index)
+
+
+def unit(images: jax.Array) -> jax.Array:
+    """Integers in their type's range, or floats in [0, 1] -> [0, 1]."""
+    if jnp.issubdtype(images.dtype, jnp.integer):
+        return images.astype(jnp.float32) / jnp.iinfo(images.dtype).max
+    return images
 
 
 def normalize(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
@@ -39,8 +47,7 @@ def normalize(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
             f"the images have {channels} channels, but objective.mean has {len(mean)} values and "
             f"objective.std {len(std)}: give one a channel, or one for all."
         )
-    if jnp.issubdtype(images.dtype, jnp.integer):
-        images = images.astype(jnp.float32) / jnp.iinfo(images.dtype).max
+    images = unit(images)
     return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
 
 
