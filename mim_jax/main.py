@@ -30,7 +30,7 @@ from mim_jax import UserError, recipe
 from mim_jax.checkpoint import Checkpoints, abstract, init_part
 from mim_jax.log import Log
 from mim_jax.pictures import draw_sheet
-from mim_jax.sharding import replicated, to_global
+from mim_jax.sharding import place, replicated, to_global, whole
 from mim_jax.train import TrainState, evaluate, initialize, train
 
 PACKAGES = ("mim-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -115,8 +115,9 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     begin = functools.partial(
         initialize, this.objective, this.optimizer, this.example, config.seed, config.ema > 0
     )
-    everywhere = replicated(this.mesh)
-    like = jax.tree.map(functools.partial(abstract, sharding=everywhere), jax.eval_shape(begin))
+    shapes = jax.eval_shape(begin)
+    placed = place(shapes, this.mesh)
+    like = jax.tree.map(abstract, shapes, placed)
     trace = Trace(profile, workdir)
     claim(config, this, workdir, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
     checkpoints = Checkpoints(workdir, config.save.keep)
@@ -135,7 +136,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
         state = checkpoints.restore(like)
         log.say(f"going on after step {start:,}")
     else:
-        state = jax.jit(begin, out_shardings=everywhere)()
+        state = jax.jit(begin, out_shardings=placed)()
         for name, source in config.init_from.items():
             for part in recipe.PARTS[name] if source not in ("", "random") else ():
                 state = init_part(state, part, source)
@@ -238,7 +239,8 @@ def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path) ->
     count = -(-config.pictures.count // this.mesh.size) * this.mesh.size
     batch = to_global(next(this.data.evaluation_batches(count, limit=count)), this.mesh)
     pictures = jax.jit(this.objective.pictures, out_shardings=replicated(this.mesh))
-    columns = pictures(state.averaged, state.buffers, batch, jax.random.key(config.seed))
+    params, buffers = whole((state.averaged, state.buffers), this.mesh)
+    columns = pictures(params, buffers, batch, jax.random.key(config.seed))
     if jax.process_index() == 0:
         draw_sheet(path, columns, f"{config.objective.name}, step {int(state.step):,}")
 

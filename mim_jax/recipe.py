@@ -33,6 +33,7 @@ DEFAULTS = dict(  # a type stands for a value of that type that each config must
     epochs=0.0,
     steps=0,  # if given, the epochs do not count; so it is with every pair *_steps, *_epochs
     accumulate=1,  # parts that a batch is taken in, one after the other
+    fsdp=1,  # devices that share a copy of the state, each keeping a part; 0: all of a slice
     compile_cache="~/.cache/mim_jax",
     init_from=dict(encoder="", tokenizer=""),  # the folders of runs; "random": none, to rehearse
     objective=dict(name=str),
@@ -52,7 +53,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 SUPPLIED = (*NETWORKS, "learning_rate", "process", "processes")  # arguments that no config gives
 # What may change while a run goes on; all else is compared with what it was begun with.
 FREE = (
-    *("accumulate", "compile_cache", "model.remat", "log", "evaluate", "pictures", "save"),
+    *("accumulate", "fsdp", "compile_cache", "model.remat", "log", "evaluate", "pictures", "save"),
     *("data.name", "data.data_dir", "data.labels"),  # what is in it decides, its fingerprint
     *("data.threads", "data.workers", "data.evaluation_split", "data.max_bad_fraction"),
     "data.crop_fraction",
@@ -278,7 +279,7 @@ def build(config: ConfigDict) -> Run:
 
     Raises UserError where the config cannot be run on these devices.
     """
-    mesh = make_mesh()
+    mesh = make_mesh(fsdp=config.fsdp)
     batch_size, accumulate = config.batch_size, config.accumulate
     if batch_size < 1 or accumulate < 1 or batch_size % (mesh.size * accumulate):
         raise UserError(
@@ -335,6 +336,8 @@ def build(config: ConfigDict) -> Run:
         f"batch = {mesh.size} devices ({jax.devices()[0].device_kind}) x {accumulate} parts x "
         f"{batch_size // mesh.size // accumulate} images, computed in {network['dtype']}"
     )
+    if mesh.shape["fsdp"] > 1:
+        story += f"\nparameters and optimizer state are split over {mesh.shape['fsdp']} devices"
     return Run(objective, optimizer, schedule, dataset, mesh, steps, steps_per_epoch, story)
 
 

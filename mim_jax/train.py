@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from mim_jax.objectives import Objective
-from mim_jax.sharding import by_device, replicated, to_global
+from mim_jax.sharding import over_devices, replicated, to_global, whole
 
 
 class TrainState(NamedTuple):
@@ -44,41 +44,22 @@ def train_step(
     rng = jax.random.fold_in(rng, state.step)
 
     def total_loss(params, buffers, rows):
-        total, weight, (metrics, buffers) = objective.loss(params, buffers, rows, rng, state.step)
+        total, weight, (metrics, after) = objective.loss(params, buffers, rows, rng, state.step)
         sums = {"weight": jnp.asarray(weight, total.dtype), "loss": total}
-        return total, (sums | {name: mean * weight for name, mean in metrics.items()}, buffers)
+        sums |= {name: mean * weight for name, mean in metrics.items()}
+        # What is frozen, as a tokenizer, must not travel between devices.
+        return total, (sums, {name: x for name, x in after.items() if x is not buffers[name]})
 
-    grads, sums, buffers = accumulated(total_loss, state, batch, accumulate, mesh)
+    gradient = over_devices(jax.grad(total_loss, has_aux=True), mesh, accumulate)
+    grads, (sums, changed) = gradient(state.params, state.buffers, batch)
     weight = sums.pop("weight")
     grads, metrics = jax.tree.map(lambda x: x / weight, (grads, sums))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = optax.incremental_update(params, state.ema, 1 - ema) if ema else None
     metrics["grad_norm"] = optax.tree.norm(grads)
+    buffers = state.buffers | changed
     return TrainState(state.step + 1, params, buffers, opt_state, average), metrics
-
-
-def accumulated(total_loss: Callable, state: TrainState, batch: dict, accumulate: int, mesh: Mesh):
-    """-> gradient, sums and buffers over the batch, taken in `accumulate` parts in turn."""
-    gradient = jax.grad(total_loss, has_aux=True)
-    if accumulate == 1:
-        grads, (sums, buffers) = gradient(state.params, state.buffers, batch)
-        return grads, sums, buffers
-
-    def add(carry, part):
-        grads, sums, buffers = carry
-        more_grads, (more_sums, buffers) = gradient(state.params, buffers, part)
-        return (*jax.tree.map(jnp.add, (grads, sums), (more_grads, more_sums)), buffers), None
-
-    def on_a_device(rows):
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), rows)
-        grads, (sums, _) = jax.eval_shape(gradient, state.params, state.buffers, rows)
-        zeros = jax.tree.map(jnp.zeros_like, (grads, sums))
-        *sums, buffers = jax.lax.scan(add, (*zeros, state.buffers), parts)[0]
-        return *jax.lax.psum(sums, "data"), jax.lax.pmean(buffers, "data")
-
-    # Devices meet once, at the end. Left to XLA, they may after every part.
-    return by_device(on_a_device, mesh)(batch)
 
 
 def train(
@@ -136,9 +117,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over exactly the examples with batch["mask"], whatever the batches and devices."""
     rng, step = jax.random.key(seed), evaluate_step(objective, mesh)
+    params, buffers = whole((state.averaged, state.buffers), mesh)
     totals, count = None, 0
     for batch in batches:
-        sums, rows = step(state.averaged, state.buffers, to_global(batch, mesh), rng)
+        sums, rows = step(params, buffers, to_global(batch, mesh), rng)
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
         totals = jax.tree.map(np.add, totals, sums) if totals else sums
         count += int(rows)

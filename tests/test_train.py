@@ -1,6 +1,9 @@
 """The loop: the same run on any devices, in any parts, after any stop."""
 
+import collections
+import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -12,7 +15,7 @@ import pytest
 from mim_jax import UserError, optim
 from mim_jax.checkpoint import Checkpoints, abstract, init_part
 from mim_jax.objectives import Objective, mae, per_example
-from mim_jax.sharding import by_row, make_mesh, replicated
+from mim_jax.sharding import by_row, make_mesh, place, replicated
 from mim_jax.train import evaluate, initialize, train, train_step
 
 SIZE, ROWS = 16, 16
@@ -33,15 +36,13 @@ def batches_from(step):
 
 
 def start(mesh, objective=OBJECTIVE, seed=0):
-    begin = jax.jit(
-        lambda: initialize(objective, OPTIMIZER, EXAMPLE, seed), out_shardings=replicated(mesh)
-    )
-    return begin()
+    begin = functools.partial(initialize, objective, OPTIMIZER, EXAMPLE, seed)
+    return jax.jit(begin, out_shardings=place(jax.eval_shape(begin), mesh))()
 
 
-def run(devices=1, *, state=None, accumulate=1, objective=OBJECTIVE, batches=batches_from):
+def run(devices=1, *, fsdp=1, state=None, accumulate=1, objective=OBJECTIVE, batches=batches_from):
     """-> [(step, state on the host, loss, gradient's norm), ...]"""
-    mesh = make_mesh(jax.devices()[:devices])
+    mesh = make_mesh(jax.devices()[:devices], fsdp=fsdp)
     state = start(mesh, objective) if state is None else state
     steps = train(
         objective, OPTIMIZER, batches, state=state, mesh=mesh, steps=STEPS, seed=0,
@@ -68,27 +69,108 @@ def test_the_loss_falls(reference):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(("devices", "accumulate"), [(2, 1), (8, 1), (1, 4), (2, 8), (8, 2)])
-def test_devices_and_parts_change_nothing(reference, devices, accumulate):
-    other = run(devices, accumulate=accumulate)
+@pytest.mark.parametrize(
+    ("devices", "fsdp", "accumulate"),
+    [(2, 1, 1), (8, 1, 1), (1, 1, 4), (2, 1, 8), (8, 1, 2), (8, 8, 1), (8, 4, 2)],
+)
+def test_devices_and_parts_change_nothing(reference, devices, fsdp, accumulate):
+    other = run(devices, fsdp=fsdp, accumulate=accumulate)
     np.testing.assert_allclose(numbers(other), numbers(reference), rtol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_gradients_leave_a_device_once_a_step(accumulate):
-    """The compiled step has one collective, an all-reduce, and not in the loop over the parts."""
-    mesh = make_mesh(jax.devices()[:8])
+def compiled(mesh, accumulate):
+    """The compiled step as text."""
     settings = dict(objective=OBJECTIVE, optimizer=OPTIMIZER, accumulate=accumulate, mesh=mesh)
     batch = {
         name: jax.ShapeDtypeStruct((64, *x.shape[1:]), x.dtype, sharding=by_row(mesh))
         for name, x in EXAMPLE.items()
     }
-    step = jax.jit(functools.partial(train_step, **settings))
-    text = step.lower(start(mesh), batch, jax.random.key(0)).compile().as_text()
-    found = re.findall(r" (all-\w+|reduce-scatter|collective-\w+)\(", text)
-    assert found == ["all-reduce"]
+    step = jax.jit(functools.partial(train_step, **settings), donate_argnums=0)
+    return step.lower(start(mesh), batch, jax.random.key(0)).compile().as_text()
+
+
+def collectives(text):
+    """[(kind, bytes of its results), ...] of all places where devices meet."""
+    found = re.findall(
+        r" = (.*?) (all-\w+|reduce-scatter|collective-\w+|ragged-\w+)(?:-start)?\(", text
+    )
+    sizes = {"f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
+    return [
+        (
+            kind,
+            sum(
+                sizes[dtype] * math.prod(map(int, filter(None, sides.split(","))))
+                for dtype, sides in re.findall(r"(\w+)\[([\d,]*)\]", result)
+            ),
+        )
+        for result, kind in found
+    ]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_gradients_leave_a_device_once_a_step(accumulate):
+    """The compiled step has one collective, an all-reduce, and not in the loop over the parts."""
+    text = compiled(make_mesh(), accumulate)
+    assert [kind for kind, _ in collectives(text)] == ["all-reduce"]
+    assert " all-reduce(" in text[text.index("\nENTRY ") :]
+
+
+@pytest.mark.parametrize(("fsdp", "accumulate"), [(8, 1), (8, 4), (4, 1)])
+def test_fsdp_moves_what_theory_says(fsdp, accumulate):
+    """Parameters gathered at most twice, gradients scattered once, activations never."""
+    mesh = make_mesh(fsdp=fsdp)
+    text = compiled(mesh, accumulate)
+    total = sum(x.nbytes for x in jax.tree.leaves(start(mesh).params))
+    moved = collections.Counter()
+    for kind, size in collectives(text):
+        moved[kind] += size * (fsdp if kind == "reduce-scatter" else 1)
+    assert set(moved) == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert 0.9 * total < moved["all-gather"] < 1.1 * 2 * total
+    assert 0.9 * total < moved["reduce-scatter"] < 1.1 * total
+    copies = 8 // fsdp  # a device's part of the gradient is added over these; and vectors, sums
+    assert moved["all-reduce"] < (0.1 + (copies > 1) / fsdp) * total
     entry = text[text.index("\nENTRY ") :]
-    assert " all-reduce(" in entry
+    assert len(collectives(entry)) == len(collectives(text))
+
+
+@pytest.mark.parametrize("fsdp", [2, 8])
+def test_fsdp_splits_the_state(fsdp):
+    """Each device holds its share of the parameters and of the optimizer's moments."""
+    mesh = make_mesh(fsdp=fsdp)
+    state = start(mesh)
+    for _, after, _ in train(
+        OBJECTIVE, OPTIMIZER, batches_from, state=state, mesh=mesh, steps=1, seed=0
+    ):
+        for tree in (after.params, after.opt_state):
+            leaves = jax.tree.leaves(tree)
+            here = sum(x.addressable_data(0).nbytes for x in leaves)
+            whole = sum(x.nbytes for x in leaves)
+            assert here < whole / fsdp + 0.1 * whole  # vectors are copied
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the mesh asks of a TPU's device."""
+
+    id: int
+    slice_index: int
+    coords: tuple
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "imagined"
+    process_index: int = 0
+
+
+def test_copies_do_not_span_slices():
+    chips = [Chip(i, i // 4, (i % 2, i // 2 % 2, 0)) for i in range(8)]
+    for fsdp, shape in ((0, (2, 4)), (2, (4, 2)), (1, (8, 1))):
+        devices = make_mesh(chips, fsdp=fsdp).devices
+        assert devices.shape == shape
+        assert all(len({chip.slice_index for chip in copy}) == 1 for copy in devices)
+    with pytest.raises(UserError, match="fsdp = 8 does not divide the 4 devices of each of the 2"):
+        make_mesh(chips, fsdp=8)
+    with pytest.raises(UserError, match="fsdp = 3 does not divide the 8 devices: make it"):
+        make_mesh(fsdp=3)
 
 
 def test_every_step_draws_new_masks():
