@@ -89,11 +89,11 @@ def tokens(patch: tuple[int, int], tokenizer: DVAE) -> Target:
     """The visual tokens that a frozen dVAE gives the `tokenizer_image` (BEiT, section 2)."""
 
     def init(rng, batch):
+        if "tokenizer_image" not in batch:
+            raise UserError("to ask for tokens, the config must say data.tokenizer_size, as 112.")
         return tokenizer.init(rng, unit(batch["tokenizer_image"]))
 
     def answers(buffers, batch, images):
-        if "tokenizer_image" not in batch:
-            raise UserError("to ask for tokens, the config must say data.tokenizer_size, as 112.")
         found = tokenizer.tokens(buffers["tokenizer"], unit(batch["tokenizer_image"]))
         if found.shape[1] != (n := patchify(images, patch).shape[1]):
             raise UserError(

@@ -49,6 +49,7 @@ def golden_state(shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
         i = np.arange(np.prod(shapes[name]))
         value = 0.1 * np.sin(0.37 * (i + 1) + 0.5 * n)
         value += 1.0 if name.endswith(("norm1.weight", "norm2.weight", "norm.weight")) else 0.0
+        value += 0.5 if "gamma_" in name else 0.0
         state[name] = value.reshape(shapes[name])
     return state
 

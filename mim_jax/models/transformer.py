@@ -61,7 +61,7 @@ class Block(nn.Module):
     dtype: str
     index: int = 0  # the how manyth it is
     last: int | None = None  # compute only the last tokens; all others are still attended to
-    init: str = "mae"
+    initializer: str = "mae"
     layer_scale: float = 0.0  # what the gains of both branches begin with; 0: there are none
     key_bias: bool = True
     grid: tuple[int, int] | None = None  # of the patches, for a relative position bias of its own
@@ -72,7 +72,7 @@ class Block(nn.Module):
         n, width = x.shape[1:]
         start = 0 if self.last is None else n - self.last
         norm = functools.partial(LayerNorm, dtype=self.dtype)
-        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=INITS[self.init])
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=INITS[self.initializer])
         ends = functools.partial(dense, kernel_init=self.init_of_ends)
 
         def add(x, y, branch):
@@ -98,8 +98,8 @@ class Block(nn.Module):
 
     def init_of_ends(self, *args):
         """Of the matrices that branches end with, which BEiT makes smaller block by block."""
-        scale = (2 * (self.index + 1)) ** -0.5 if self.init == "beit" else 1.0
-        return scale * INITS[self.init](*args)
+        scale = (2 * (self.index + 1)) ** -0.5 if self.initializer == "beit" else 1.0
+        return scale * INITS[self.initializer](*args)
 
 
 def transform(

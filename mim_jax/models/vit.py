@@ -37,7 +37,7 @@ class ViT(nn.Module):
     layer_scale: float = 0.0
     key_bias: bool = True
     drop_path: float = 0.0
-    init: str = "mae"
+    initializer: str = "mae"
 
     def grid(self, images: jax.Array) -> tuple[int, int]:
         """Rows and columns of patches of images (b, H, W, c)."""
@@ -50,15 +50,15 @@ class ViT(nn.Module):
         *,
         visible: jax.Array | None = None,
         masked: jax.Array | None = None,
-        rngs: jax.Array | None = None,
+        drop_keys: jax.Array | None = None,
         layers: tuple[int, ...] = (),
     ) -> jax.Array | tuple[jax.Array, ...]:
         """images (b, H, W, c), normalised -> tokens (b, 1 + n, d), the class token first.
 
         With visible (b, k), only these patches are encoded, in this order: (b, 1 + k, d) (MAE).
-        Where masked (b, n) is true, a token that is learned stands for the patch (BEiT). With rngs
-        (b,), blocks are dropped at random (`drop_path`). With `layers`, the tokens after these
-        blocks are returned, not normalised.
+        Where masked (b, n) is true, a token that is learned stands for the patch (BEiT). With
+        drop_keys (b,), branches are dropped at random (`drop_path`). With `layers`, the tokens
+        after these blocks are returned, not normalised.
         """
         if visible is not None and self.relative_bias != "none":
             raise UserError("model.relative_bias is for encoders that see all patches, not MAE's.")
@@ -67,8 +67,8 @@ class ViT(nn.Module):
             patches = take(patches, visible)
         bound = patches.shape[-1] ** -0.5  # torch's default, at which MAE leaves this bias
         uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
-        embed = dict(bias_init=uniform) if self.init == "mae" else {}
-        embed |= dict(kernel_init=INITS[self.init], dtype=self.dtype, name="embed")
+        embed = dict(bias_init=uniform) if self.initializer == "mae" else {}
+        embed |= dict(kernel_init=INITS[self.initializer], dtype=self.dtype, name="embed")
         x = Dense(self.width, **embed)(patches)
         if masked is not None:
             x = jnp.where(masked[..., None], self.token("mask_token").astype(x.dtype), x)
@@ -81,17 +81,19 @@ class ViT(nn.Module):
         bias = keep = None
         if self.relative_bias == "shared":
             bias = RelativePositionBias(self.heads, name="relative_position_bias")(grid)
-        if self.drop_path and rngs is not None:
-            keep = drop_paths(rngs, self.drop_path, self.depth)
+        if self.drop_path and drop_keys is not None:
+            keep = drop_paths(drop_keys, self.drop_path, self.depth)
         return transform(
             x, self.depth, heads=self.heads, dtype=self.dtype, remat=self.remat, layers=layers,
             bias=bias, keep=keep, grid=grid if self.relative_bias == "own" else None,
-            init=self.init, layer_scale=self.layer_scale, key_bias=self.key_bias,
+            initializer=self.initializer, layer_scale=self.layer_scale, key_bias=self.key_bias,
         )  # fmt: skip
 
     def token(self, name: str, count: int = 1) -> jax.Array:
         """Learned vectors (1, count, d)."""
-        draw = nn.initializers.normal(0.02) if self.init == "mae" else INITS[self.init]
+        draw = (
+            nn.initializers.normal(0.02) if self.initializer == "mae" else INITS[self.initializer]
+        )
         return self.param(name, draw, (1, count, self.width))
 
     def position_table(self, grid: tuple[int, int]) -> jax.Array:
@@ -114,7 +116,7 @@ def vit(
     layer_scale: float = 0.0,
     key_bias: bool = True,
     drop_path: float = 0.0,
-    init: Literal["mae", "beit", "timm"] = "mae",
+    initializer: Literal["mae", "beit", "timm"] = "mae",
     dtype: str = "float32",
     remat: str = "none",
 ) -> ViT:
@@ -123,7 +125,7 @@ def vit(
     Positions are fixed (sincos), learned or none; a relative_bias may be added, one for all blocks
     (shared) or for each its own. layer_scale is what LayerScale begins with, 0: there is none.
     drop_path is the rate of stochastic depth at the last block. Without key_bias it is BEiT's;
-    init is mae, beit or timm.
+    the initializer is that of the code of mae, beit or timm.
     """
     if not 0 <= drop_path < 1:
         raise UserError(f"model.drop_path = {drop_path}: say a probability below 1.")
@@ -134,5 +136,5 @@ def vit(
     return ViT(
         patch=(patch, patch) if isinstance(patch, int) else tuple(patch), **shape,
         positions=positions, relative_bias=relative_bias, layer_scale=layer_scale,
-        key_bias=key_bias, drop_path=drop_path, init=init, dtype=dtype, remat=remat,
+        key_bias=key_bias, drop_path=drop_path, initializer=initializer, dtype=dtype, remat=remat,
     )  # fmt: skip

@@ -28,11 +28,11 @@ class BEiT(nn.Module):
     vocabulary: int = 0  # what is predicted of a patch: so many logits, or 0: its p*q*c pixels
 
     @nn.compact
-    def __call__(self, images, masked, places, rngs=None):
+    def __call__(self, images, masked, places, drop_keys=None):
         """images (b, H, W, c), masked (b, n), places (b, m) -> predictions (b, m, v)."""
         values = self.vocabulary or math.prod(self.encoder.patch) * images.shape[-1]
-        tokens = self.encoder(images, masked=masked, rngs=rngs)
-        init = INITS[self.encoder.init]
+        tokens = self.encoder(images, masked=masked, drop_keys=drop_keys)
+        init = INITS[self.encoder.initializer]
         head = Dense(values, dtype=self.encoder.dtype, kernel_init=init, name="head")
         return head(take(tokens[:, 1:], places))
 
@@ -81,10 +81,10 @@ def objective(
         places = jnp.argsort(~wanted, axis=1)[:, :count]
         return images, seen, masked, places, jnp.take_along_axis(wanted, places, axis=1)
 
-    def forward(params, buffers, batch, rng, rngs=None):
+    def forward(params, buffers, batch, rng, drop_keys=None):
         """-> images, masked (b, n), places (b, m), weight (b, m), answers (b, n, ...), predicted"""
         images, seen, masked, places, weight = hide(batch, rng)
-        predicted = network.apply({"params": params}, seen, masked, places, rngs)
+        predicted = network.apply({"params": params}, seen, masked, places, drop_keys)
         answers = asked.answers(buffers, batch, images)
         return images, masked, places, weight, answers, predicted
 
@@ -95,8 +95,8 @@ def objective(
         return params, asked.init(rng_buffers, batch)
 
     def loss(params, buffers, batch, rng, step):
-        rngs = per_example(jax.random.fold_in(rng, 1), batch["index"])
-        *_, places, weight, answers, predicted = forward(params, buffers, batch, rng, rngs)
+        drop_keys = per_example(jax.random.fold_in(rng, 1), batch["index"])
+        *_, places, weight, answers, predicted = forward(params, buffers, batch, rng, drop_keys)
         found = asked.errors(predicted, take(answers, places))
         sums = jax.tree.map(lambda x: (x * weight).sum(), found)
         total, count = sums.pop("loss"), weight.sum()
