@@ -119,8 +119,8 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     placed = place(shapes, this.mesh)
     like = jax.tree.map(abstract, shapes, placed)
     trace = Trace(profile, workdir)
-    claim(config, this, workdir, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
-    checkpoints = Checkpoints(workdir, config.save.keep)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
+    checkpoints = Checkpoints(workdir, config.save.keep, claim(config, this, workdir, size))
     start = checkpoints.latest or 0
     log = Log(
         workdir, step=start, steps=this.steps, batch_size=config.batch_size,
@@ -195,8 +195,8 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     return 0
 
 
-def claim(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) -> None:
-    """Makes the run's folder and writes config.json, if the folder is free or this very run's."""
+def claim(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) -> dict:
+    """Makes the run's folder, if it is free or this very run's. -> what its config.json says."""
     if "://" in workdir:
         raise UserError(f"--workdir={workdir}: a run's folder must be local, or mounted.")
     path = Path(workdir) / "config.json"
@@ -223,15 +223,17 @@ def claim(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) 
             f"{workdir} has {free / 2**30:.1f} GiB free, but two checkpoints take "
             f"{needed / 2**30:.1f} GiB: choose another --workdir."
         )
+    record = dict(
+        config=config.to_dict(),
+        trajectory=trajectory,
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        devices=f"{this.mesh.size} x {jax.devices()[0].device_kind}",
+    )
     if jax.process_index() == 0:
-        record = dict(
-            config=config.to_dict(),
-            trajectory=trajectory,
-            versions={name: version(name) for name in PACKAGES}
-            | {"python": platform.python_version()},
-            devices=f"{this.mesh.size} x {jax.devices()[0].device_kind}",
-        )
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        part = path.with_suffix(".part")  # the other processes read it at any moment
+        part.write_text(json.dumps(record, indent=2) + "\n")
+        part.replace(path)
+    return record
 
 
 def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path) -> None:

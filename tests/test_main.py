@@ -1,6 +1,7 @@
 """The command as a user types it: a run from start to end, its files, its exit codes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,21 @@ def test_a_run_that_is_killed_goes_on_to_the_last_bit(finished, tmp_path):
     second = subprocess.run(call, cwd=ROOT, env=environment(1), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert "going on after step" in second.stdout
+    assert losses(tmp_path) == losses(finished[0])
+
+
+def test_a_broken_checkpoint_is_told_and_the_one_before_used(finished, tmp_path):
+    """One bit of the newest: what was logged after the one before goes, and comes again."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    largest = max((tmp_path / "checkpoints" / "20").rglob("d/*"), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    call = [sys.executable, "-m", *smoke(tmp_path)]
+    again = subprocess.run(call, cwd=ROOT, env=environment(1), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"checkpoint 20 in {tmp_path}/checkpoints is broken: state/" in again.stderr
+    assert "going on after step 10" in again.stdout
     assert losses(tmp_path) == losses(finished[0])
 
 

@@ -3,8 +3,11 @@
 import collections
 import dataclasses
 import functools
+import json
 import math
+import os
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ import optax
 import pytest
 
 from mim_jax import UserError, optim
-from mim_jax.checkpoint import Checkpoints, abstract, init_part
+from mim_jax.checkpoint import Checkpoints, abstract, init_part, newest
 from mim_jax.objectives import Objective, mae, per_example
 from mim_jax.sharding import by_row, make_mesh, place, replicated
 from mim_jax.train import evaluate, initialize, train, train_step
@@ -227,7 +230,81 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in range(4):
         checkpoints.save(state._replace(step=jnp.int32(step)))
     checkpoints.close()
-    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [2, 3]
+    steps = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir())
+    assert steps == ["2", "3"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run's folder with the checkpoints 1 and 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(folder, keep=2, about={"config": {"seed": 7}})
+    state = start(make_mesh(fsdp=8))
+    for step in (1, 2):
+        checkpoints.save(state._replace(step=jnp.int32(step)))
+    checkpoints.close()
+    return folder
+
+
+def test_a_checkpoint_says_what_it_is(saved):
+    about = json.loads((saved / "checkpoints" / "2" / "metadata" / "metadata").read_text())
+    assert about["config"] == {"seed": 7}
+    assert about["parts"]["params"]["encoder/block_0/qkv/kernel"] == [16, 48]
+    assert about["skips"] == []
+
+
+def flip(path, rng):
+    data = bytearray(path.read_bytes())
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    path.write_bytes(data)
+
+
+def cut(path, rng):
+    os.truncate(path, rng.integers(path.stat().st_size))
+
+
+@pytest.mark.parametrize("harm", [flip, cut, lambda path, rng: path.unlink()])
+def test_a_harmed_file_is_never_restored(saved, harm, tmp_path, capsys):
+    """One bit of any file of the newest checkpoint, or more: the one before is used, unharmed."""
+    folder, rng = tmp_path / "checkpoints", np.random.default_rng(0)
+    harmed = 0
+    for path in sorted((saved / "checkpoints" / "2").rglob("*")):
+        if path.is_file() and path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+            shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+            harm(tmp_path / path.relative_to(saved), rng)
+            assert newest(folder) == 1
+            harmed += 1
+    assert harmed > 8
+    capsys.readouterr()
+    state = start(make_mesh())
+    restored = Checkpoints(tmp_path, keep=2).restore(jax.tree.map(abstract, state))
+    assert restored.step == 1
+    same = jax.tree.map(lambda a, b: (a == b).all(), restored.params, state.params)
+    assert all(jax.tree.leaves(same))
+    assert f"checkpoint 2 in {folder} is broken: " in capsys.readouterr().err
+    assert len(list(folder.glob("2.broken-*"))) == 1
+    harm(folder / "1" / "digests.json", rng)
+    with pytest.raises(UserError, match="is as it was written: remove it to begin anew"):
+        Checkpoints(tmp_path, keep=2)
+
+
+def test_files_that_orbax_writes_last_may_be_lost(saved, tmp_path):
+    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+        shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+        cut(tmp_path / "checkpoints" / "2" / name, np.random.default_rng(0))
+        checkpoints = Checkpoints(tmp_path, keep=2)
+        assert checkpoints.restore(jax.tree.map(abstract, start(make_mesh()))).step == 2
+        checkpoints.close()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with pytest.raises(
+        UserError, match=rf"is in use, by process {os.getpid()} on .*: wait or stop"
+    ):
+        Checkpoints(tmp_path, keep=1)
+    checkpoints.close()
+    Checkpoints(tmp_path, keep=1).close()
 
 
 @pytest.mark.parametrize(("devices", "rows"), [(1, 7), (2, 8), (8, 16)])
