@@ -4,7 +4,7 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -19,9 +19,10 @@ class Log:
     """
 
     def __init__(
-        self, workdir: str, *, step: int, steps: int, batch_size: int, tensorboard: bool, wandb: str
-    ):
-        self.steps, self.batch_size = steps, batch_size
+        self, workdir: str, *, step: int, steps: int, batch_size: int,
+        tensorboard: bool, wandb: str, warn: Callable,
+    ):  # fmt: skip
+        self.steps, self.batch_size, self.warn, self.warning = steps, batch_size, warn, ""
         self.writes = jax.process_index() == 0
         self.training = self.waiting = 0.0  # seconds since the last line
         self.last_step, self.first, self.pending = step, True, None
@@ -70,16 +71,20 @@ class Log:
             return
         step, metrics, more, left = self.pending
         self.pending = None
-        values = {name: float(value) for name, value in metrics.items()} | more
+        values = {name: float(value) for name, value in metrics.items()}
+        line, warning = told(values), self.warn(values)
+        values |= more
         self.write(step, values)
         self.say(
-            f"step {step:>{len(str(self.steps))}}/{self.steps}  "
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+            f"step {step:>{len(str(self.steps))}}/{self.steps}  {line}  lr {values['lr']:.2e}  "
             f"{values['images_per_second']:,.0f} images/s  "
             f"input wait {values['input_wait']:.1%}  ETA {clock(left)}"
         )
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(f"the loss is {values['loss']} at step {step}.")
+        if warning and warning != self.warning:
+            self.say(f"warning: {warning}")
+        self.warning = warning
 
     def evaluation(self, step: int, means: dict[str, float]) -> None:
         """Writes the means over the evaluation split."""
@@ -108,6 +113,12 @@ class Log:
         """Prints, once for all processes."""
         if self.writes:
             print(text, flush=True)
+
+
+def told(metrics: dict) -> str:
+    """What an objective measures, on a line: the loss first."""
+    rest = (f"{k} {float(v):.4g}" for k, v in metrics.items() if k not in ("loss", "grad_norm"))
+    return "  ".join((f"loss {float(metrics['loss']):.4f}", *rest))
 
 
 def clock(seconds: float) -> str:

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from mim_jax import UserError, recipe
 from mim_jax.checkpoint import Checkpoints, abstract, init_part
-from mim_jax.log import Log
+from mim_jax.log import Log, told
 from mim_jax.pictures import draw_sheet
 from mim_jax.sharding import place, replicated, to_global, whole
 from mim_jax.train import TrainState, evaluate, initialize, train
@@ -124,7 +124,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     start = checkpoints.latest or 0
     log = Log(
         workdir, step=start, steps=this.steps, batch_size=config.batch_size,
-        tensorboard=config.log.tensorboard, wandb=config.log.wandb,
+        tensorboard=config.log.tensorboard, wandb=config.log.wandb, warn=this.objective.warn,
     )  # fmt: skip
     parameters = sum(x.size for x in jax.tree.leaves(like.params))
     log.say(f"{config.objective.name}: {parameters:,} parameters\n{this.story}")
@@ -178,7 +178,8 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
             log.flush()
             log.evaluation(step, means)
         if due(config.pictures) and config.pictures.count:
-            draw(this, state, config, Path(workdir) / "pictures" / f"step_{step:07d}.png")
+            path = Path(workdir) / "pictures" / f"step_{step:07d}.png"
+            draw(this, state, config, path, f"step {step:,}  {told(metrics)}")
         if due(config.save) or stop.signal:
             log.flush()  # so that no record is missing if this is the last that is heard of it
             if not np.isfinite(metrics["loss"]):
@@ -236,7 +237,7 @@ def claim(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) 
     return record
 
 
-def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path) -> None:
+def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path, said: str) -> None:
     """A sheet of what the objective makes of the first images of the evaluation split."""
     count = -(-config.pictures.count // this.mesh.size) * this.mesh.size
     batch = to_global(next(this.data.evaluation_batches(count, limit=count)), this.mesh)
@@ -244,7 +245,7 @@ def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path) ->
     params, buffers = whole((state.averaged, state.buffers), this.mesh)
     columns = pictures(params, buffers, batch, jax.random.key(config.seed))
     if jax.process_index() == 0:
-        draw_sheet(path, columns, f"{config.objective.name}, step {int(state.step):,}")
+        draw_sheet(path, columns, f"{config.objective.name}, {said}")
 
 
 class Stop:

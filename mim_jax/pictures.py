@@ -29,11 +29,13 @@ def draw_sheet(path: Path, columns: dict[str, np.ndarray], title: str, pairs: in
     rows = -(-count // pairs)
     group = len(columns) * (width + MARGIN) + 2 * MARGIN  # one row of one pair
     title_font, font = (ImageFont.load_default(size) for size in (16, 12))
-    top = 74
-    size = (pairs * group - MARGIN, top + rows * (height + MARGIN))
+    width_of_all = pairs * group - MARGIN
+    title = textwrap.wrap(title, width_of_all // 9)
+    top = 54 + 20 * len(title)
+    size = (width_of_all, top + rows * (height + MARGIN))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, 8), title, "black", title_font)
+    draw.multiline_text((MARGIN, 8), "\n".join(title), "black", title_font)
     for pair in range(pairs):
         for j, (caption, images) in enumerate(columns.items()):
             x = pair * group + MARGIN + j * (width + MARGIN)

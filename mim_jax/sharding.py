@@ -103,23 +103,22 @@ def over_devices(gradient: Callable, mesh: Mesh, accumulate: int) -> Callable:
 
 
 def in_parts(gradient: Callable, parts: int) -> Callable:
-    """The same gradient, in less memory: of one part of the rows after the other."""
+    """The same gradient, in less memory: of one part of the rows after the other.
+
+    What a part makes of the buffers is averaged, as over devices: so a buffer that moves by a mean
+    over rows moves alike with any parts.
+    """
     if parts == 1:
         return gradient
 
     def call(params, buffers, rows):
-        def add(carry, part):
-            (grads, sums), changed = carry
-            more_grads, (more_sums, changed) = gradient(params, buffers | changed, part)
-            added = jax.tree.map(jnp.add, (grads, sums), (more_grads, more_sums))
-            return (added, changed), None
+        def add(totals, part):
+            return jax.tree.map(jnp.add, totals, gradient(params, buffers, part)), None
 
-        grads, (sums, changed) = jax.eval_shape(gradient, params, buffers, rows)
-        zeros = jax.tree.map(jnp.zeros_like, (grads, sums))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, buffers, rows))
         rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
-        start = zeros, {name: buffers[name] for name in changed}
-        ((grads, sums), changed), _ = jax.lax.scan(add, start, rows)
-        return grads, (sums, changed)
+        (grads, (sums, changed)), _ = jax.lax.scan(add, zeros, rows)
+        return grads, (sums, jax.tree.map(lambda x: x / parts, changed))
 
     return call
 

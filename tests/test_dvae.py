@@ -174,8 +174,6 @@ def test_tokens_are_decided_in_float32():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (dict(kind="vq"), "model.kind = 'vq' is unknown; there are dalle, small"),
-        (dict(likelihood="l2"), "there are logit_laplace, mse, smooth_l1"),
         (dict(width=6), "multiple of 4"),
         (dict(layers=4), "a token of 16 x 16 pixels with 3 channels: images of 8 x 8 x 3"),
         (dict(channels=1, layers=1), "2 x 2 pixels with 1 channels: images of 8 x 8 x 3"),

@@ -11,6 +11,7 @@ from mim_jax.train import initialize
 CONFIGS = sorted(Path("configs").glob("*.py"))
 EMOJI = "configs/mae_emoji.py"
 PARAMETERS = {  # at full size: of the reference where it has the model
+    "dvae_emoji": 2_142_144,
     "mae_base": 111_655_680,
     "mae_emoji": 1_469_696,
     "mae_huge": 656_613_964,
@@ -84,7 +85,7 @@ def test_a_whole_number_is_a_float_where_one_is_asked_for():
         ("model=3", "model is a block: say model.d"),
         ("steps", "--config.steps has no value"),
         ("model.size=XL", "model.size = 'XL' is unknown; there are B, H, L, S, Ti"),
-        ("objective.name=mea", "objective.name = 'mea' is unknown; there are beit, mae"),
+        ("objective.name=mea", "objective.name = 'mea' is unknown; there are beit, dvae, mae"),
         ("optimizer.name=sgd", "optimizer.name = 'sgd' is unknown; there are adamw"),
     ],
 )

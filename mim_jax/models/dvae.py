@@ -8,7 +8,7 @@ Shapes: b images, n tokens on a grid (h, w), v vocabulary, d width, (p, q) patch
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import einops
 import flax.linen as nn
@@ -195,7 +195,7 @@ KINDS = {
     "dalle": (DalleEncoder, DalleDecoder, dict(blocks=2, codebook=128)),
     "small": (SmallEncoder, SmallDecoder, dict(blocks=1, codebook=512)),
 }
-LIKELIHOODS = ("logit_laplace", "mse", "smooth_l1")
+Likelihood = Literal["logit_laplace", "mse", "smooth_l1"]
 
 
 class DVAE(NamedTuple):
@@ -208,7 +208,7 @@ class DVAE(NamedTuple):
     decoder: nn.Module
     patch: tuple[int, int]  # the pixels of a token
     channels: int
-    likelihood: str
+    likelihood: Likelihood
 
     def init(self, rng: jax.Array, images: jax.Array) -> dict:
         """-> {"tokenizer": the encoder's parameters, "decoder": the decoder's}."""
@@ -230,8 +230,8 @@ class DVAE(NamedTuple):
         if height % p or width % q or channels != self.channels:
             raise UserError(
                 f"the dVAE makes a token of {p} x {q} pixels with {self.channels} channels: images "
-                f"of {height} x {width} x {channels} cannot be cut so; change data.size, or "
-                "model.layers, stem and channels."
+                f"of {height} x {width} x {channels} cannot be cut so; change their size, or "
+                "tokenizer.layers, stem and channels."
             )
         return self.encoder.apply({"params": tokenizer}, self.map_pixels(images))
 
@@ -266,7 +266,7 @@ class DVAE(NamedTuple):
 
 def dvae(
     *,
-    kind: str = "dalle",
+    kind: Literal["dalle", "small"] = "dalle",
     vocabulary: int = 8192,
     width: int = 256,
     layers: int = 3,
@@ -274,7 +274,7 @@ def dvae(
     stem: int = 1,
     codebook: int = 0,
     channels: int = 3,
-    likelihood: str = "logit_laplace",
+    likelihood: Likelihood = "logit_laplace",
     dtype: str = "float32",
 ) -> DVAE:
     """A dVAE with a token for every stem * 2**layers pixels squared.
@@ -283,14 +283,8 @@ def dvae(
     `blocks` a layer and the `codebook`'s width have the kind's defaults. With a `stem` the image is
     cut into squares of so many pixels a side first, and only then convolved, which a CPU likes.
     """
-    if kind not in KINDS:
-        raise UserError(f"model.kind = {kind!r} is unknown; there are {', '.join(KINDS)}.")
-    if likelihood not in LIKELIHOODS:
-        raise UserError(
-            f"model.likelihood = {likelihood!r} is unknown; there are {', '.join(LIKELIHOODS)}."
-        )
     if kind == "dalle" and width % 4:
-        raise UserError(f"model.width = {width}: the blocks of a dalle need a multiple of 4.")
+        raise UserError(f"tokenizer.width = {width}: the blocks of a dalle need a multiple of 4.")
     encoder, decoder, sizes = KINDS[kind]
     values = channels * (2 if likelihood == "logit_laplace" else 1)
     shape = dict(width=width, layers=layers, blocks=blocks or sizes["blocks"], stem=stem)

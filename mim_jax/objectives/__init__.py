@@ -19,12 +19,13 @@ class Objective(NamedTuple):
 
     init: Callable  # (rng, batch)                  -> params, buffers
     # A sum and its weight: the step adds both over microbatches and devices, and divides once.
-    # Metrics are means over the same weight.
+    # Metrics are means over the same weight. A buffer that changes must change by a mean over rows.
     loss: Callable  # (params, buffers, batch, rng, step) -> total (), weight (), (metrics, buffers)
     evaluate: Callable  # (params, buffers, batch, rng) -> {name: (b, ...)}, averaged by the loop
     pictures: Callable  # (params, buffers, batch, rng) -> {caption: images (b, H, W, c) in [0, 1]}
     summarize: Callable = lambda means: means  # {name: mean} -> {name: number}
     needs: tuple[str, ...] = ()  # buffers that another run must have trained
+    warn: Callable = lambda metrics: ""  # {name: number} -> what is wrong, and what to change
 
 
 def per_example(rng: jax.Array, index: jax.Array) -> jax.Array:
