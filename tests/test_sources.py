@@ -3,8 +3,12 @@
 import csv
 import hashlib
 import io
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -582,3 +586,51 @@ def test_what_is_no_folder_is_refused(tmp_path):
         data.make(name=f"tfds:{tmp_path}", size=16)
     with pytest.raises(UserError, match=r"is for data.name=folder:PATH"):
         data.make(name="emoji", size=16, labels="folder")
+
+
+# --- Worker processes. ---
+
+WORKERS = """
+import multiprocessing, os, signal, sys
+from mim_jax import data
+
+if __name__ == "__main__":
+    batches = data.make(name="emoji", size=16, workers=2).training_batches(
+        8, seed=0, start=0, stop=1_000_000
+    )
+    next(batches)
+    workers = [process.pid for process in multiprocessing.active_children()]
+    print(*workers, flush=True)
+    os.kill({killed}, signal.SIGKILL)
+    for _ in batches:
+        pass
+"""
+
+
+@pytest.fixture
+def run_workers(tmp_path):
+    def run(killed):
+        script = tmp_path / "script.py"
+        script.write_text(WORKERS.format(killed=killed))
+        return subprocess.run(
+            [sys.executable, script],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        )
+
+    return run
+
+
+def test_a_worker_that_is_killed_ends_the_run(run_workers):
+    done = run_workers("workers[0]")
+    assert done.returncode == 1
+    assert "was terminated unexpectedly" in done.stderr
+
+
+def test_no_worker_outlives_a_parent_that_is_killed(run_workers):
+    """They hold its output open, so `run_workers` returns when the last of them is gone."""
+    done = run_workers("os.getpid()")
+    assert done.returncode == -9
+    assert len(done.stdout.split()) == 2

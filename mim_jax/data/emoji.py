@@ -23,8 +23,8 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 from PIL import Image
-from tensorflow_datasets.core.writer import ExampleWriter
-from tensorflow_datasets.proto import tf_example_pb2
+
+from mim_jax.data.records import SortedWriter
 
 
 def split_of(code: str) -> str:
@@ -39,15 +39,6 @@ def png_on_white(path: Path) -> bytes:
     png = io.BytesIO()
     Image.alpha_composite(white, image).convert("RGB").save(png, "PNG", optimize=True)
     return png.getvalue()
-
-
-class SortedWriter(ExampleWriter):
-    """Sorts the features of a record, which protobuf orders anew in every process."""
-
-    def write(self, path, examples):
-        parse = tf_example_pb2.Example.FromString
-        examples = ((k, parse(e).SerializeToString(deterministic=True)) for k, e in examples)
-        return super().write(path, examples)
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):

@@ -76,6 +76,24 @@ class Folder:
             )
         return rows
 
+    @property
+    def mode(self) -> str:
+        """The mode that most images have."""
+        return self.manifest.modes[np.bincount(self.manifest.rows["mode"]).argmax()]
+
+    def examples(self, split: str, labels: str = "") -> "Examples":
+        """The examples of a split. Raises UserError where one should have a label and has none."""
+        rows = self.rows(split)
+        if not labels:
+            return Examples(self.manifest, rows, None)
+        numbers = self.labels(labels)[0][rows]
+        if len(without := rows[numbers < 0]):
+            raise UserError(
+                f"data.labels = {labels!r} gives {len(without):,} of {len(rows):,} images of split "
+                f"{split!r} no label that train has; the first is {self.names[without[0]]!r}."
+            )
+        return Examples(self.manifest, rows, numbers)
+
     def labels(self, how: str) -> tuple[np.ndarray, list[str]]:
         """The label of every row, -1 for none, and the labels' names.
 

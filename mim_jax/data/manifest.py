@@ -30,6 +30,7 @@ FORMAT = [1, find_spec("tifffile") is not None]  # of what is kept; of another, 
 ROW = [("tar", "i4"), ("offset", "i8"), ("bytes", "i8"), ("changed", "i8")]
 ROW = np.dtype([*ROW, ("width", "i4"), ("height", "i4"), ("mode", "i2")])
 HEAD = 2**18  # bytes of a tar's member: enough to tell size and mode of nearly all
+THREADS = 32  # they wait for disks, most of the time
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 SPLITS = {"train": "train", "validation": "validation", "val": "validation"}
 SPLITS |= {"valid": "validation", "test": "test"}  # folder -> split
@@ -219,7 +220,7 @@ def describe(root: str, tars: list[str], file: Found) -> tuple | str:
 def in_threads(function: Callable, items: Sequence, at_once: int = 64) -> Iterator:
     """map(function, items) in threads. An interruption does not wait for what is ahead."""
     parts = [items[i : i + at_once] for i in range(0, len(items), at_once)]
-    pool = ThreadPoolExecutor(32)
+    pool = ThreadPoolExecutor(THREADS)
     try:
         for part in pool.map(lambda part: [function(item) for item in part], parts):
             yield from part

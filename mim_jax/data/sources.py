@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mim_jax import UserError
-from mim_jax.data.folder import Examples, Folder
+from mim_jax.data.folder import Folder
 
 BUILTIN = {"emoji": Path(__file__).parent / "builtin" / "emoji" / "1.0.0"}
 
@@ -49,26 +49,17 @@ def open_sources(
 
 
 def of_folder(folder: Folder, split: str, labels: str) -> Source:
-    """A split of a folder. Raises UserError where an image should have a label and has none."""
-    rows, manifest = folder.rows(split), folder.manifest
-    numbers, names = folder.labels(labels) if labels else (None, [])
-    if labels:
-        numbers = numbers[rows]
-        if len(without := rows[numbers < 0]):
-            raise UserError(
-                f"data.labels = {labels!r} gives {len(without):,} of {len(rows):,} images of split "
-                f"{split!r} no label that train has; the first is {folder.names[without[0]]!r}."
-            )
-    examples = Examples(manifest, rows, numbers)
+    """A split of a folder."""
+    examples = folder.examples(split, labels)
     return Source(
         examples,
-        num_labels=len(names),
+        num_labels=len(folder.labels(labels)[1]) if labels else 0,
         fingerprint=dict(
             name="folder", version=examples.digest(), split=split, examples=len(examples)
         ),
-        mode=manifest.modes[np.bincount(manifest.rows["mode"]).argmax()],
+        mode=folder.mode,
         name_of=examples.name,
-        unread=manifest.unread,
+        unread=folder.manifest.unread,
     )
 
 
@@ -90,6 +81,8 @@ class Records:
 def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
     """A split of a prepared data set."""
     features, splits = builder.info.features, builder.info.splits
+    if split == "validation" and "validation" not in splits and "test" in splits:
+        split = "test"
     try:
         count = splits[split].num_examples
     except (KeyError, ValueError) as error:
@@ -104,22 +97,20 @@ def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
         file = records[i].get("file_name", b"").decode(errors="replace")
         return file or f"{split}, example {i}"
 
+    name, version, note = builder.name, str(builder.version), builder.info.metadata or {}
+    if "digests" in note:  # prepared from a folder, whose examples these are, in the same order
+        name, version = "folder", note["digests"].get(split, "+".join(note["digests"].values()))
     return Source(
         Records(records, labelled="label" in features),
         num_labels=features["label"].num_classes if "label" in features else 0,
-        fingerprint=dict(
-            name=builder.name, version=str(builder.version), split=split, examples=count
-        ),
-        mode=mode_of(builder.info),
+        fingerprint=dict(name=name, version=version, split=split, examples=count),
+        mode=note["mode"] if "mode" in note else mode_of(features["image"]),
         name_of=name_of,
     )
 
 
-def mode_of(info: tfds.core.DatasetInfo) -> str:
-    """What `prepare` noted, or else the type and the channels of the image feature."""
-    if info.metadata and "mode" in info.metadata:
-        return info.metadata["mode"]
-    image = info.features["image"]
+def mode_of(image: tfds.features.Image) -> str:
+    """The type and the channels of a feature, as decode.header says them."""
     return f"{np.dtype(image.np_dtype)} x {image.shape[-1] or 3}"
 
 

@@ -1,0 +1,107 @@
+"""A folder of images as a TFDS folder of array_record shards, its files unchanged."""
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from mim_jax import UserError
+from mim_jax.data.decode import BadImageError
+from mim_jax.data.folder import Examples, Folder
+from mim_jax.data.manifest import in_threads
+from mim_jax.data.records import shard_path, write_info, write_shard
+
+
+def pack(root: str, to: str, *, labels: str = "", shard_mb: int = 256) -> None:
+    """Packs the splits of a folder into `to`, in shards of about so many megabytes.
+
+    The order is the folder's, so that a run sees the same, batch for batch, and may go on with the
+    one where it began with the other. Raises UserError if there is something else in `to`.
+    """
+    folder, to = Folder(root), Path(to).expanduser().resolve()
+    splits = {split: folder.examples(split, labels) for split in folder.splits}
+    if splits["validation"].digest() == splits.get("test", splits["train"]).digest():
+        del splits["validation"]  # is `test`, and is found by this name
+    sizes = {
+        split: folder.manifest.rows["bytes"][examples.rows] for split, examples in splits.items()
+    }
+    plan = dict(
+        mode=folder.mode,
+        digests={split: examples.digest() for split, examples in splits.items()},
+        shards={split: shards(bytes_, shard_mb * 1_000_000) for split, bytes_ in sizes.items()},
+    )
+    claim(to, plan)
+    name = re.sub(r"[^a-z0-9]+", "_", to.name.lower()).strip("_")
+    name = name if name[:1].isalpha() else f"images_{name}"
+    is_image = " x " not in folder.mode and not folder.mode.startswith(("I", "F"))
+    features = features_of(is_image, folder.labels(labels)[1] if labels else [])
+
+    def write(shard: tuple[str, int]) -> int:
+        split, number = shard
+        counts = plan["shards"][split]
+        path = shard_path(to, name, split, number, len(counts))
+        if not path.exists():
+            first = sum(counts[:number])
+            rows = range(first, first + counts[number])
+            write_shard(path, features, records(splits[split], rows, is_image))
+        return counts[number]
+
+    todo = [(split, i) for split, counts in plan["shards"].items() for i in range(len(counts))]
+    total = sum(len(examples) for examples in splits.values())
+    with tqdm(total=total, unit=" images", desc=str(to)) as progress:
+        for count in in_threads(write, todo, at_once=1):
+            progress.update(count)
+    infos = {split: (plan["shards"][split], int(sizes[split].sum())) for split in splits}
+    write_info(to, name, features, infos, plan, f"The images of {folder.root}.")
+    if unread := folder.manifest.unread:
+        print(f"{len(unread):,} files are no images that can be read, the first {unread[0]}")
+    counts = ", ".join(f"{len(examples):,} in {split}" for split, examples in splits.items())
+    print(f"{to}: {counts}\nread by --config.data.name=tfds:{to}")
+
+
+def shards(sizes: np.ndarray, most: int) -> list[int]:
+    """How many of the examples of so many bytes are in each shard of `most` bytes, or nearly."""
+    count = min(len(sizes), -(-int(sizes.sum()) // most))
+    ends = np.searchsorted(np.cumsum(sizes), sizes.sum() * np.arange(1, count + 1) / count) + 1
+    return [int(n) for n in np.diff([0, *ends[:-1], len(sizes)]) if n > 0]
+
+
+def claim(to: Path, plan: dict) -> None:
+    """Makes the folder for these shards, or goes on with it."""
+    to.mkdir(parents=True, exist_ok=True)
+    note = to / "prepare.json"
+    if note.exists():
+        if json.loads(note.read_text()) != plan:
+            raise UserError(f"{to} holds other images, or other shards: say another --to.")
+    elif any(to.iterdir()):
+        raise UserError(f"{to} is not empty: say another --to.")
+    else:
+        note.write_text(json.dumps(plan))
+
+
+def features_of(is_image: bool, labels: list[str]) -> tfds.features.FeaturesDict:
+    """An image where TFDS knows such; of all else (.npy, 16 bits) the bytes of its file."""
+    image = tfds.features.Image(shape=(None, None, None)) if is_image else tfds.features.Text()
+    features = {"image": image, "file_name": tfds.features.Text()}
+    return tfds.features.FeaturesDict(
+        features | ({"label": tfds.features.ClassLabel(names=labels)} if labels else {})
+    )
+
+
+def records(examples: Examples, rows: range, is_image: bool) -> Iterator[dict]:
+    """The examples of some rows as TFDS takes them."""
+    for i in rows:
+        name = examples.name(i)
+        try:
+            example = examples[i]
+        except BadImageError as error:
+            raise UserError(f"{name} was there and {error}: say the same again.") from error
+        if is_image:
+            example["image"] = io.BytesIO(example["image"])  # arrays would take TensorFlow
+        yield example | {"file_name": os.fsencode(name)}

@@ -1,0 +1,234 @@
+"""Preparing data sets: folders packed unchanged, and what TFDS does not check of ImageNet."""
+
+import hashlib
+import importlib.util
+import io
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from mim_jax import data
+from mim_jax.data import manifest, pack, prepare
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Manifests of this test are kept apart."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def image(seed, form="JPEG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form)
+    return file.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Sixty images in two folders, one of them broken inside, and a text."""
+    for i in range(60):
+        path = tmp_path / "My photos!" / "ab"[i % 2] / f"{i}.{'png' if i % 7 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image(i, "PNG" if i % 7 else "JPEG"))
+    path.write_bytes(image(0)[:800])
+    (path.parent / "notes.txt").write_text("words")
+    return tmp_path / "My photos!"
+
+
+def digests(name, **settings):
+    batches = data.make(name=name, size=16, **settings).training_batches(
+        16, seed=0, start=0, stop=8
+    )
+    return [
+        hashlib.sha256(b"".join(batch[key].tobytes() for key in sorted(batch))).hexdigest()
+        for batch in batches
+    ]
+
+
+def test_what_is_packed_is_the_folder_file_by_file_and_batch_by_batch(photos, tmp_path, command):
+    to = tmp_path / "packed"
+    done = command("mim_jax.data.prepare", f"folder:{photos}", f"--to={to}", "--labels=folder")
+    assert done.returncode == 0, done.stderr
+    assert f"read by --config.data.name=tfds:{to}" in done.stdout
+    assert "57 in train" in done.stdout
+    builder = tfds.builder_from_directory(to)  # plain TFDS
+    assert builder.info.features["label"].names == ["a", "b"]
+    assert builder.info.features["image"].np_dtype == np.uint8
+    raw = {"image": tfds.decode.SkipDecoding()}
+    for split, count in {"train": 57, "validation": 3}.items():
+        records = builder.as_data_source(split, decoders=raw)
+        assert len(records) == builder.info.splits[split].num_examples == count
+        for record in records:
+            path = photos / record["file_name"].decode()
+            assert record["image"] == path.read_bytes()
+            assert path.parent.name == "ab"[record["label"]]
+    assert builder.as_data_source("validation")[0]["image"].shape == (20, 24, 3)
+
+    assert digests(f"tfds:{to}") == digests(f"folder:{photos}", labels="folder")
+    ours, theirs = (
+        data.make(name=f"folder:{photos}", size=16, labels="folder"),
+        data.make(name=f"tfds:{to}", size=16),
+    )
+    assert ours.fingerprint == theirs.fingerprint
+
+
+def test_packing_needs_no_tensorflow(photos, tmp_path):
+    code = f"""
+import sys
+from mim_jax.data import prepare
+assert prepare.main(["folder:{photos}", "--to={tmp_path / "packed"}"]) == 0
+assert "tensorflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_packing_goes_on_with_the_next_shard(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "shards", lambda sizes, most: [len(sizes) - 2, 2])
+    whole = tmp_path / "whole"
+    pack.pack(photos, whole)
+    to, written = tmp_path / "packed", []
+
+    def killed(path, features, examples):
+        if len(written) == 2:
+            next(iter(examples))
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write_shard(path, features, examples)
+
+    write_shard = pack.write_shard
+    monkeypatch.setattr(pack, "write_shard", killed)
+    monkeypatch.setattr(manifest, "THREADS", 1)
+    with pytest.raises(KeyboardInterrupt):
+        pack.pack(photos, to)
+    there = {path.name: path.stat().st_mtime_ns for path in to.glob("*.array_record*")}
+    assert len(there) == 2
+    monkeypatch.setattr(pack, "write_shard", write_shard)
+    pack.pack(photos, to)
+    assert {n: (to / n).stat().st_mtime_ns for n in there} == there
+    of = lambda folder: {  # noqa: E731
+        path.name.replace("whole", "packed"): path.read_bytes().replace(b"whole", b"packed")
+        for path in folder.iterdir()
+    }
+    assert of(to) == of(whole)
+
+
+@pytest.mark.parametrize("most", [1, 1000, 5000, 10**9])
+def test_shards_are_about_as_large_as_asked_for(most):
+    sizes = np.random.default_rng(0).integers(1, 2000, 100)
+    counts = pack.shards(sizes, most)
+    assert sum(counts) == 100
+    ends = np.cumsum(counts)
+    largest = max(sizes[a:b].sum() for a, b in zip([0, *ends[:-1]], ends, strict=True))
+    assert largest <= most + 2 * 2000
+    assert pack.shards(sizes[:0], most) == []
+
+
+def test_arrays_are_packed_too(tmp_path):
+    for i in range(30):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        array = np.random.default_rng(i).integers(0, 65536, (20, 16, 13), np.uint16)
+        np.save(tmp_path / f"set/{i}.npy", array)
+    pack.pack(tmp_path / "set", tmp_path / "packed")
+    assert data.make(name=f"tfds:{tmp_path / 'packed'}", size=8, channels=13).dtype == "uint16"
+    settings = dict(channels=13)
+    assert digests(f"tfds:{tmp_path / 'packed'}", **settings) == digests(
+        f"folder:{tmp_path / 'set'}", **settings
+    )
+
+
+def error_of(capsys, *arguments):
+    assert prepare.main(list(map(str, arguments))) == 2
+    return capsys.readouterr().err
+
+
+def test_mistakes_are_told_in_a_sentence(photos, tmp_path, capsys):
+    assert "say where to" in error_of(capsys, f"folder:{photos}")
+    assert "there is no folder" in error_of(capsys, "folder:/nowhere", "--to=/nowhere")
+    assert "is not empty" in error_of(capsys, f"folder:{photos}", f"--to={tmp_path}")
+    pack.pack(photos, tmp_path / "packed")
+    (photos / "a/0.jpg").unlink()
+    sentence = error_of(capsys, f"folder:{photos}", f"--to={tmp_path / 'packed'}")
+    assert "holds other images" in sentence
+
+
+# --- Sets of TFDS. ---
+
+
+def tar(path, files):
+    with tarfile.open(path, "w") as file:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def imagenet(tmp_path, monkeypatch):
+    """Two tars like ImageNet's: two synsets, of three images each, and four for validation."""
+    for name, count in dict(SYNSETS=2, TRAINING_IMAGES=6, VALIDATION_IMAGES=4).items():
+        monkeypatch.setattr(prepare, name, count)
+    synsets = {
+        f"{synset}.tar": tar(tmp_path / "tar", {f"{synset}_{i}.JPEG": image(i) for i in range(3)})
+        for synset in ("n01440764", "n01443537")
+    }
+    tar(tmp_path / prepare.TRAIN, synsets)
+    names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 5)]
+    tar(tmp_path / prepare.VALIDATION, {name: image(9) for name in names})
+    return tmp_path
+
+
+def test_whole_tars_of_imagenet_are_taken(imagenet):
+    prepare.check_imagenet(imagenet)
+
+
+def test_tars_that_lack_images_are_refused(imagenet, capsys):
+    def told():
+        with pytest.raises(prepare.UserError) as error:
+            prepare.check_imagenet(imagenet)
+        return str(error.value)
+
+    train, validation = imagenet / prepare.TRAIN, imagenet / prepare.VALIDATION
+    whole = validation.read_bytes()
+    tar(validation, {f"ILSVRC2012_val_{i:08d}.JPEG": image(9) for i in (1, 2, 4)})
+    assert "lacks 1 of the 4 images of the validation set" in told()
+    validation.write_bytes(whole[:1500])
+    assert "is not whole" in told()
+    validation.write_bytes(whole)
+    one = {f"n01440764_{i}.JPEG": image(i) for i in range(3)}
+    tar(train, {"n01440764.tar": tar(imagenet / "tar", one)})
+    assert "has 3 images of 1 synsets, not 6 of 2" in told()
+    train.unlink()
+    assert "has no ILSVRC2012_img_train.tar" in told()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow")
+def test_imagenet_is_prepared_by_tfds(imagenet):
+    """In a process of its own: TensorFlow is imported."""
+    code = f"""
+from mim_jax.data import prepare
+prepare.SYNSETS, prepare.TRAINING_IMAGES, prepare.VALIDATION_IMAGES = 2, 6, 4
+where = "--data_dir={imagenet / "tfds"}"
+assert prepare.main(["imagenet2012", where, "--manual_dir={imagenet}"]) == 0
+assert prepare.main(["imagenet2012", where]) == 0  # is there already
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.count("6 in train, 4 in validation") == 2
+    dataset = data.make(name="imagenet2012", data_dir=str(imagenet / "tfds"), size=16)
+    assert (dataset.examples, dataset.num_labels) == (6, 1000)
+
+
+def test_sets_that_tfds_cannot_prepare(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "find_spec", lambda name: None)
+    assert "pip install -e '.[prepare]'" in error_of(capsys, "imagenet2012")
+    monkeypatch.setattr(prepare, "find_spec", lambda name: True)
+    where = f"--data_dir={tmp_path}"
+    assert "TFDS has no data set 'my_set'" in error_of(capsys, "my_set", where)
+    sentence = error_of(capsys, "imagenet2012", where, f"--manual_dir={tmp_path}")
+    assert "has no ILSVRC2012_img_train.tar: get it from image-net.org" in sentence
