@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from mim_jax import UserError
 
@@ -87,7 +88,8 @@ class Log:
         self.warning = warning
 
     def evaluation(self, step: int, means: dict[str, float]) -> None:
-        """Writes the means over the evaluation split."""
+        """Writes the means over the evaluation split that are single numbers."""
+        means = {name: value for name, value in means.items() if not np.ndim(value)}
         self.write(step, {f"evaluate/{name}": float(value) for name, value in means.items()})
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  evaluation: {numbers}")

@@ -34,13 +34,64 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.05,
     undecayed: tuple = (),
+    layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter, 2017), equal to PyTorch's, decaying matrices alone.
 
-    `undecayed` names some that do not decay either, as ("cls_token", "positions").
+    `undecayed` names some that do not decay either, as ("cls_token", "positions"). The rate of a
+    block is `layer_decay` times that of the next (BEiT, appendix).
     """
     mask = functools.partial(matrices, but=undecayed)
-    return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
+    tx = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
+    return tx if layer_decay == 1 else optax.chain(tx, scale_by_layer(layer_decay))
 
 
-OPTIMIZERS = {"adamw": adamw}
+def scale_by_layer(decay: float) -> optax.GradientTransformation:
+    """Updates times decay^distance from the head, which with all else that is no layer has 1."""
+
+    def update(updates, params):
+        return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(params, decay))
+
+    return optax.stateless(update)
+
+
+def layer_scales(params: dict, decay: float) -> dict:
+    """By which factor the rate of each parameter is smaller (MAE's and BEiT's code).
+
+    Of the encoder, `block_i` is layer i + 1, and what is before the blocks layer 0.
+    """
+    blocks = [name for name in params.get("encoder", {}) if name.startswith("block_")]
+    last = 1 + max((int(name.removeprefix("block_")) + 1 for name in blocks), default=0)
+
+    def scale(path, _) -> float:
+        name = path[1].key if path[0].key == "encoder" else ""
+        if name in ("cls_token", "mask_token", "positions", "embed", "stem"):
+            return decay**last
+        behind = last - 1 - int(name.removeprefix("block_")) if name in blocks else 0
+        return decay**behind
+
+    return jax.tree.map_with_path(scale, params)
+
+
+def lars(
+    learning_rate: optax.Schedule,
+    *,
+    momentum: float = 0.9,
+    trust: float = 0.001,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """LARS (You et al., 2017) as MAE's linear probe has it: optax's differs when the rate changes.
+
+    A matrix's gradient, with its decay, gets the norm `trust` x the matrix's own before the
+    momentum takes it up; the rate comes last.
+    """
+    decay = optax.add_decayed_weights(weight_decay)
+    scaled = optax.chain(decay, optax.scale_by_trust_ratio(trust_coefficient=trust))
+    return optax.chain(
+        optax.masked(scaled, matrices),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+OPTIMIZERS = {"adamw": adamw, "lars": lars}

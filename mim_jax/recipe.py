@@ -50,7 +50,8 @@ DEFAULTS = dict(  # a type stands for a value of that type that each config must
 PARTS = {"encoder": ("encoder",), "tokenizer": ("tokenizer", "decoder")}  # by key of init_from
 NETWORKS = {"model": vit, "tokenizer": dvae}  # an objective has those that it takes
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
-SUPPLIED = (*NETWORKS, "learning_rate", "process", "processes")  # arguments that no config gives
+# Arguments that no config gives.
+SUPPLIED = (*NETWORKS, "num_labels", "learning_rate", "process", "processes")
 # What may change while a run goes on; all else is compared with what it was begun with.
 FREE = (
     *("accumulate", "fsdp", "compile_cache", "model.remat", "log", "evaluate", "pictures", "save"),
@@ -245,6 +246,7 @@ def shrink(config: ConfigDict) -> None:
             decoder_heads=2,
             num_masked=6,
             min_block=2,
+            mixup_group=2,
         ),
         "data": dict(
             name="emoji", data_dir="", labels="", split="train", evaluation_split="validation"
@@ -296,7 +298,10 @@ def build(config: ConfigDict) -> Run:
         if choose(f"{name}.dtype", network["dtype"], DTYPES) == "auto":
             network["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     settings = {name: value for name, value in config.objective.to_dict().items() if name != "name"}
-    objective = functions(config)["objective"](**networks, **settings)
+    objective = functions(config)["objective"]
+    if "num_labels" in inspect.signature(objective).parameters:
+        settings["num_labels"] = dataset.num_labels
+    objective = objective(**networks, **settings)
     for part in objective.needs:
         if not config.init_from[part]:
             raise UserError(

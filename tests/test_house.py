@@ -23,9 +23,7 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
     "data": {"data"},
     "convert": {"convert"},
     "recipe": {"data", "models", "objectives", "optim", "sharding"},
-    "command": {"checkpoint", "recipe", "sharding", "train"},
-    "main": {"checkpoint", "command", "log", "pictures", "recipe", "sharding", "train"},
-    "check": {"command", "data", "pictures", "recipe", "train"},
+    "main": {"checkpoint", "log", "pictures", "recipe", "sharding", "train"},
     "__init__": set(),
 }
 NOT_IN = {  # packages that a room has nothing to do with

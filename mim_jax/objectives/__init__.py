@@ -23,7 +23,7 @@ class Objective(NamedTuple):
     loss: Callable  # (params, buffers, batch, rng, step) -> total (), weight (), (metrics, buffers)
     evaluate: Callable  # (params, buffers, batch, rng) -> {name: (b, ...)}, averaged by the loop
     pictures: Callable  # (params, buffers, batch, rng) -> {caption: images (b, H, W, c) in [0, 1]}
-    summarize: Callable = lambda means: means  # {name: mean} -> {name: number}
+    summarize: Callable = lambda means: means  # {name: mean} -> {name: number or array}
     needs: tuple[str, ...] = ()  # buffers that another run must have trained
     warn: Callable = lambda metrics: ""  # {name: number} -> what is wrong, and what to change
 
