@@ -10,12 +10,8 @@ and saved.
 """
 
 import argparse
-import errno
-import functools
 import json
-import os
 import platform
-import shutil
 import signal
 import sys
 import threading
@@ -27,41 +23,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, recipe
-from mim_jax.checkpoint import Checkpoints, abstract, init_part
+from mim_jax.checkpoint import Checkpoints
+from mim_jax.command import Beginning, exit_code, parse, require_room
 from mim_jax.log import Log, told
 from mim_jax.pictures import draw_sheet
-from mim_jax.sharding import place, replicated, to_global, whole
-from mim_jax.train import TrainState, evaluate, initialize, train
+from mim_jax.sharding import replicated, to_global, whole
+from mim_jax.train import TrainState, evaluate, train
 
 PACKAGES = ("mim-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-NO_ROOM = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EPERM)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. -> its exit code."""
-    options, overrides = parse(sys.argv[1:] if argv is None else argv)
-    workdir = options.workdir or f"runs/{Path(options.config).stem}"
-    try:
-        if options.distributed is not None:
-            join(options.distributed)
-        config = recipe.load(options.config, overrides, options.smoke)
-        return run(config, workdir, options.profile)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        where = error.filename or workdir
-        print(f"error: cannot write to {where}: {error.strerror}.", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-
-
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """-> options, and the overrides "key=value" that --config.key=value asked for."""
     parser = argparse.ArgumentParser(
         prog="python -m mim_jax.main", description=__doc__.splitlines()[0], allow_abbrev=False
     )
@@ -80,16 +53,16 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="one of several processes, which JAX finds on TPU pods, under Slurm and Open MPI; "
         "elsewhere say ADDRESS:PORT,PROCESSES,PROCESS",
     )
-    parser.epilog = "--config.KEY=VALUE changes a key of the config, as --config.optimizer.b2=0.99"
-    options, rest = parser.parse_known_args(argv)
-    overrides = []
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--config."):
-            parser.error(f"unknown argument {flag}")
-        separate = "=" not in flag and rest and not rest[0].startswith("--")
-        overrides.append(flag.removeprefix("--config.") + (f"={rest.pop(0)}" if separate else ""))
-    return options, overrides
+    options, overrides = parse(parser, argv)
+    workdir = options.workdir or f"runs/{Path(options.config).stem}"
+
+    def command() -> int:
+        if options.distributed is not None:
+            join(options.distributed)
+        config = recipe.load(options.config, overrides, options.smoke)
+        return run(config, workdir, options.profile)
+
+    return exit_code(command, workdir)
 
 
 def join(processes: str) -> None:
@@ -110,36 +83,25 @@ def join(processes: str) -> None:
 def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     """Trains from where the folder stands to the end; logs, evaluates, draws, saves on the way."""
     this = recipe.build(config)
-    if not jax.config.jax_compilation_cache_dir:  # the environment's word goes first
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
-    begin = functools.partial(
-        initialize, this.objective, this.optimizer, this.example, config.seed, config.ema > 0
-    )
-    shapes = jax.eval_shape(begin)
-    placed = place(shapes, this.mesh)
-    like = jax.tree.map(abstract, shapes, placed)
+    beginning = Beginning(this, config)
     trace = Trace(profile, workdir)
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
-    checkpoints = Checkpoints(workdir, config.save.keep, claim(config, this, workdir, size))
+    about = claim(config, this, workdir, beginning.bytes)
+    checkpoints = Checkpoints(workdir, config.save.keep, about)
     start = checkpoints.latest or 0
     log = Log(
         workdir, step=start, steps=this.steps, batch_size=config.batch_size,
         tensorboard=config.log.tensorboard, wandb=config.log.wandb, warn=this.objective.warn,
     )  # fmt: skip
-    parameters = sum(x.size for x in jax.tree.leaves(like.params))
-    log.say(f"{config.objective.name}: {parameters:,} parameters\n{this.story}")
+    log.say(f"{config.objective.name}: {beginning.parameters:,} parameters\n{this.story}")
     log.unread(this.data.unread)
     if start >= this.steps:
         log.say(f"{workdir} is done: it stands at step {start:,} of {this.steps:,}.")
         return 0
     if start:
-        state = checkpoints.restore(like)
+        state = checkpoints.restore(beginning.like)
         log.say(f"going on after step {start:,}")
     else:
-        state = jax.jit(begin, out_shardings=placed)()
-        for name, source in config.init_from.items():
-            for part in recipe.PARTS[name] if source not in ("", "random") else ():
-                state = init_part(state, part, source)
+        state = beginning.state()
 
     def due(block: ConfigDict) -> bool:
         every = recipe.in_steps(block, "every", this.steps_per_epoch)
@@ -218,12 +180,7 @@ def claim(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) 
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {workdir}: {error.strerror}.") from error
-    free, needed = shutil.disk_usage(workdir).free, 2 * state_bytes
-    if free < needed:
-        raise UserError(
-            f"{workdir} has {free / 2**30:.1f} GiB free, but two checkpoints take "
-            f"{needed / 2**30:.1f} GiB: choose another --workdir."
-        )
+    require_room(workdir, state_bytes)
     record = dict(
         config=config.to_dict(),
         trajectory=trajectory,

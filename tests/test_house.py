@@ -23,7 +23,9 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
     "data": {"data"},
     "convert": {"convert"},
     "recipe": {"data", "models", "objectives", "optim", "sharding"},
-    "main": {"checkpoint", "log", "pictures", "recipe", "sharding", "train"},
+    "command": {"checkpoint", "recipe", "sharding", "train"},
+    "main": {"checkpoint", "command", "log", "pictures", "recipe", "sharding", "train"},
+    "check": {"command", "data", "pictures", "recipe", "train"},
     "__init__": set(),
 }
 NOT_IN = {  # packages that a room has nothing to do with

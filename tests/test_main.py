@@ -205,7 +205,7 @@ def test_unknown_arguments_end_with_code_2(arguments, capsys):
 
 
 def test_a_disk_without_room_is_noticed_at_the_start(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main.shutil, "disk_usage", lambda path: type("", (), {"free": 2**20}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 2**20}))
     assert main.main([MAE, "--smoke", f"--workdir={tmp_path}"]) == 2
     assert "has 0.0 GiB free, but two checkpoints take" in capsys.readouterr().err
 

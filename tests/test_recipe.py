@@ -11,6 +11,18 @@ from mim_jax.train import initialize
 CONFIGS = sorted(Path("configs").glob("*.py"))
 EMOJI = "configs/mae_emoji.py"
 PARAMETERS = {  # at full size: of the reference where it has the model
+    "beit_base": 92_089_856,
+    "beit_base_ablation_all": 92_089_856,
+    "beit_base_ablation_all_unmasked": 92_089_856,
+    "beit_base_ablation_baseline": 92_089_856,
+    "beit_base_ablation_pixels": 86_380_800,
+    "beit_base_ablation_pixels_random": 86_380_800,
+    "beit_base_ablation_random": 92_089_856,
+    "beit_base_in22k": 91_965_776,
+    "beit_base_relative": 91_965_776,
+    "beit_emoji": 1_282_576,
+    "beit_large": 311_674_880,
+    "beit_large_in22k": 311_534_016,
     "dvae_emoji": 2_142_144,
     "emoji_scratch": 1_224_201,
     "mae_base": 111_655_680,
@@ -19,12 +31,14 @@ PARAMETERS = {  # at full size: of the reference where it has the model
     "mae_large": 329_239_296,
     "mae_large_800": 329_239_296,
     "mae_large_800_pixels": 329_239_296,
+    "simmim_base": 86_256_720,
 }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_built_at_full_size(path):
-    config = recipe.load(str(path), ["data.name=emoji", "data.data_dir="])
+    nowhere = ["data.name=emoji", "data.data_dir=", "init_from.tokenizer=random", "steps=20000"]
+    config = recipe.load(str(path), nowhere)
     run = recipe.build(config)
     state = jax.eval_shape(
         lambda: initialize(run.objective, run.optimizer, run.example, config.seed)
@@ -170,3 +184,9 @@ def test_trajectories_differ_by_what_is_learned_alone():
         assert trajectory(override) == same
     for override in ("seed=1", "optimizer.b2=0.9", "model.width=96", "data.split=train[:50]"):
         assert trajectory(override) != same
+
+
+def test_a_tokenizer_is_asked_for():
+    with pytest.raises(UserError, match=r"beit needs a trained tokenizer: say --config\.init_from"):
+        recipe.build(recipe.load("configs/beit_emoji.py"))
+    recipe.build(recipe.load("configs/beit_base_ablation_pixels.py", ["data.name=emoji"]))

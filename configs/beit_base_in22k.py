@@ -1,0 +1,23 @@
+r"""BEiT, ViT-B/16, ImageNet-22k, 150 epochs, as released (get_started_for_image_classification.md).
+
+    python -m mim_jax.main --config=configs/beit_base_in22k.py --workdir=runs/beit_base_in22k \
+        --config.data.name=folder:/data/imagenet22k --config.init_from.tokenizer=runs/dvae
+
+Released: 83.7 % top-1 on ImageNet-1k after fine-tuning, 85.2 % after intermediate fine-tuning.
+Ours: not yet run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import beit_base_relative
+
+
+def get_config() -> ConfigDict:
+    config = beit_base_relative.get_config()
+    config.epochs = 150.0  # README.md
+    config.data.name = "folder:/data/imagenet22k"
+    config.data.evaluation_split = "validation"
+    config.objective.mean = config.objective.std = (0.5,)  # the released weights
+    config.optimizer.warmup_epochs = 0.0
+    config.optimizer.warmup_steps = 10_000  # README.md
+    return config

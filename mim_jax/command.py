@@ -1,0 +1,96 @@
+"""What commands share: --config.KEY=VALUE, exit codes, the state that a run begins with."""
+
+import argparse
+import errno
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from mim_jax import UserError, recipe
+from mim_jax.checkpoint import abstract, init_part
+from mim_jax.sharding import place
+from mim_jax.train import TrainState, initialize
+
+NO_ROOM = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EPERM)
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """-> options, and the overrides "key=value" that --config.key=value asked for."""
+    parser.epilog = "--config.KEY=VALUE changes a key of the config, as --config.optimizer.b2=0.99"
+    options, rest = parser.parse_known_args(argv)
+    overrides = []
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--config."):
+            parser.error(f"unknown argument {flag}")
+        separate = "=" not in flag and rest and not rest[0].startswith("--")
+        overrides.append(flag.removeprefix("--config.") + (f"={rest.pop(0)}" if separate else ""))
+    return options, overrides
+
+
+def exit_code(command: Callable[[], int], workdir: str) -> int:
+    """What a command returns: 0 done, 1 failed, 2 a mistake of its user, told in a sentence."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = error.filename or workdir
+        print(f"error: cannot write to {where}: {error.strerror}.", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+
+
+class Beginning:
+    """The state that a run begins with: its shapes at once, its values when they are asked for."""
+
+    def __init__(self, this: recipe.Run, config: ConfigDict):
+        if not jax.config.jax_compilation_cache_dir:  # the environment's word goes first
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
+        self.init_from = config.init_from
+        self.begin = functools.partial(
+            initialize, this.objective, this.optimizer, this.example, config.seed, config.ema > 0
+        )
+        shapes = jax.eval_shape(self.begin)
+        self.placed = place(shapes, this.mesh)
+        self.like = jax.tree.map(abstract, shapes, self.placed)  # as a checkpoint is restored
+
+    @property
+    def parameters(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.like.params))
+
+    @property
+    def bytes(self) -> int:
+        """Of the state, which are a checkpoint's too."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.like))
+
+    def state(self) -> TrainState:
+        """At random, or in parts from other runs, as the config's init_from says."""
+        state = jax.jit(self.begin, out_shardings=self.placed)()
+        for name, source in self.init_from.items():
+            for part in recipe.PARTS[name] if source not in ("", "random") else ():
+                state = init_part(state, part, source)
+        return state
+
+
+def require_room(folder: str, state_bytes: int) -> tuple[int, int]:
+    """-> bytes free, and needed for two checkpoints. Raises UserError if these are too few."""
+    free, needed = shutil.disk_usage(folder).free, 2 * state_bytes
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 2**30:.1f} GiB free, but two checkpoints take "
+            f"{needed / 2**30:.1f} GiB: choose another --workdir."
+        )
+    return free, needed
