@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from mim_jax import UserError, recipe
@@ -190,3 +191,32 @@ def test_a_tokenizer_is_asked_for():
     with pytest.raises(UserError, match=r"beit needs a trained tokenizer: say --config\.init_from"):
         recipe.build(recipe.load("configs/beit_emoji.py"))
     recipe.build(recipe.load("configs/beit_base_ablation_pixels.py", ["data.name=emoji"]))
+
+
+def test_the_rate_is_absolute_or_for_256_images():
+    def peak(*overrides):
+        run = recipe.build(recipe.load(EMOJI, ["optimizer.warmup_steps=10", *overrides]))
+        return float(run.schedule(10)), run.story
+
+    rate, story = peak("optimizer.base_lr=1e-3", "batch_size=64")
+    assert rate == pytest.approx(2.5e-4)
+    assert "lr = base_lr x batch / 256 = 0.001 x 64 / 256 = 0.00025" in story
+    rate, story = peak("optimizer.lr=3e-4", "batch_size=64")
+    assert rate == pytest.approx(3e-4)
+    assert "lr = 0.0003" in story
+    with pytest.raises(UserError, match=r"must say optimizer\.base_lr or optimizer\.lr"):
+        peak("optimizer.base_lr=0")
+    with pytest.raises(UserError, match=r"ema = 1\.0: say a decay below 1"):
+        peak("ema=1")
+
+
+def test_gradients_are_clipped_to_a_norm():
+    run = recipe.build(recipe.load(EMOJI, ["optimizer.clip_norm=0.5", "optimizer.weight_decay=0"]))
+    params = {"kernel": jnp.ones((2, 2))}
+    first = run.optimizer.init(params)
+
+    def after(value):
+        return run.optimizer.update({"kernel": jnp.full((2, 2), value)}, first, params)[1]
+
+    for large, small in zip(*(jax.tree.leaves(after(g)) for g in (100.0, 0.25)), strict=True):
+        assert jnp.allclose(large, small)  # a norm of 200 becomes one of 0.5

@@ -404,3 +404,33 @@ def test_adamw_decays_by_the_learning_rate():
     new = optax.apply_updates(params, updates)
     assert jnp.allclose(new["kernel"], 1 - 0.1 * 0.5)
     assert (new["bias"] == 1).all()
+
+
+def test_named_matrices_do_not_decay():
+    params = {"encoder": {"cls_token": jnp.ones((1, 1, 4)), "kernel": jnp.ones((4, 4))}}
+    decays = optim.matrices(params, but=("cls_token", "positions"))
+    assert decays == {"encoder": {"cls_token": False, "kernel": True}}
+
+
+def test_the_average_follows_the_parameters_and_is_what_is_evaluated():
+    mesh = make_mesh(jax.devices()[:1])
+    begin = functools.partial(initialize, OBJECTIVE, OPTIMIZER, EXAMPLE, 0, True)
+    state = jax.jit(begin, out_shardings=place(jax.eval_shape(begin), mesh))()
+    expected = jax.device_get(state.params)
+    steps = train(
+        OBJECTIVE, OPTIMIZER, batches_from, state=state, mesh=mesh, steps=STEPS, seed=0, ema=0.9
+    )
+    for _, after, _ in steps:
+        now = jax.device_get(after.params)
+        expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, expected, now)
+        state = jax.device_get(after)
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7),
+        state.ema,
+        expected,
+    )
+    assert state.averaged is state.ema
+    batch = dict(next(iter(batches_from(0))), mask=np.ones(ROWS, np.float32))
+    whole = evaluate(OBJECTIVE, state, [batch], mesh=mesh, seed=0)
+    plain = evaluate(OBJECTIVE, state._replace(ema=None), [batch], mesh=mesh, seed=0)
+    assert whole["loss"] != plain["loss"]
