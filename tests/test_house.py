@@ -21,7 +21,7 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
     "train": {"objectives", "sharding"},
     "checkpoint": {"train"},
     "data": {"data"},
-    "convert": {"convert"},
+    "convert": {"checkpoint", "command", "convert", "masking", "models", "objectives", "train"},
     "recipe": {"data", "models", "objectives", "optim", "sharding"},
     "command": {"checkpoint", "recipe", "sharding", "train"},
     "main": {"checkpoint", "command", "log", "pictures", "recipe", "sharding", "train"},

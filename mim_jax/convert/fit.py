@@ -1,0 +1,99 @@
+"""Which layout of others can say what a network of ours is, and what it must leave out."""
+
+import numpy as np
+
+from mim_jax import UserError
+from mim_jax.convert.about import About
+from mim_jax.convert.tables import LAYOUTS
+
+FAMILIES = ("mae", "beit", "timm", "hf")
+
+
+def fit(params: dict, about: About, to: str) -> tuple[str, dict]:
+    """-> the layout of a family, and what of params it takes. LAYOUTS' own names stand as they are.
+
+    Raises UserError, with what to say instead, where no layout of the family has such a network.
+    """
+    if about.kind == "dvae":
+        return fit_dvae(params, about, to)
+    model, kind = about.model, about.kind
+    mean, relative = "fc_norm" in params, model["relative_bias"] != "none"
+    if to not in (*FAMILIES, *LAYOUTS):
+        raise UserError(f"there is no layout {to!r}; there are {', '.join(FAMILIES)}.")
+    if to in LAYOUTS and to not in FAMILIES:
+        return to, params
+    if model["key_bias"] and relative:
+        raise UserError(
+            f"--to={to}: relative positions beside a bias of the keys are in no other code; train "
+            "with --config.model.key_bias=False, or keep it with --to=mim_jax."
+        )
+    if to == "timm":
+        params = encoder_only(params) if kind in ("mae", "beit", "encoder") else params
+        return "timm_vit" if model["key_bias"] else "timm_beit", folded(params)
+    if to == "mae":
+        if not model["key_bias"] or model["layer_scale"]:
+            other = "timm" if model["key_bias"] else "beit"
+            raise UserError(
+                f"--to=mae: the official MAE has no {'LayerScale' if other == 'timm' else 'BEiT'}: "
+                f"say --to={other}."
+            )
+        if kind == "mae" and "mask_token" in params["encoder"]:
+            raise UserError(
+                "--to=mae: the official MAE has no mask tokens in its encoder: say --to=timm for "
+                "the encoder alone."
+            )
+        named = "mae_linear" if "batch_statistics" in params else "timm_vit"
+        return "mae" if kind == "mae" else named, params
+    if to == "beit":
+        if model["key_bias"]:
+            raise UserError("--to=beit: BEiT has no bias of the keys: say --to=mae or --to=timm.")
+        return "beit" if kind == "beit" else "beit_finetuned", folded(params)
+    if about.grid and about.grid[0] != about.grid[1]:
+        raise UserError("--to=hf: Hugging Face's positions are of square images: say --to=timm.")
+    if not model["key_bias"]:
+        return "hf_beit_mim" if kind == "beit" else "hf_beit", folded(params)
+    if mean:
+        raise UserError(
+            "--to=hf: Hugging Face's ViT classifies by the class token, this one by the mean of "
+            "the patches: say --to=timm or --to=mae."
+        )
+    if model["layer_scale"]:
+        raise UserError("--to=hf: Hugging Face's ViT has no LayerScale: say --to=timm.")
+    if kind == "beit":
+        raise UserError(
+            "--to=hf: Hugging Face's BEiT has no bias of the keys: say --to=timm for the encoder "
+            "alone."
+        )
+    return "hf_vit_mae" if kind == "mae" else "hf_vit", folded(params)
+
+
+def fit_dvae(params: dict, about: About, to: str) -> tuple[str, dict]:
+    """The same of a dVAE."""
+    layout = "dalle" if about.model["kind"] == "dalle" else "small_dvae"
+    if to not in (layout, "beit"):
+        raise UserError(f"--to={to} has no tokenizers: say --to=beit.")
+    if layout == "dalle" and len(params) > 1:
+        raise UserError("DALL-E keeps its encoder and its decoder in two files: one at a time.")
+    layers, blocks, stem = (about.model.get(name, 1) for name in ("layers", "blocks", "stem"))
+    if stem != 1 or (layout == "small_dvae" and (layers, blocks) != (3, 1)):
+        raise UserError("BEiT's dVAE has three layers of one block, and no stem.")
+    return layout, params
+
+
+def encoder_only(params: dict) -> dict:
+    """The encoder without what it has for pretraining alone."""
+    encoder = {name: x for name, x in params["encoder"].items() if name != "mask_token"}
+    return {"encoder": encoder} | ({"fc_norm": params["fc_norm"]} if "fc_norm" in params else {})
+
+
+def folded(params: dict) -> dict:
+    """A linear probe with the normalisation of its features folded into its head."""
+    if "batch_statistics" not in params:
+        return params
+    params = dict(params)
+    statistics = params.pop("batch_statistics")["head_norm"]
+    gain = (statistics["variance"] + 1e-6) ** -0.5
+    kernel = params["head"]["kernel"] * gain[:, None]
+    bias = params["head"]["bias"] - statistics["mean"] @ kernel
+    params["head"] = {"kernel": np.asarray(kernel), "bias": np.asarray(bias)}
+    return params

@@ -1,0 +1,128 @@
+"""Folders of Hugging Face: what stands in config.json and beside it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mim_jax import UserError
+from mim_jax.convert.about import About
+
+EPS = 1e-6  # of MAE's, BEiT's and our norms; transformers' own default is 1e-12
+MODELS = {  # by layout: model_type, the class with a head, the class without
+    "hf_vit_mae": ("vit_mae", "ViTMAEForPreTraining", ""),
+    "hf_vit": ("vit", "ViTForImageClassification", "ViTModel"),
+    "hf_beit_mim": ("beit", "BeitForMaskedImageModeling", ""),
+    "hf_beit": ("beit", "BeitForImageClassification", "BeitModel"),
+}
+STATISTICS = {"mean": "image_mean", "std": "image_std"}  # ours: theirs
+
+
+def config_of(state: dict[str, np.ndarray], about: About, layout: str) -> dict[str, Any]:
+    """config.json of a state dict in one of Hugging Face's layouts."""
+    if about.patch[0] != about.patch[1] or about.size[0] != about.size[1]:
+        raise UserError("--to=hf: Hugging Face's images and patches are square: say --to=timm.")
+    model, (kind, whole, bare) = about.model, MODELS[layout]
+    is_bare = "embeddings.cls_token" in state
+    config = dict(
+        architectures=[bare if is_bare else whole],
+        model_type=kind,
+        hidden_size=model["width"],
+        num_hidden_layers=model["depth"],
+        num_attention_heads=about.encoder.heads,
+        intermediate_size=4 * model["width"],
+        hidden_act="gelu",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        layer_norm_eps=EPS,
+        image_size=about.size[0],
+        patch_size=about.patch[0],
+        num_channels=about.channels,
+    )
+    labels = len(state.get("classifier.bias", ()))
+    if labels:
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+    if kind != "beit":
+        config["qkv_bias"] = True
+    else:
+        relative = model["relative_bias"]
+        config |= dict(
+            use_mask_token=any(name.endswith("mask_token") for name in state),
+            use_absolute_position_embeddings=any("position_embeddings" in name for name in state),
+            use_relative_position_bias=relative == "own",
+            use_shared_relative_position_bias=relative == "shared",
+            layer_scale_init_value=float(model["layer_scale"]),
+            use_mean_pooling=not {"layernorm.weight", "beit.layernorm.weight"} & set(state)
+            or "lm_head.weight" in state,
+            drop_path_rate=0.0,
+        )
+        if "lm_head.bias" in state:
+            config["vocab_size"] = len(state["lm_head.bias"])
+    if kind == "vit_mae":
+        if not about.decoder["heads"]:
+            raise UserError("nothing tells how many heads the decoder has: say --decoder-heads=N.")
+        config |= dict(
+            decoder_hidden_size=about.decoder["width"],
+            decoder_num_hidden_layers=about.decoder["depth"],
+            decoder_num_attention_heads=about.decoder["heads"],
+            decoder_intermediate_size=4 * about.decoder["width"],
+            mask_ratio=about.facts.get("mask_ratio", 0.75),
+            norm_pix_loss=about.facts.get("target") == "normalized_pixels",
+        )
+    return config
+
+
+def known_from(folder: Path) -> dict[str, Any]:
+    """What config.json and preprocessor_config.json tell: the keywords of `describe`."""
+    try:
+        entries = json.loads((folder / "config.json").read_text())
+        if not isinstance(entries.get("hidden_size"), int):
+            raise UserError(f"{folder}/config.json is not of a ViT: it says no hidden_size.")
+        processor = folder / "preprocessor_config.json"
+        images = json.loads(processor.read_text()) if processor.exists() else {}
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read {folder}/config.json: {error}.") from error
+    size, patch = (
+        tuple(x) if isinstance(x, list) else (x, x)
+        for x in (entries["image_size"], entries["patch_size"])
+    )
+    facts = dict(layer_norm_eps=entries.get("layer_norm_eps", 1e-12))
+    facts |= {ours: images[theirs] for ours, theirs in STATISTICS.items() if theirs in images}
+    if entries.get("model_type") == "vit_mae":
+        target = "normalized_pixels" if entries.get("norm_pix_loss") else "pixels"
+        facts |= dict(target=target, mask_ratio=entries.get("mask_ratio", 0.75))
+    return dict(
+        heads=entries["num_attention_heads"],
+        decoder_heads=entries.get("decoder_num_attention_heads", 0),
+        grid=(size[0] // patch[0], size[1] // patch[1]),
+        facts=facts,
+    )
+
+
+def write(folder: Path, state: dict[str, np.ndarray], about: About, layout: str) -> dict[str, Any]:
+    """A folder that from_pretrained reads -> its config.json."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(state, about, layout)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    images = dict(
+        image_processor_type="BeitImageProcessor" if "beit" in layout else "ViTImageProcessor",
+        do_resize=True,
+        size=dict(height=about.size[0], width=about.size[1]),
+        resample=3,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+    )
+    if "mean" in about.facts:
+        for ours, theirs in STATISTICS.items():
+            values = list(about.facts[ours])
+            images[theirs] = values * about.channels if len(values) == 1 else values
+        (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return config

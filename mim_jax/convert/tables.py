@@ -1,0 +1,205 @@
+"""What others call our parameters: tables, read from left to right and from right to left.
+
+`{i}` stands for a number. `*` is a weight or a bias, and of ours a kernel, of a norm a scale, or a
+bias. Sources: the key lists of the official MAE, BEiT and DALL-E, timm and transformers.
+"""
+
+from typing import NamedTuple
+
+
+class Layout(NamedTuple):
+    """The names that a code gives to its arrays."""
+
+    title: str
+    signs: tuple[str, ...]  # names by which it is known
+    table: dict[str, str]  # their name: our name
+
+
+def block(theirs: str, ours: str, names: dict[str, str]) -> dict[str, str]:
+    """The rows of the arrays in a block."""
+    return {f"{theirs}.{name}": f"{ours}/{our_name}" for name, our_name in names.items()}
+
+
+BLOCK = {
+    "norm1.*": "norm1/*",
+    "attn.qkv.*": "qkv/*",
+    "attn.proj.*": "proj/*",
+    "norm2.*": "norm2/*",
+    "mlp.fc1.*": "fc1/*",
+    "mlp.fc2.*": "fc2/*",
+}
+BEIT_BLOCK = BLOCK | {
+    "attn.q_bias": "q_bias",
+    "attn.v_bias": "v_bias",
+    "attn.relative_position_bias_table": "relative_position_bias/table",
+    "gamma_1": "gamma_1",
+    "gamma_2": "gamma_2",
+}
+HF_BLOCK = {  # query, key and value are one array before they are looked up here
+    "layernorm_before.*": "norm1/*",
+    "attention.attention.qkv.*": "qkv/*",
+    "attention.output.dense.*": "proj/*",
+    "layernorm_after.*": "norm2/*",
+    "intermediate.dense.*": "fc1/*",
+    "output.dense.*": "fc2/*",
+}
+HF_BEIT_BLOCK = HF_BLOCK | {
+    "attention.attention.q_bias": "q_bias",
+    "attention.attention.v_bias": "v_bias",
+    "attention.attention.relative_position_bias.relative_position_bias_table": (
+        "relative_position_bias/table"
+    ),
+    "lambda_1": "gamma_1",
+    "lambda_2": "gamma_2",
+}
+
+EMBEDDING = {
+    "cls_token": "encoder/cls_token",
+    "pos_embed": "encoder/positions",
+    "patch_embed.proj.*": "encoder/embed/*",
+}
+HEAD = {"fc_norm.*": "fc_norm/*", "head.*": "head/*"}
+VIT = {**EMBEDDING, **block("blocks.{i}", "encoder/block_{i}", BLOCK), "norm.*": "encoder/norm/*"}
+BEIT = {
+    **EMBEDDING,
+    "mask_token": "encoder/mask_token",
+    "rel_pos_bias.relative_position_bias_table": "encoder/relative_position_bias/table",
+    **block("blocks.{i}", "encoder/block_{i}", BEIT_BLOCK),
+    "norm.*": "encoder/norm/*",
+}
+DECODER = {
+    "mask_token": "decoder/mask_token",
+    "decoder_pos_embed": "decoder/positions",
+    "decoder_embed.*": "decoder/embed/*",
+    **block("decoder_blocks.{i}", "decoder/block_{i}", BLOCK),
+    "decoder_norm.*": "decoder/norm/*",
+    "decoder_pred.*": "decoder/pred/*",
+}
+
+
+def hugging_face(name: str, names: dict[str, str]) -> dict[str, str]:
+    """The rows of an encoder that is called `name`."""
+    return {
+        f"{name}.embeddings.cls_token": "encoder/cls_token",
+        f"{name}.embeddings.mask_token": "encoder/mask_token",
+        f"{name}.embeddings.position_embeddings": "encoder/positions",
+        f"{name}.embeddings.patch_embeddings.projection.*": "encoder/embed/*",
+        f"{name}.encoder.relative_position_bias.relative_position_bias_table": (
+            "encoder/relative_position_bias/table"
+        ),
+        **block(f"{name}.encoder.layer.{{i}}", "encoder/block_{i}", names),
+    }
+
+
+HF_VIT = {**hugging_face("vit", HF_BLOCK), "vit.layernorm.*": "encoder/norm/*"}
+HF_DECODER = {
+    "decoder.mask_token": "decoder/mask_token",
+    "decoder.decoder_pos_embed": "decoder/positions",
+    "decoder.decoder_embed.*": "decoder/embed/*",
+    **block("decoder.decoder_layers.{i}", "decoder/block_{i}", HF_BLOCK),
+    "decoder.decoder_norm.*": "decoder/norm/*",
+    "decoder.decoder_pred.*": "decoder/pred/*",
+}
+HF_BEIT = hugging_face("beit", HF_BEIT_BLOCK)
+
+DALLE = {
+    "blocks.input.*": "input/*",
+    "blocks.group_{g}.block_{i}.id_path.*": "group_{g}_block_{i}/id_path/*",
+    "blocks.group_{g}.block_{i}.res_path.conv_{j}.*": "group_{g}_block_{i}/conv_{j}/*",
+    "blocks.output.conv.*": "output/*",
+}
+
+
+def small_dvae(layers: int) -> dict[str, str]:
+    """The rows of BEiT's own dVAE, whose layers are numbered by their places in a sequence."""
+    rows = {"codebook.weight": "decoder/codebook"}
+    for theirs, ours in (("encoder", "tokenizer"), ("decoder", "decoder")):
+        for layer in range(layers):
+            rows[f"{theirs}.{2 * layer}.0.*"] = f"{ours}/layer_{layer + 1}/*"
+            for i in range(3):
+                place = f"{theirs}.{2 * layer + 1}.net.{2 * i}.*"
+                rows[place] = f"{ours}/layer_{layer + 1}_block_1/conv_{i + 1}/*"
+        rows[f"{theirs}.{2 * layers}.*"] = f"{ours}/output/*"
+    return rows
+
+
+LAYOUTS = {  # those with more signs before those with fewer
+    "dalle": Layout("DALL-E's dVAE", ("blocks.input.weight",), DALLE),
+    "small_dvae": Layout("BEiT's own dVAE", ("codebook.weight",), small_dvae(3)),
+    "hf_vit_mae": Layout(
+        "Hugging Face's ViTMAEForPreTraining",
+        ("vit.embeddings.cls_token", "decoder.decoder_embed.weight"),
+        {**HF_VIT, **HF_DECODER},
+    ),
+    "hf_vit": Layout(
+        "Hugging Face's ViT",
+        ("vit.embeddings.cls_token",),
+        {**HF_VIT, "classifier.*": "head/*"},
+    ),
+    "hf_beit_mim": Layout(
+        "Hugging Face's BeitForMaskedImageModeling",
+        ("beit.embeddings.cls_token", "lm_head.weight"),
+        {**HF_BEIT, "layernorm.*": "encoder/norm/*", "lm_head.*": "head/*"},
+    ),
+    "hf_beit": Layout(
+        "Hugging Face's Beit",
+        ("beit.embeddings.cls_token",),
+        {
+            **HF_BEIT,
+            "beit.layernorm.*": "encoder/norm/*",
+            "beit.pooler.layernorm.*": "fc_norm/*",
+            "classifier.*": "head/*",
+        },
+    ),
+    "mae": Layout("the official MAE", ("decoder_embed.weight",), {**VIT, **DECODER}),
+    "mae_linear": Layout(
+        "the linear probe of the official MAE",
+        ("head.0.running_mean", "head.1.weight"),
+        {
+            **VIT,
+            "head.0.running_mean": "batch_statistics/head_norm/mean",
+            "head.0.running_var": "batch_statistics/head_norm/variance",
+            "head.1.*": "head/*",
+        },
+    ),
+    "beit": Layout(
+        "the official BEiT, pretrained",
+        ("lm_head.weight", "mask_token"),
+        {**BEIT, "lm_head.*": "head/*"},
+    ),
+    "beit_finetuned": Layout(
+        "the official BEiT, fine-tuned",
+        ("blocks.0.attn.q_bias", "blocks.0.attn.relative_position_index"),
+        {**BEIT, **HEAD},
+    ),
+    "timm_beit": Layout("timm's BEiT", ("blocks.0.attn.q_bias",), {**BEIT, **HEAD}),
+    "timm_vit": Layout(
+        "timm's ViT, and the official MAE's without its decoder",
+        ("cls_token", "blocks.0.norm1.weight"),
+        {
+            **VIT,
+            **HEAD,
+            "blocks.{i}.ls1.gamma": "encoder/block_{i}/gamma_1",
+            "blocks.{i}.ls2.gamma": "encoder/block_{i}/gamma_2",
+        },
+    ),
+}
+PREFIXES = (  # under which the weights may stand, with others beside them
+    *("module.", "model.", "state_dict.", "teacher.", "momentum_encoder.", "base_encoder."),
+    *("backbone.", "encoder_q.", "ema."),
+)
+BUFFERS = ("relative_position_index", "num_batches_tracked", "k_bias")  # computed, never learned
+SPELLINGS = {  # how transformers 5 calls the modules of a model in memory: how its files do
+    r"^decoder\.decoder_encoder\.layer\.": "decoder.decoder_layers.",
+    r"\b(vit|beit)\.layers\.(\d+)\.relative_position_bias\.": (
+        r"\1.encoder.layer.\2.attention.attention.relative_position_bias."
+    ),
+    r"\b(vit|beit)\.layers\.": r"\1.encoder.layer.",
+    r"\bbeit\.shared_position_bias\.": "beit.encoder.relative_position_bias.",
+    r"\.attention\.q_proj\.": ".attention.attention.query.",
+    r"\.attention\.k_proj\.": ".attention.attention.key.",
+    r"\.attention\.v_proj\.": ".attention.attention.value.",
+    r"\.attention\.o_proj\.": ".attention.output.dense.",
+    r"((?:layer|layers)\.\d+)\.mlp\.fc1\.": r"\1.intermediate.dense.",
+    r"((?:layer|layers)\.\d+)\.mlp\.fc2\.": r"\1.output.dense.",
+}

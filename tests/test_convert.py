@@ -1,0 +1,299 @@
+"""Weights both ways: what transformers and timm write gives the same numbers here, and goes back.
+
+Models are tiny and random; norms and gains too, for at their initialisation they hide mistakes.
+"""
+
+import functools
+from operator import attrgetter
+
+import jax
+import numpy as np
+import pytest
+
+from mim_jax import UserError
+from mim_jax.convert import check, from_torch, to_torch
+from mim_jax.convert.read import read
+from mim_jax.convert.states import sines
+from tests.official import mae_shapes, to_params
+from tests.timm_models import timm_models
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+SHAPE |= dict(image_size=32, patch_size=8, layer_norm_eps=1e-6)
+DECODER = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+SHARED = dict(vocab_size=64, use_shared_relative_position_bias=True, use_mask_token=True)
+ABSOLUTE = dict(vocab_size=64, use_absolute_position_embeddings=True, use_mask_token=True)
+OWN = dict(use_relative_position_bias=True, num_labels=3)
+HUGGING_FACE = {  # a class, the settings of its config
+    "mae": ("ViTMAEForPreTraining", {f"decoder_{k}": v for k, v in DECODER.items()}),
+    "mae_encoder": ("ViTMAEModel", {}),
+    "vit": ("ViTForImageClassification", dict(num_labels=3)),
+    "vit_encoder": ("ViTModel", {}),
+    "beit_shared": ("BeitForMaskedImageModeling", SHARED),
+    "beit_absolute": ("BeitForMaskedImageModeling", ABSOLUTE | dict(layer_scale_init_value=0.0)),
+    "beit_mean": ("BeitForImageClassification", OWN),
+    "beit_cls": ("BeitForImageClassification", OWN | dict(use_mean_pooling=False)),
+    "beit_encoder": ("BeitModel", OWN),
+}
+CONFIGS = {"ViTMAE": "ViTMAEConfig", "ViT": "ViTConfig", "Beit": "BeitConfig"}
+
+
+def randomize(module):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, x in module.named_parameters():
+            x.copy_(0.3 * torch.randn(x.shape, generator=generator))
+            x.add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        if hasattr(module, "decoder"):
+            fix_positions(module)
+    return module.eval()
+
+
+def fix_positions(module):
+    """Gives Hugging Face's MAE the tables of sines, in its own type."""
+    for place, name in ((module.vit.embeddings, "position_embeddings"),
+                        (module.decoder, "decoder_pos_embed")):  # fmt: skip
+        table = getattr(place, name)
+        table.data = torch.tensor(sines((4, 4), table.shape[-1]), dtype=table.dtype)
+
+
+@functools.cache
+def hugging_face(name):
+    kind, settings = HUGGING_FACE[name]
+    family = next(family for family in CONFIGS if kind.startswith(family))
+    config = getattr(transformers, CONFIGS[family])(**SHAPE, **settings)
+    return randomize(getattr(transformers, kind)(config))
+
+
+def written(module, folder) -> dict[str, np.ndarray]:
+    """What save_pretrained writes, the decoder's blocks as before transformers 5."""
+    module.save_pretrained(folder)
+    arrays, _ = read(folder / "model.safetensors")
+    return {
+        name.replace("decoder_encoder.layer", "decoder_layers"): x for name, x in arrays.items()
+    }
+
+
+def theirs(module, batch) -> dict[str, np.ndarray]:
+    """What a model of transformers gives in float64."""
+    images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
+    noise, masked = torch.tensor(batch["noise"]), torch.tensor(batch["masked"])
+    options, name = {}, type(module).__name__
+    if name == "BeitForMaskedImageModeling":
+        options = dict(bool_masked_pos=masked)
+    elif name.startswith("ViTMAE"):
+        options = dict(noise=noise)
+    with torch.no_grad():
+        if name == "ViTMAEModel":  # which hides patches, if not told that it must not
+            module.config.mask_ratio = 0.0
+            options = dict(noise=torch.arange(16.0)[None] + 0 * noise)
+        found = module(images, **options)
+        if name == "ViTMAEForPreTraining":
+            latent = module.vit(images, noise=noise).last_hidden_state
+            return dict(latent=latent.numpy(), predictions=found.logits.numpy())
+    logits = "logits" in found
+    return (
+        {"logits": found.logits.numpy()} if logits else {"tokens": found.last_hidden_state.numpy()}
+    )
+
+
+def exact(params):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+
+def assert_same_numbers(ours, theirs):
+    for name, x in theirs.items():
+        np.testing.assert_allclose(ours[name], x, rtol=0, atol=1e-8 * np.abs(x).max(), err_msg=name)
+
+
+def assert_identical(state, other):
+    assert state.keys() == other.keys()
+    for name, x in state.items():
+        assert x.dtype == other[name].dtype, name
+        np.testing.assert_array_equal(x, other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_what_transformers_writes(name, tmp_path):
+    module = hugging_face(name)
+    state = written(module, tmp_path)
+    params, about = from_torch(state, heads=4, decoder_heads=2)
+    pooler = [key for key in state if "pooler.dense" in key]  # of a ViT, which no one trains
+    assert sorted(key.removeprefix("vit.") for key in about.left_out) == sorted(pooler)
+    back = to_torch(params, about, layout="hf")
+    assert_identical(back, {key: x for key, x in state.items() if key not in pooler})
+    # transformers 5 calls the same otherwise in memory, and in MAE's files
+    renamed = {
+        key.replace("decoder_layers", "decoder_encoder.layer"): x for key, x in state.items()
+    }
+    for other in (module.state_dict(), renamed):
+        again, _ = from_torch(other, heads=4, decoder_heads=2)
+        jax.tree.map(np.testing.assert_array_equal, again, params)
+
+    double = type(module)(module.config).double().eval()
+    double.load_state_dict(module.state_dict())
+    if name == "mae":  # its tables in float64, as ours
+        fix_positions(double)
+    batch = check.example(about)
+    assert_same_numbers(check.run(exact(params), about, batch), theirs(double, batch))
+
+
+TIMM = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=3)
+RELATIVE = dict(use_abs_pos_emb=False, init_values=0.1)
+TIMMS = {
+    "vit_mean": ("vision_transformer.VisionTransformer", dict(global_pool="avg")),
+    "vit_cls": ("vision_transformer.VisionTransformer", dict(init_values=0.1)),
+    "vit_encoder": ("vision_transformer.VisionTransformer", dict(num_classes=0)),
+    "beit_own": ("beit.Beit", RELATIVE | dict(use_rel_pos_bias=True)),
+    "beit_shared": ("beit.Beit", RELATIVE | dict(use_shared_rel_pos_bias=True)),
+    "beit_absolute": ("beit.Beit", dict(global_pool="token")),
+}
+
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_timm_both_ways(name):
+    kind, settings = TIMMS[name]
+    module = randomize(attrgetter(kind)(timm_models())(**TIMM | settings))
+    state = module.state_dict()
+    params, about = from_torch({f"module.{key}": x for key, x in state.items()}, heads=4)
+    back = to_torch(params, about, layout="timm")
+    assert_identical(back, {key: x.numpy() for key, x in state.items()})
+    module, batch = module.double(), check.example(about)
+    images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        answers = dict(tokens=module.forward_features(images), logits=module(images))
+    if name == "vit_encoder":
+        del answers["logits"]
+    ours = check.run(exact(params), about, batch)
+    assert_same_numbers(ours, {key: x.numpy() for key, x in answers.items()})
+    title, far = check.differences(params, about, "timm")  # what --check does
+    assert title.startswith("timm ")
+    assert max(far.values()) < check.TOLERANCE
+
+
+def official_mae() -> dict[str, np.ndarray]:
+    shape = dict(width=32, depth=2, decoder_width=16, decoder_depth=1, patch=(8, 8), channels=3)
+    rng = np.random.default_rng(0)
+    state = {name: rng.normal(size=s).astype(np.float32) for name, s in mae_shapes(**shape).items()}
+    tables = {"pos_embed": sines((4, 4), 32), "decoder_pos_embed": sines((4, 4), 16)}
+    return state | {name: table.astype(np.float32) for name, table in tables.items()}
+
+
+def test_the_official_mae():
+    """A checkpoint as its training writes it, by a table that was written apart from ours."""
+    state = official_mae()
+    optimizer = {"state": {0: {"exp_avg": np.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+    whole = {"model": {f"module.{k}": x for k, x in state.items()}, "optimizer": optimizer}
+    params, about = from_torch(whole | {"epoch": 3}, heads=4, decoder_heads=2)
+    assert (about.layout, about.kind, about.grid) == ("mae", "mae", (4, 4))
+    assert about.model["positions"] == "sincos"
+    assert about.left_out == ("optimizer.state.0.exp_avg",)
+    learned = {k: x for k, x in state.items() if "pos_embed" not in k}
+    jax.tree.map(np.testing.assert_array_equal, params, to_params(learned))
+    assert_identical(to_torch(params, about, layout="mae"), state)
+    # A table that is not MAE's is one that was learned; the class token's row counts
+    state["pos_embed"] = state["pos_embed"] + np.float32(1e-3) * (np.arange(17) == 0)[:, None]
+    params, about = from_torch(state, heads=4, decoder_heads=2)
+    assert about.model["positions"] == "learned"
+    assert_identical(to_torch(params, about, layout="mae"), state)
+    # the encoder alone, as released; timm's names
+    alone = to_torch(params, about, layout="timm")
+    assert sorted(alone) == sorted(k for k in state if "decoder" not in k and k != "mask_token")
+
+
+def test_the_official_beit():
+    """q and v have biases, keys have none; the index of relative positions is a buffer."""
+    module = hugging_face("beit_shared")
+    params, about = from_torch(module.state_dict())
+    state = to_torch(params, about, layout="beit")
+    index = state["rel_pos_bias.relative_position_index"]
+    assert (index.dtype, index.shape, index[0, 0], index[0, 1], index[1, 0]) == (
+        *(np.int64, (17, 17)),
+        *(51, 49, 50),
+    )
+    assert "blocks.0.attn.qkv.bias" not in state
+    again, _ = from_torch({"module": state})
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    _, far = check.differences(params, about, "beit")  # whose index is not computed as ours
+    assert far["logits"] < check.TOLERANCE
+
+
+def test_a_linear_probe_and_a_projector():
+    """MAE's probe has BatchNorm before its head; MoCo v3 has a projector for a head."""
+    rng = np.random.default_rng(0)
+    encoder = {k: x for k, x in official_mae().items() if "decoder" not in k and k != "mask_token"}
+    probe = {
+        "head.0.running_mean": rng.normal(size=32).astype(np.float32),
+        "head.0.running_var": rng.uniform(0.5, 2, size=32).astype(np.float32),
+        "head.1.weight": rng.normal(size=(3, 32)).astype(np.float32),
+        "head.1.bias": rng.normal(size=3).astype(np.float32),
+    }
+    count = {"head.0.num_batches_tracked": np.array(7)}
+    params, about = from_torch(encoder | probe | count, heads=4)
+    assert (about.layout, about.kind) == ("mae_linear", "classify")
+    assert_identical(to_torch(params, about, layout="mae"), encoder | probe)
+    for layout in ("mae", "timm", "hf"):  # in the last two folded into the head
+        _, far = check.differences(params, about, layout)
+        assert far["logits"] < check.TOLERANCE
+
+    def named(prefix):
+        return {f"{prefix}{k}": x for k, x in encoder.items()}
+
+    projector = {"head.0.weight": np.zeros((8, 32)), "head.1.running_mean": np.zeros(8)}
+    moco = named("module.base_encoder.") | {
+        f"module.base_encoder.{k}": x for k, x in projector.items()
+    }
+    dino = named("backbone.") | {"head.mlp.0.weight": np.zeros((8, 32))}
+    moco |= named("module.momentum_encoder.")
+    alone, _ = from_torch(encoder, heads=4)
+    for state in ({"state_dict": moco}, {"teacher": dino, "student": dino}):
+        found, about = from_torch(state, heads=4)
+        jax.tree.map(np.testing.assert_array_equal, found, alone)
+        assert about.left_out
+
+
+def test_what_does_not_fit_is_listed():
+    state = official_mae()
+    del state["blocks.1.mlp.fc1.bias"], state["decoder_norm.weight"]
+    state["blocks.0.attn.qkv.bias"] = np.zeros(90)
+    state["head_dist.weight"] = np.zeros((3, 32))
+    with pytest.raises(UserError) as error:
+        from_torch(state)
+    assert str(error.value) == (
+        "this is not the official MAE as we know it: 2 missing: blocks.1.mlp.fc1.bias, "
+        "decoder_norm.weight; 1 too many: head_dist.weight; 1 of another shape: "
+        "blocks.0.attn.qkv.bias (90,), should be (96,)."
+    )
+    resnet = {"conv1.weight": np.zeros((64, 3, 7, 7)), "bn1.running_mean": np.zeros(64)}
+    with pytest.raises(UserError, match=r"no layout has arrays of these names \(conv1.weight, bn1"):
+        from_torch(resnet)
+    state = official_mae() | {"patch_embed.proj.weight": np.zeros((32, 192))}
+    with pytest.raises(UserError, match=r"patch_embed.proj.weight has the shape \(32, 192\)"):
+        from_torch(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "sentence"),
+    [
+        ("beit_shared", "mae", "say --to=beit"),
+        ("mae", "beit", "no bias of the keys: say --to=mae"),
+        ("mae", "tensorflow", "there is no layout 'tensorflow'; there are mae, beit, timm, hf"),
+    ],
+)
+def test_what_a_layout_cannot_say(name, layout, sentence):
+    params, about = from_torch(hugging_face(name).state_dict(), heads=4, decoder_heads=2)
+    with pytest.raises(UserError, match=sentence):
+        to_torch(params, about, layout=layout)
+
+
+def test_a_classifier_by_the_mean_is_no_vit_of_hugging_face():
+    encoder = {k: x for k, x in official_mae().items() if "decoder" not in k and k != "mask_token"}
+    fine_tuned = {k.replace("norm.", "fc_norm.") if k in ("norm.weight", "norm.bias") else k: x
+                  for k, x in encoder.items()}  # fmt: skip
+    fine_tuned |= {"head.weight": np.ones((3, 32), np.float32), "head.bias": np.ones(3, np.float32)}
+    params, about = from_torch(fine_tuned, heads=4)
+    assert_identical(to_torch(params, about, layout="mae"), fine_tuned)
+    with pytest.raises(UserError, match=r"by the mean of the patches: say --to=timm or --to=mae\."):
+        to_torch(params, about, layout="hf")
