@@ -9,6 +9,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import json
 import pkgutil
 import runpy
 import sys
@@ -37,9 +38,16 @@ DEFAULTS = dict(  # a type stands for a value of that type that each config must
     compile_cache="~/.cache/mim_jax",
     init_from=dict(encoder="", tokenizer=""),  # the folders of runs; "random": none, to rehearse
     objective=dict(name=str),
-    # The rate is lr, or base_lr x batch_size / 256. 0: gradients are not clipped.
     optimizer=dict(
-        name=str, base_lr=0.0, lr=0.0, min_lr=0.0, warmup_epochs=0.0, warmup_steps=0, clip_norm=0.0
+        name=str,
+        base_lr=0.0,  # the rate is lr, or base_lr x batch_size / 256
+        lr=0.0,
+        min_lr=0.0,
+        warmup_epochs=0.0,
+        warmup_steps=0,
+        decay_epochs=0.0,  # when it is min_lr; 0: at the end
+        decay_steps=0,
+        clip_norm=0.0,  # 0: gradients are not clipped
     ),
     ema=0.0,  # decay of the average of the parameters that is evaluated; 0: there is none
     log=dict(every_epochs=0.0, every_steps=50, tensorboard=False, wandb=""),
@@ -107,8 +115,13 @@ def load(path: str, overrides: Sequence[str] = (), smoke: bool = False) -> Confi
 
 
 def read(path: str) -> dict:
-    """What get_config() of a Python file returns. It may import its neighbours, as configs.x."""
+    """What get_config() of a Python file returns, or the config of a run, by its folder.
+
+    A file may import its neighbours, as configs.x.
+    """
     file = Path(path)
+    if (file / "config.json").is_file():
+        return json.loads((file / "config.json").read_text())["config"]
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.py")], 1)
         hint = f": did you mean {file.parent / near[0]}?" if near else "."
@@ -251,7 +264,7 @@ def shrink(config: ConfigDict) -> None:
         "data": dict(
             name="emoji", data_dir="", labels="", split="train", evaluation_split="validation"
         ),
-        "optimizer": dict(warmup_epochs=0.0, warmup_steps=2),
+        "optimizer": dict(warmup_epochs=0.0, warmup_steps=2, decay_epochs=0.0, decay_steps=0),
         "log": dict(every_steps=5),
         "evaluate": dict(every_epochs=0.0, every_steps=10, limit=100),
         "pictures": dict(every_epochs=0.0, every_steps=10),
@@ -320,8 +333,9 @@ def build(config: ConfigDict) -> Run:
     if not 0 <= config.ema < 1:
         raise UserError(f"ema = {config.ema}: say a decay below 1, as 0.9999.")
     warmup = in_steps(config.optimizer, "warmup", steps_per_epoch)
+    decay = in_steps(config.optimizer, "decay", steps_per_epoch) or steps
     schedule = optim.warmup_cosine(
-        lr, min_lr=config.optimizer.min_lr, warmup_steps=warmup, steps=steps
+        lr, min_lr=config.optimizer.min_lr, warmup_steps=warmup, steps=decay
     )
     takes = inspect.signature(optim.OPTIMIZERS[config.optimizer.name]).parameters
     optimizer = optim.OPTIMIZERS[config.optimizer.name](

@@ -25,6 +25,9 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
     "recipe": {"data", "models", "objectives", "optim", "sharding"},
     "command": {"checkpoint", "recipe", "sharding", "train"},
     "main": {"checkpoint", "command", "log", "pictures", "recipe", "sharding", "train"},
+    "tokenize": {
+        *("checkpoint", "command", "models", "objectives", "recipe", "sharding", "train"),
+    },
     "check": {"command", "data", "pictures", "recipe", "train"},
     "__init__": set(),
 }

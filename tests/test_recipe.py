@@ -24,6 +24,8 @@ PARAMETERS = {  # at full size: of the reference where it has the model
     "beit_emoji": 1_282_576,
     "beit_large": 311_674_880,
     "beit_large_in22k": 311_534_016,
+    "dvae": 97_616_006,
+    "dvae_cifar10": 1_970_480,
     "dvae_emoji": 2_142_144,
     "emoji_scratch": 1_224_201,
     "mae_base": 111_655_680,
@@ -38,14 +40,16 @@ PARAMETERS = {  # at full size: of the reference where it has the model
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_built_at_full_size(path):
-    nowhere = ["data.name=emoji", "data.data_dir=", "init_from.tokenizer=random", "steps=20000"]
+    nowhere = ["data.name=emoji", "data.evaluation_split=validation", "data.data_dir="]
+    nowhere += ["init_from.tokenizer=random", "steps=20000"]
     config = recipe.load(str(path), nowhere)
     run = recipe.build(config)
     state = jax.eval_shape(
         lambda: initialize(run.objective, run.optimizer, run.example, config.seed)
     )
     assert sum(x.size for x in jax.tree.leaves(state.params)) == PARAMETERS[path.stem]
-    assert float(run.schedule(0)) == 0
+    warms = config.optimizer.warmup_steps or config.optimizer.warmup_epochs
+    assert float(run.schedule(0)) == pytest.approx(0 if warms else config.optimizer.lr)
     assert path.read_text().startswith('r"""'), "a config opens with what it is and how it is run"
 
 
@@ -58,6 +62,15 @@ def test_the_recipe_of_mae_base():
     assert int(config.epochs * steps_per_epoch) == 500_455
     assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.95)
     assert config.data.crop_scale == (0.2, 1.0)
+
+
+def test_the_recipe_of_dalles_tokenizer():
+    """Appendix A.2: the rate falls for 1.2 of 3 million updates."""
+    config = recipe.load("configs/dvae.py", ["data.name=emoji"])
+    run = recipe.build(config)
+    rates = [float(run.schedule(step)) for step in (0, 600_000, 1_200_000, 2_999_999)]
+    assert rates == pytest.approx([1e-4, (1e-4 + 1.25e-6) / 2, 1.25e-6, 1.25e-6])
+    assert (run.steps, config.batch_size, config.ema) == (3_000_000, 512, 0.999)
 
 
 def test_overrides_have_the_last_word():
