@@ -201,8 +201,11 @@ def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path, sa
     pictures = jax.jit(this.objective.pictures, out_shardings=replicated(this.mesh))
     params, buffers = whole((state.averaged, state.buffers), this.mesh)
     columns = pictures(params, buffers, batch, jax.random.key(config.seed))
-    if jax.process_index() == 0:
-        draw_sheet(path, columns, f"{config.objective.name}, {said}")
+    counts = np.asarray(whole(batch["mask"], this.mesh)) > 0  # else padding, or a bad file
+    columns = {caption: np.asarray(images)[counts] for caption, images in columns.items()}
+    if jax.process_index() == 0 and counts.any():
+        title, stretch = f"{config.objective.name}, {said}", this.data.dtype != "uint8"
+        draw_sheet(path, columns, title, stretch=stretch)
 
 
 class Stop:

@@ -16,12 +16,29 @@ def to_rgb(images: np.ndarray) -> np.ndarray:
     return (np.clip(images[..., :3], 0, 1) * 255).round().astype(np.uint8)
 
 
-def draw_sheet(path: Path, columns: dict[str, np.ndarray], title: str, pairs: int = 2) -> None:
+def stretched(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same, but that all but 1 % at either end of each channel's values fill [0, 1]."""
+    values = np.concatenate([images.reshape(-1, images.shape[-1]) for images in columns.values()])
+    low, high = np.percentile(values, (1, 99), axis=0)
+    scale = np.maximum(high - low, 1e-12)
+    return {caption: (images - low) / scale for caption, images in columns.items()}
+
+
+def draw_sheet(
+    path: Path,
+    columns: dict[str, np.ndarray],
+    title: str,
+    pairs: int = 2,
+    stretch: bool = False,
+) -> None:
     """Writes a PNG: a row for each image, `pairs` rows side by side, small images enlarged.
 
-    columns {caption: images (b, H, W, c) in [0, 1]}.
+    columns {caption: images (b, H, W, c) in [0, 1]}; those of sensors, which leave most of their
+    range dark, are to be seen with `stretch`.
     """
-    columns = {caption: to_rgb(np.asarray(images)) for caption, images in columns.items()}
+    columns = {caption: np.asarray(images) for caption, images in columns.items()}
+    columns = stretched(columns) if stretch else columns
+    columns = {caption: to_rgb(images) for caption, images in columns.items()}
     count, height, width, _ = next(iter(columns.values())).shape
     zoom = max(1, 144 // max(height, width))
     height, width = height * zoom, width * zoom

@@ -3,22 +3,29 @@
 import csv
 import hashlib
 import io
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import UserError, data
+from mim_jax import UserError, data, recipe
 from mim_jax.data import manifest
 from mim_jax.data.decode import BadImageError, decode, header
 from mim_jax.data.folder import Folder
 from mim_jax.data.sources import open_sources
+from mim_jax.data.statistics import main as statistics_main
+from mim_jax.data.statistics import statistics
+from mim_jax.main import main
+from mim_jax.pictures import MARGIN, draw_sheet
 
 
 @pytest.fixture(autouse=True)
@@ -634,3 +641,72 @@ def test_no_worker_outlives_a_parent_that_is_killed(run_workers):
     done = run_workers("os.getpid()")
     assert done.returncode == -9
     assert len(done.stdout.split()) == 2
+
+
+# --- Statistics. ---
+
+
+@pytest.mark.parametrize("dtype, channels", [("uint8", 3), ("uint16", 13), ("float32", 2)])
+def test_statistics_are_numpys(tmp_path, dtype, channels):
+    arrays = [pixels(i, 20, 30, channels, np.dtype(dtype).type) // (i + 1) for i in range(9)]
+    plant(tmp_path, {f"{i}.npy": npy(array) for i, array in enumerate(arrays)})
+    mean, std = statistics(f"folder:{tmp_path}", channels=channels, split="all")
+    values = np.concatenate(arrays).reshape(-1, channels).astype(float)
+    values /= {"uint8": 255, "uint16": 65535, "float32": 1}[dtype]
+    np.testing.assert_allclose(mean, values.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(std, values.std(0), rtol=1e-9)
+
+
+def test_statistics_come_as_a_config_takes_them(nasty, capsys):
+    assert statistics_main([f"folder:{nasty}", "--split=all"]) == 0
+    told = capsys.readouterr()
+    assert "1 of 13 images cannot be used" in told.err
+    overrides = [word.removeprefix("--config.") for word in shlex.split(told.out)]
+    config = recipe.load("configs/mae_emoji.py", overrides)
+    assert len(config.objective.mean) == len(config.objective.std) == 3
+    assert 0 < min(config.objective.std) < max(config.objective.mean) < 1
+    assert statistics_main([f"folder:{nasty}/empty"]) == 2
+
+
+# --- What people see. ---
+
+
+def test_a_line_of_pixels_takes_no_memory_in_evaluation(tmp_path):
+    """Its short side made 224 long, it would take 400 MB."""
+    plant(tmp_path, {"line.png": encoded(Image.new("RGB", (2_000, 1), "red"))})
+    tracemalloc.start()
+    batch = next(make(tmp_path, size=224).evaluation_batches(1))
+    assert tracemalloc.get_traced_memory()[1] < 10**8
+    tracemalloc.stop()
+    assert (batch["image"] == [255, 0, 0]).all()
+
+
+def test_sheets_of_sensors_are_not_dark(tmp_path):
+    images = np.linspace(0.02, 0.05, 300).reshape(1, 10, 10, 3)
+    for stretch, brightest in ((False, 13), (True, 255)):
+        path = tmp_path / f"{stretch}.png"
+        draw_sheet(path, {"original": images}, "", stretch=stretch)
+        sheet = np.asarray(Image.open(path)).astype(int)
+        tile = sheet[-MARGIN - 140 : -MARGIN, MARGIN : MARGIN + 140]
+        assert abs(tile.max() - brightest) <= 1
+
+
+# --- A run. ---
+
+
+def test_a_run_on_a_nasty_tree_lists_what_it_could_not_use(nasty, tmp_path, capsys):
+    def run(**settings):
+        settings = {"name": f"folder:{nasty}", "split": "all", "evaluation_split": "all"} | settings
+        overrides = [f"--config.data.{key}={value}" for key, value in settings.items()]
+        workdir = f"--workdir={tmp_path / 'run'}"
+        return main([*("--config=configs/mae_emoji.py", "--smoke", workdir), *overrides])
+
+    assert run(max_bad_fraction=0.05) == 2
+    assert "1 of 13 images cannot be used" in capsys.readouterr().err
+    assert run(max_bad_fraction=0.1) == 0  # goes on in the same folder
+    assert "cannot use" not in capsys.readouterr().out  # said before
+    lines = (tmp_path / "run/bad_files.jsonl").read_text().splitlines()
+    told = {line["file"]: line["reason"] for line in map(json.loads, lines)}
+    assert set(told) == set(NO_IMAGES) | set(BAD)
+    assert len(lines) == len(told)
+    assert (tmp_path / "run/pictures/step_0000020.png").exists()

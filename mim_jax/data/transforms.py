@@ -17,6 +17,7 @@ from mim_jax.data.randaugment import rand_augment
 INTERPOLATIONS = {
     name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")
 }
+LONGEST = 16  # times a view's aspect: of a longer image evaluation sees a part so long
 
 
 def width_and_height(image: Image.Image | np.ndarray) -> tuple[int, int]:
@@ -187,6 +188,11 @@ class EvaluationView(View, grain.transforms.Map):
         height, width = size
         h, w = (int(side / self.crop_fraction) for side in size)
         across, down = width_and_height(image)
+        longest = LONGEST * max(size) // min(size) * min(across, down)
+        if max(across, down) > longest:  # a line of pixels, say: its middle is enough
+            left, top = max(0, across - longest) // 2, max(0, down - longest) // 2
+            image = crop(image, (left, top, across - left, down - top))
+            across, down = width_and_height(image)
         if across * h > down * w:  # a wide image: its height decides
             w = int(h * across / down)
         else:
