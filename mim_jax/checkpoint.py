@@ -220,6 +220,31 @@ def init_part(state: TrainState, part: str, workdir: str) -> TrainState:
     return state if state.ema is None else state._replace(ema=jax.tree.map(jnp.copy, state.params))
 
 
+def load(workdir: str) -> tuple[dict, dict, dict]:
+    """-> params, their average if there is one, buffers, as numpy arrays, and the metadata.
+
+    Of the newest checkpoint of a run, whatever it was trained on. Raises UserError if it has none.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+    step = newest(folder) if folder.is_dir() else None
+    if step is None:
+        raise UserError(f"{workdir} is not the folder of a run: it has no checkpoints.")
+    manager = manager_of(workdir, create=False)
+    there = manager.item_metadata(step)["state"].tree
+    source, here = "ema" if there.get("ema") else "params", jax.local_devices()[0]
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(here)
+        ),
+        {name: there[name] for name in (source, "buffers") if there.get(name)},
+    )
+    state = jax.tree.map(np.asarray, restore(manager, step, like))
+    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    metadata = manager.restore(step, args=args)["metadata"]
+    manager.close()
+    return state[source], state.get("buffers", {}), metadata | {"step": step}
+
+
 def abstract(x: jax.Array | jax.ShapeDtypeStruct, sharding=None) -> jax.ShapeDtypeStruct:
     """The shape and type of an array, to be restored where it is or by another sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding)

@@ -4,6 +4,8 @@ Models are tiny and random; norms and gains too, for at their initialisation the
 """
 
 import functools
+import os
+import pickle
 from operator import attrgetter
 
 import jax
@@ -11,9 +13,13 @@ import numpy as np
 import pytest
 
 from mim_jax import UserError
+from mim_jax.checkpoint import init_part
+from mim_jax.convert import __main__ as convert
 from mim_jax.convert import check, from_torch, to_torch
 from mim_jax.convert.read import read
 from mim_jax.convert.states import sines
+from mim_jax.inspect import main as inspect
+from mim_jax.train import TrainState
 from tests.official import mae_shapes, to_params
 from tests.timm_models import timm_models
 
@@ -297,3 +303,102 @@ def test_a_classifier_by_the_mean_is_no_vit_of_hugging_face():
     assert_identical(to_torch(params, about, layout="mae"), fine_tuned)
     with pytest.raises(UserError, match=r"by the mean of the patches: say --to=timm or --to=mae\."):
         to_torch(params, about, layout="hf")
+
+
+def run_of_ours(folder):
+    """A checkpoint of the MAE above, made by the command from what its training writes."""
+    torch.save({"model": {k: torch.tensor(x) for k, x in official_mae().items()}}, folder / "a.pth")
+    arguments = ["--heads=4", "--decoder-heads=2"]
+    assert convert.main([f"{folder}/a.pth", f"{folder}/run", "--to=mim_jax", *arguments]) == 0
+    return f"{folder}/run"
+
+
+def test_the_command_there_and_back(tmp_path, capsys):
+    run, state = run_of_ours(tmp_path), official_mae()
+    assert "the official MAE, mae: width 32, 2 blocks, 4 heads" in capsys.readouterr().out
+    params, about = from_torch(state, heads=4, decoder_heads=2)
+    # it is what init_from takes
+    zeros = jax.tree.map(np.zeros_like, params)
+    begun = init_part(TrainState(0, jax.tree.map(jax.numpy.array, zeros), {}, ()), "encoder", run)
+    jax.tree.map(np.testing.assert_array_equal, begun.params["encoder"], params["encoder"])
+    # and goes back, by each kind of file
+    assert convert.main([run, f"{tmp_path}/hf", "--to=hf", "--check"]) == 0
+    told = capsys.readouterr().out
+    assert f"transformers {transformers.__version__}, ViTMAEForPreTraining" in told
+    for source, file in ((run, "b.pth"), (f"{tmp_path}/hf", "b.safetensors")):
+        assert convert.main([source, f"{tmp_path}/{file}", "--to=mae", "--check"]) == 0
+        assert_identical(read(tmp_path / file)[0], state)
+    _, same = from_torch(read(tmp_path / "b.pth")[0], heads=4, decoder_heads=2)
+    assert same == about
+    # which PyTorch's own readers take
+    loaded = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
+    assert_identical({k: x.numpy() for k, x in loaded.items()}, state)
+    model, info = transformers.ViTMAEForPreTraining.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert (model.config.layer_norm_eps, model.config.decoder_num_attention_heads) == (1e-6, 2)
+    batch = check.example(about)
+    far = theirs(model, {k: x.astype(np.float32) for k, x in batch.items()})
+    ours = check.run(exact(params), about, batch)
+    for name, x in far.items():
+        np.testing.assert_allclose(ours[name], x, atol=1e-5 * np.abs(x).max(), rtol=0)
+    assert inspect([run]) == 0
+    told = capsys.readouterr().out
+    assert "encoder: " in told
+    assert "block_1/qkv/kernel" in told
+    assert "step: 0" in told
+
+
+def test_a_proof_that_fails(tmp_path, monkeypatch, capsys):
+    run, there = run_of_ours(tmp_path), check.to_torch
+
+    def wrong(params, about, layout):
+        state = there(params, about, layout=layout)
+        return state | {"blocks.1.norm2.bias": state["blocks.1.norm2.bias"] + 1e-6}
+
+    monkeypatch.setattr(check, "to_torch", wrong)
+    assert convert.main([run, f"{tmp_path}/b.pth", "--to=mae", "--check"]) == 1
+    assert "failed: more than 1e-08" in capsys.readouterr().err
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_mistakes_are_told_in_a_sentence(tmp_path, capsys):
+    made, run = tmp_path / "made", run_of_ours(tmp_path)
+    whole = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "short.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": Evil(made)}, 2))
+    torch.save({"conv1.weight": torch.zeros(8, 3, 7, 7)}, tmp_path / "resnet.pth")
+    (tmp_path / "empty").mkdir()
+    for source, destination, to, sentence in (
+        ("evil.pth", "b.pth", "mae", "evil.pth is refused, and nothing in it was run"),
+        ("short.pth", "b.pth", "mae", "damaged or cut off"),
+        ("resnet.pth", "b.pth", "mae", "no layout has arrays of these names"),
+        ("nothing.pth", "b.pth", "mae", "nothing.pth: No such file"),
+        ("empty", "b.pth", "mae", "is neither the folder of a run"),
+        ("run", "b.txt", "mae", "say a file that ends with .safetensors or .pth"),
+        ("run", "no/where/b.pth", "mae", "there is no folder"),
+        ("run", "run", "mim_jax", "holds checkpoints already"),
+        ("run", "b.pth", "beit", "say --to=mae or --to=timm"),
+        ("a.pth", "hf", "hf", "say --heads=N"),
+    ):
+        capsys.readouterr()
+        code = convert.main([f"{tmp_path}/{source}", f"{tmp_path}/{destination}", f"--to={to}"])
+        error = capsys.readouterr().err
+        assert (code, sentence in error, error.count("\n")) == (2, True, 1), error
+    assert not made.exists()
+    assert os.path.isdir(run)
+
+
+def test_the_licence_of_released_weights(tmp_path, capsys):
+    state = {k: torch.tensor(x) for k, x in official_mae().items()}
+    torch.save({"model": state}, tmp_path / "mae_pretrain_vit_base.pth")
+    assert inspect([f"{tmp_path}/mae_pretrain_vit_base.pth"]) == 0
+    assert "CC-BY-NC-4.0" in capsys.readouterr().out

@@ -24,6 +24,7 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
     "convert": {"checkpoint", "command", "convert", "masking", "models", "objectives", "train"},
     "recipe": {"data", "models", "objectives", "optim", "sharding"},
     "command": {"checkpoint", "recipe", "sharding", "train"},
+    "inspect": {"command", "convert"},
     "main": {"checkpoint", "command", "log", "pictures", "recipe", "sharding", "train"},
     "tokenize": {
         *("checkpoint", "command", "models", "objectives", "recipe", "sharding", "train"),

@@ -1,0 +1,181 @@
+"""Weights where they lie: runs of ours, files of PyTorch and safetensors, Hugging Face folders."""
+
+import hashlib
+import inspect
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mim_jax import UserError
+from mim_jax.convert.about import About, describe
+from mim_jax.convert.fit import fit
+from mim_jax.convert.hugging_face import known_from, write
+from mim_jax.convert.read import read
+from mim_jax.convert.states import from_torch, to_torch
+from mim_jax.convert.tables import LAYOUTS
+from mim_jax.models.vit import vit
+
+FOLDER = ("model.safetensors", "pytorch_model.bin")  # Hugging Face's, the better first
+RELEASED = {  # MD5 sums begin so, as its README says
+    *("8cad7c", "b8b06e", "9bdbb0"),
+    *("1b25e9", "51f550", "2541f2"),
+}
+FACTS = ("mean", "std", "target", "mask_ratio", "pooling")  # of an objective, that are kept
+
+
+def load(path: str | Path, **known: Any) -> tuple[dict, About, dict[str, Any]]:
+    """-> our parameters, what they are of, and what lay beside them, from whatever lies there.
+
+    `known` is as for `describe`. Raises UserError for what cannot be read, or is no such network.
+    """
+    path, known = Path(path), {name: value for name, value in known.items() if value}
+    if (path / "checkpoints").is_dir():
+        return load_run(path, known)
+    if (path / "encoder.pkl").exists() and (path / "decoder.pkl").exists():
+        halves = [from_torch(read(path / f"{half}.pkl")[0])[0] for half in ("encoder", "decoder")]
+        params = halves[0] | halves[1]
+        return params, describe(params, layout="dalle"), {}
+    if path.is_dir():
+        arrays, told = read_folder(path), known_from(path)
+        params, about = from_torch(arrays, **told | known)
+        return params, about, {}
+    arrays, metadata = read(path)
+    told = json.loads(metadata.pop("mim_jax", "{}"))
+    if "grid" in told:
+        told["grid"] = tuple(told["grid"])
+    params, about = from_torch(arrays, **told | known)
+    return params, about, metadata
+
+
+def read_folder(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a folder of Hugging Face, in one file or in several."""
+    for name in FOLDER:
+        if (path / name).exists():
+            return read(path / name)[0]
+        if (path / f"{name}.index.json").exists():
+            parts = json.loads((path / f"{name}.index.json").read_text())["weight_map"].values()
+            if any(Path(part).name != part for part in parts):
+                raise UserError(f"{path}/{name}.index.json names files outside its folder.")
+            return {k: x for part in sorted(set(parts)) for k, x in read(path / part)[0].items()}
+    raise UserError(
+        f"{path} is neither the folder of a run, with checkpoints, nor one of Hugging Face, with "
+        f"{' or '.join(FOLDER)}."
+    )
+
+
+def load_run(path: Path, known: dict) -> tuple[dict, About, dict]:
+    """The newest checkpoint of a run, or of what was converted to one."""
+    from mim_jax import checkpoint
+
+    params, buffers, metadata = checkpoint.load(str(path))
+    frozen = {name: buffers[name] for name in ("encoder", "batch_statistics") if name in buffers}
+    whole = flatten_dict(frozen) | flatten_dict(params)
+    params, told = unflatten_dict(whole), metadata["config"]
+    facts = {name: told["objective"][name] for name in FACTS if name in told["objective"]}
+    facts |= {"crop_fraction": told["data"].get("crop_fraction", 0.875)}
+    if "encoder" not in params:
+        return params, describe(params, facts=facts), metadata
+    settings = {k: v for k, v in told["model"].items() if k in inspect.signature(vit).parameters}
+    model = vit(**settings | dict(dtype="float32"))
+    size = told["data"]["size"]
+    size = (size, size) if isinstance(size, int) else size
+    told = dict(
+        patch=model.patch,
+        grid=(size[0] // model.patch[0], size[1] // model.patch[1]),
+        heads=model.heads,
+        decoder_heads=told["objective"].get("decoder_heads", 0),
+        positions=model.positions,
+        facts=facts,
+    )
+    return params, describe(params, **told | known), metadata
+
+
+def story(params: dict, about: About) -> str:
+    """What they are, in a line."""
+    count = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
+    model, title = about.model, "ours" if about.layout == "mim_jax" else LAYOUTS[about.layout].title
+    if about.kind == "dvae":
+        return f"{title}: {model['kind']} dVAE, {model['vocabulary']} tokens, {count:,} parameters"
+    words = [f"width {model['width']}", f"{model['depth']} blocks"]
+    words += [f"{model['heads'] or 'unknown'} heads", "patches of {} x {}".format(*about.patch)]
+    words += ["images of {} x {}".format(*about.size)] if about.grid else []
+    words += [f"{model['positions']} positions"] if model["positions"] != "none" else []
+    if model["relative_bias"] != "none":
+        words.append(f"{model['relative_bias']} relative positions")
+    if about.decoder:
+        words.append(
+            "decoder of width {width}, {depth} blocks, {heads} heads".format(**about.decoder)
+        )
+    head = params.get("head", {}).get("bias")
+    words += [f"{len(head)} classes or tokens"] if head is not None else []
+    return f"{title}, {about.kind}: {', '.join(words)}; {count:,} parameters"
+
+
+def licence(path: str | Path) -> str:
+    """What must be said of weights that others released, "" if they are not known."""
+    path = Path(path)
+    named = re.search(r"mae_(pretrain|finetuned|visualize)_vit|vit-mae-", str(path.absolute()))
+    if not named and path.is_file():
+        with path.open("rb") as file:
+            named = hashlib.file_digest(file, "md5").hexdigest()[:6] in RELEASED
+    return "MAE's released weights are CC-BY-NC-4.0: not for commercial use." if named else ""
+
+
+def save(path: str | Path, params: dict, about: About, to: str) -> str:
+    """Writes params in a family of layouts, or for us -> what was written, in a line.
+
+    A file (.safetensors, .pth, .pt, .bin), or for hf and mim_jax a folder.
+    """
+    path = Path(path)
+    if to == "mim_jax":
+        return save_run(path, params, about)
+    layout, params = fit(params, about, to)
+    state = to_torch(params, about, layout=layout)
+    title = f"{LAYOUTS[layout].title}, {len(state)} arrays"
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"there is no folder {path.parent} to write {path.name} to.")
+        known = dict(heads=about.model.get("heads"), grid=about.grid, facts=about.facts)
+        known |= dict(decoder_heads=about.decoder["heads"]) if about.decoder else {}
+        metadata = json.dumps({name: value for name, value in known.items() if value})
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import save_file
+
+            save_file(state, path, metadata={"format": "pt", "mim_jax": metadata})
+        else:
+            from mim_jax.convert.torch_files import save_file
+
+            save_file(state, path, metadata={"mim_jax": metadata})
+    elif to == "hf" and not path.is_file():
+        write(path, state, about, layout)
+    else:
+        raise UserError(f"{path}: say a file that ends with .safetensors or .pth.")
+    return title
+
+
+def save_run(path: Path, params: dict, about: About) -> str:
+    """A checkpoint that init_from takes."""
+    from mim_jax.checkpoint import Checkpoints
+    from mim_jax.train import TrainState
+
+    objective = {"name": about.kind} | {k: v for k, v in about.facts.items() if k in FACTS}
+    if about.decoder:
+        objective |= {f"decoder_{name}": value for name, value in about.decoder.items()}
+    data = dict(crop_fraction=about.facts.get("crop_fraction", 0.875))
+    data |= dict(size=about.size, channels=about.channels) if about.kind != "dvae" else {}
+    told = dict(model=about.model, objective=objective, data=data)
+    checkpoints = Checkpoints(str(path), keep=1, about=dict(config=told, converted=about.layout))
+    if checkpoints.latest is not None:
+        checkpoints.close()
+        raise UserError(f"{path} holds checkpoints already: choose another folder.")
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    buffers = {k: params.pop(k) for k in ("batch_statistics",) if k in params}
+    checkpoints.save(TrainState(np.zeros((), np.int32), params, buffers, ()))
+    checkpoints.close()
+    return f"a checkpoint of ours with {', '.join(params)}"

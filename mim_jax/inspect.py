@@ -1,0 +1,50 @@
+"""Tells what weights are, ours or others'.
+
+python -m mim_jax.inspect runs/mae_base
+python -m mim_jax.inspect mae_pretrain_vit_base.pth
+"""
+
+import argparse
+import json
+import math
+import sys
+
+from flax.traverse_util import flatten_dict
+
+from mim_jax.command import exit_code
+from mim_jax.convert.files import licence, load, story
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. -> its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mim_jax.inspect", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("source", help="a run, a .pth or .safetensors, a folder of Hugging Face")
+    options = parser.parse_args(argv)
+    return exit_code(lambda: tell(options.source), options.source)
+
+
+def tell(source: str) -> int:
+    """Prints what lies there: its network, parts, arrays, and what lay beside them."""
+    params, about, beside = load(source)
+    print(story(params, about))
+    if note := licence(source):
+        print(note)
+    for part, tree in params.items():
+        arrays = flatten_dict(tree, sep="/")
+        count = sum(math.prod(x.shape) for x in arrays.values())
+        print(f"\n{part}: {count:,} parameters in {len(arrays)} arrays")
+        for path, x in arrays.items():
+            print(f"  {path:44s} {x.dtype!s:8s} {' x '.join(map(str, x.shape))}")
+    for name in about.left_out:
+        print(f"left out: {name}")
+    facts = about.facts | {k: v for k, v in beside.items() if k not in ("config", "parts")}
+    print("\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in facts.items()))
+    if "config" in beside:
+        print(f"config: {json.dumps(beside['config'], indent=2)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
