@@ -27,9 +27,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mim_jax import UserError
+from mim_jax.models.resize import RELATIVE, fit
 from mim_jax.train import TrainState
 
 UNSIGNED = ("digests.json", "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them last
+# Of an encoder, what a run that starts from it may have or not: a head may bring its own norm.
+OPTIONAL = ("mask_token", "norm/bias", "norm/scale")
 
 
 class Checkpoints:
@@ -187,37 +190,81 @@ def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
 
 
 def init_part(state: TrainState, part: str, workdir: str) -> TrainState:
-    """`state` with one part of its params or buffers as it is in the newest checkpoint of a run.
+    """`state` with one part as it is in the newest checkpoint of a run, fitted to this model.
 
-    There it is among the params, or their moving average. Raises UserError unless that run has the
-    part with the same names and shapes.
+    A part may lie among the params (or their moving average), the buffers, or, where some of it is
+    frozen, both. Says what is resized, new and ignored. Raises UserError for another model.
     """
-    field = "buffers" if part in state.buffers else "params"
-    tree = getattr(state, field)
-    if part not in tree:
-        raise UserError(f"init_from: this objective has no {part}; it has {', '.join(tree)}.")
-    if not (Path(workdir) / "checkpoints").is_dir():
+    trees = {field: getattr(state, field).get(part, {}) for field in ("params", "buffers")}
+    wanted = {name: x for tree in trees.values() for name, x in flat(tree).items()}
+    if not wanted:
+        there = ", ".join(sorted(state.params.keys() | state.buffers))
+        raise UserError(f"init_from: this objective has no {part}; it has {there}.")
+    saved, step = read_part(workdir, part)
+    fitted = fit(saved, {name: x.shape for name, x in wanted.items()}, fixed_grid(workdir))
+    new, ignored = sorted(wanted.keys() - fitted), sorted(saved.keys() - wanted - {RELATIVE})
+    different = [name for name, x in fitted.items() if x.shape != wanted[name].shape]
+    different += [name for name in new if name not in OPTIONAL and not name.endswith(RELATIVE)]
+    different += [name for name in ignored if name not in OPTIONAL]
+    if RELATIVE in saved and not any(name.endswith(RELATIVE) for name in wanted):
+        different.append(RELATIVE)
+    if different:
+        first = min(different, key=lambda name: (not name.startswith("embed"), name))
+        here = wanted[first].shape if first in wanted else None
+        raise UserError(
+            f"init_from: {part} of {workdir} is of another model: {len(different)} arrays "
+            f"differ, first {first}: here {here}, "
+            f"there {saved[first].shape if first in saved else None}."
+        )
+    resized = [name for name, x in fitted.items() if name in saved and x.shape != saved[name].shape]
+    changes = dict(resized=resized, new=new, ignored=ignored)
+    told = (f"; {what}: {', '.join(names)}" for what, names in changes.items() if names)
+    print(f"{part}: {len(fitted)} arrays from step {step} of {workdir}{''.join(told)}")
+
+    def value(path, x):
+        array = fitted.get(name_of(path))
+        return x if array is None else jax.device_put(array.astype(x.dtype), x.sharding)
+
+    for field, tree in trees.items():
+        if tree:
+            tree = jax.tree.map_with_path(value, tree)
+            state = state._replace(**{field: getattr(state, field) | {part: tree}})
+    # A copy: the step may write its new average over the old one, but never over the parameters.
+    return state if state.ema is None else state._replace(ema=jax.tree.map(jnp.copy, state.params))
+
+
+def read_part(workdir: str, part: str) -> tuple[dict[str, np.ndarray], int]:
+    """-> {name: array} of a part in the newest checkpoint of a run, whole, and the step."""
+    folder = Path(workdir) / "checkpoints"
+    if not folder.is_dir():
         raise UserError(f"init_from: {workdir} is not the folder of a run: it has no checkpoints.")
-    step = newest(Path(workdir) / "checkpoints")
+    step = newest(folder)
     if step is None:
         raise UserError(f"init_from: the run in {workdir} has not saved a checkpoint yet.")
     manager = manager_of(workdir, read_only=True)
     there = manager.item_metadata(step)["state"].tree
-    source = "ema" if there.get("ema") else "params"
-    saved, wanted = shapes(there[source].get(part, {})), shapes(tree[part])
-    if saved != wanted:
-        different = sorted({path for path, _ in saved.items() ^ wanted.items()})
-        raise UserError(
-            f"init_from: {part} of {workdir} is of another model: {len(different)} arrays "
-            f"differ, first {different[0]}: here {wanted.get(different[0])}, "
-            f"there {saved.get(different[0])}."
-        )
-    loaded = restore(manager, step, {source: {part: jax.tree.map(abstract, tree[part])}})
+    fields = ("buffers", "ema" if there.get("ema") else "params")
+    like = {field: {part: there[field][part]} for field in fields if part in there[field]}
+    args = ocp.args.PyTreeRestore(
+        like,
+        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
+        partial_restore=True,
+    )
+    found = manager.restore(step, args=ocp.args.Composite(state=args))["state"] if like else {}
     manager.close()
-    print(f"{part}: {len(wanted)} arrays from step {step} of {workdir}")
-    state = state._replace(**{field: tree | loaded[source]})
-    # A copy: the step may write its new average over the old one, but never over the parameters.
-    return state if state.ema is None else state._replace(ema=jax.tree.map(jnp.copy, state.params))
+    return {name: x for tree in found.values() for name, x in flat(tree[part]).items()}, step
+
+
+def fixed_grid(workdir: str) -> tuple[int, int] | None:
+    """Rows and columns of patches in a run whose encoder has fixed positions."""
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        return None
+    config = json.loads(path.read_text())["config"]
+    if "model" not in config or config["model"]["positions"] != "sincos":
+        return None
+    height, width = np.broadcast_to(config["data"]["size"], 2) // config["model"]["patch"]
+    return int(height), int(width)
 
 
 def load(workdir: str) -> tuple[dict, dict, dict]:
@@ -252,5 +299,14 @@ def abstract(x: jax.Array | jax.ShapeDtypeStruct, sharding=None) -> jax.ShapeDty
 
 def shapes(tree) -> dict[str, tuple]:
     """{"block_0/qkv/kernel": (192, 576), ...}"""
+    return {name: x.shape for name, x in flat(tree).items()}
+
+
+def flat(tree) -> dict:
+    """{"block_0/qkv/kernel": array, ...}"""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+    return {name_of(path): x for path, x in leaves}
+
+
+def name_of(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -19,7 +19,7 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
     "pictures": set(),
     "objectives": {"augment", "models", "masking", "objectives", "targets"},
     "train": {"objectives", "sharding"},
-    "checkpoint": {"train"},
+    "checkpoint": {"models", "train"},
     "data": {"data"},
     "convert": {"checkpoint", "command", "convert", "masking", "models", "objectives", "train"},
     "recipe": {"data", "models", "objectives", "optim", "sharding"},
