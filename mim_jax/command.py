@@ -85,12 +85,12 @@ class Beginning:
         return state
 
 
-def require_room(folder: str, state_bytes: int) -> tuple[int, int]:
-    """-> bytes free, and needed for two checkpoints. Raises UserError if these are too few."""
+def require_room(folder: str, state_bytes: int) -> int:
+    """-> bytes free. Raises UserError if these are too few for two checkpoints."""
     free, needed = shutil.disk_usage(folder).free, 2 * state_bytes
     if free < needed:
         raise UserError(
             f"{folder} has {free / 2**30:.1f} GiB free, but two checkpoints take "
             f"{needed / 2**30:.1f} GiB: choose another --workdir."
         )
-    return free, needed
+    return free

@@ -346,7 +346,7 @@ def build(config: ConfigDict) -> Run:
         optimizer = optax.chain(clip, optimizer)
     height, width, channels = dataset.views["image"]
     base = f"base_lr x batch / 256 = {config.optimizer.base_lr:g} x {batch_size} / 256 = "
-    story = (
+    story = hidden(config, height, width) + (
         f"{dataset.examples:,} images, seen at {height} x {width} x {channels}, "
         f"{steps_per_epoch:.1f} batches of {batch_size} an epoch\n"
         f"steps = {steps / steps_per_epoch:.1f} epochs x {dataset.examples:,} / {batch_size} = "
@@ -358,6 +358,20 @@ def build(config: ConfigDict) -> Run:
     if mesh.shape["fsdp"] > 1:
         story += f"\nparameters and optimizer state are split over {mesh.shape['fsdp']} devices"
     return Run(objective, optimizer, schedule, dataset, mesh, steps, steps_per_epoch, story)
+
+
+def hidden(config: ConfigDict, height: int, width: int) -> str:
+    """How many patches there are, and how many the objective hides, for people."""
+    if "model" not in config:
+        return ""
+    p, q = np.broadcast_to(config.model.patch, 2)
+    patches = height // p * (width // q)
+    told = f"patches = {height} / {p} x {width} / {q} = {patches}"
+    if "mask_ratio" in config.objective:
+        visible = int(patches * (1 - config.objective.mask_ratio))
+        ratio = f"mask_ratio = {config.objective.mask_ratio:g}"
+        told += f", of them {patches - visible} hidden and {visible} visible ({ratio})"
+    return f"{told}\n"
 
 
 def trajectory(config: ConfigDict, dataset: data.Data) -> dict[str, Any]:

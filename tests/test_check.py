@@ -1,0 +1,94 @@
+"""The preflight as a user types it: what it says of good and of bad runs, and its exit codes."""
+
+import collections
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+from mim_jax import check
+
+TINY = [
+    "--config=configs/mae_emoji.py",
+    *(f"--config.model.{key}" for key in ("width=32", "depth=1", "heads=2", "patch=16")),
+    *(f"--config.objective.decoder_{key}" for key in ("width=16", "depth=1", "heads=2")),
+    "--config.batch_size=8",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Forty images of a run, from 30 to 69 pixels wide, two of them cut off, and a text."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(40):
+        pixels = np.random.default_rng(i).integers(0, 256, (50, 30 + i, 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{i}.jpg")
+    for i in (3, 20):
+        path = root / f"{i}.jpg"
+        path.write_bytes(path.read_bytes()[:800])
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def test_a_run_that_would_start(tmp_path, capsys):
+    assert check.main([*TINY, f"--workdir={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "patches = 64 / 16 x 64 / 16 = 16, of them 12 hidden and 4 visible (mask_ratio = 0.75)",
+        "lr = base_lr x batch / 256 = 0.006 x 8 / 256 = 0.0001875",
+        "1,340, of which 1,340 were decoded; 0 are bad",
+        "height x width: 64 x 64 to 64 x 64",
+        "modes: RGB 100.0%",
+        "9 labels, 9 of them met; the most frequent on 19.8% of the images, the rarest on 5.1%",
+        "of 8 images, the run's have 8",
+        "none: all of them learn",
+        "it would start",
+    ):
+        assert line in said
+    assert np.asarray(Image.open(tmp_path / "check.png")).std() > 10
+    assert [p.name for p in tmp_path.iterdir()] == ["check.png"]  # no run has begun
+
+
+@pytest.mark.parametrize(("most", "code"), [(0.04, 1), (0.2, 0)])
+def test_bad_images_are_named(folder, tmp_path, capsys, most, code):
+    bad = f"--config.data.max_bad_fraction={most}"
+    data = [f"--config.data.name=folder:{folder}", "--config.data.split=all", bad]
+    assert check.main([*TINY, *data, "--all", f"--workdir={tmp_path}"]) == code
+    said = capsys.readouterr().out
+    for line in ("notes.txt: no image", "3.jpg: ", "20.jpg: ", "40, of which 40 were decoded"):
+        assert line in said
+    assert "50 x 30 to 50 x 69" in said
+    assert "are smaller than 64 x 64: enlarged" in said
+    assert ("2 of 40 images of all cannot be used" in said) == (code == 1)
+
+
+def test_a_run_that_does_not_fit_would_fail(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check, "memory", lambda: 1000)
+    assert check.main([*TINY, f"--workdir={tmp_path}"]) == 1
+    assert "of memory; 0.00 GiB are free" in capsys.readouterr().out
+    disk = collections.namedtuple("disk", "free")
+    size = check.look_at_disk(0, 3, str(tmp_path)) or 1_000_000
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk(3 * size))
+    assert check.look_at_disk(size, 2, str(tmp_path)) == []
+    assert "no room for 4 checkpoints" in check.look_at_disk(size, 3, str(tmp_path))[0]
+
+
+def test_a_mistake_ends_with_code_2_and_a_sentence(tmp_path, capsys):
+    assert check.main([*TINY, "--config.data.size=100", f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "100 x 100 pixels cannot be cut" in error
+    assert error.count("\n") == 1
+
+
+def test_what_gets_no_gradient_is_noticed():
+    optimizer = optax.chain(check.watch(), optax.sgd(1.0))
+    params = {"idle": jnp.ones(3), "late": jnp.ones(3), "busy": jnp.ones(3)}
+    zero, grads = jnp.zeros(3), jnp.array([0.0, 1.0, 0.0])
+    state = optimizer.init(params)
+    _, state = optimizer.update({"idle": zero, "late": zero, "busy": grads}, state)
+    updates, state = optimizer.update({"idle": zero, "late": grads, "busy": zero}, state)
+    assert state[0] == {"idle": False, "late": True, "busy": True}
+    np.testing.assert_array_equal(updates["late"], -grads)
