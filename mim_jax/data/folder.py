@@ -22,19 +22,23 @@ HEADERS = ("path", "file", "filename", "file_name", "image", "name")  # of a CSV
 
 
 class Folder:
-    """A scanned folder. `splits` {name: rows of the manifest}."""
+    """A scanned folder: `splits` {name: rows of the manifest}, and the labels of all rows.
 
-    def __init__(self, root: str):
+    labels: "folder", which is the first one below the split's that an image lies in, or the path of
+        a CSV file, a line an image: its path from the root, its label; or "" for none.
+    """
+
+    def __init__(self, root: str, labels: str = ""):
         self.manifest = scan(root)
         self.root = self.manifest.root
-        self.names = [os.fsdecode(name) for name in self.manifest.names.split(b"\0")[:-1]]
+        self.names = os.fsdecode(self.manifest.names).split("\0")[:-1]
         if not self.names:
             why, files = "it is empty", self.manifest.unread
             if files:
                 most = Counter(reason for _, reason in files).most_common(1)[0][0]
                 why = f"of {len(files):,} files most are not because: {most}"
             raise UserError(f"{self.root} holds no image that can be read: {why}.")
-        tops = {name.partition("/")[0] for name in self.names if "/" in name}
+        tops = {name[: name.find("/")] for name in self.names if "/" in name}
         self.split = "train" in tops and (len(tops) == 1 or len(tops & set(SPLITS)) > 1)
         self.splits = self.by_folder() if self.split else {}
         if "validation" not in self.splits:
@@ -43,6 +47,11 @@ class Folder:
             held_out = max(1, len(ours) // 20) if len(ours) > 1 else 0
             self.splits["validation"] = ours[:held_out] if test is None else test
             self.splits["train"] = ours[held_out:] if test is None else ours
+        self.how_labelled, self.labels, self.label_names = labels, None, []
+        if labels:
+            named = self.named_by_folder() if labels == "folder" else self.named_by_csv(labels)
+            number = {name: number for number, name in enumerate(self.label_names)}
+            self.labels = np.array([number.get(name, -1) for name in named], np.int32)
 
     def by_folder(self) -> dict[str, np.ndarray]:
         rows = {}
@@ -81,39 +90,35 @@ class Folder:
         """The mode that most images have."""
         return self.manifest.modes[np.bincount(self.manifest.rows["mode"]).argmax()]
 
-    def examples(self, split: str, labels: str = "") -> "Examples":
+    def examples(self, split: str) -> "Examples":
         """The examples of a split. Raises UserError where one should have a label and has none."""
         rows = self.rows(split)
-        if not labels:
+        if self.labels is None:
             return Examples(self.manifest, rows, None)
-        numbers = self.labels(labels)[0][rows]
-        if len(without := rows[numbers < 0]):
+        labels = self.labels[rows]
+        if len(without := rows[labels < 0]):
             raise UserError(
-                f"data.labels = {labels!r} gives {len(without):,} of {len(rows):,} images of split "
-                f"{split!r} no label that train has; the first is {self.names[without[0]]!r}."
+                f"data.labels = {self.how_labelled!r} gives {len(without):,} of {len(rows):,} "
+                f"images of split {split!r} no label that train has; the first is "
+                f"{self.names[without[0]]!r}."
             )
-        return Examples(self.manifest, rows, numbers)
+        return Examples(self.manifest, rows, labels)
 
-    def labels(self, how: str) -> tuple[np.ndarray, list[str]]:
-        """The label of every row, -1 for none, and the labels' names.
-
-        `how` is "folder", the folder that an image lies in, the first below its split's, or else
-        the path of a CSV file: a line an image, its path from the root and its label.
-        """
-        if how != "folder":
-            return self.labels_of_csv(how)
-        parts = [name.split("/")[1 if self.split else 0 : -1] for name in self.names]
-        named = [part[0] if part else "" for part in parts]
+    def named_by_folder(self) -> list[str]:
+        """The label's name of every row, "" for none."""
+        level = int(self.split)
+        parts = (name.split("/", level + 1) for name in self.names)
+        named = [part[level] if len(part) > level + 1 else "" for part in parts]
         known = [named[row] for row in self.splits["train"]] if self.split else named
-        names = sorted(set(known) - {""})
-        if not names:
+        self.label_names = sorted(set(known) - {""})
+        if not self.label_names:
             raise UserError(
                 f"data.labels = 'folder', but the images of {self.root} lie in no folders that "
                 'could be labels: say data.labels="" or the path of a CSV file.'
             )
-        return numbered(named, names), names
+        return named
 
-    def labels_of_csv(self, path: str) -> tuple[np.ndarray, list[str]]:
+    def named_by_csv(self, path: str) -> list[str]:
         try:
             with open(Path(path).expanduser(), newline="", encoding="utf-8-sig") as file:
                 lines = [line for line in csv.reader(file) if line]
@@ -140,12 +145,8 @@ class Folder:
                 f"data.labels = {path!r} names none of the images of {self.root}: write paths from "
                 f"there, as {self.names[0]!r}."
             )
-        return numbered(named, names), names
-
-
-def numbered(named: list[str], names: list[str]) -> np.ndarray:
-    numbers = {name: number for number, name in enumerate(names)}
-    return np.array([numbers.get(name, -1) for name in named], np.int32)
+        self.label_names = names
+        return named
 
 
 class Examples:
@@ -171,8 +172,8 @@ class Examples:
     def digest(self) -> str:
         """A number that is another one if names, sizes or labels are others."""
         digest = hashlib.sha256()
-        for i in range(len(self)):
-            digest.update(os.fsencode(self.name(i)) + b"\0")
+        names = self.manifest.names.split(b"\0")
+        digest.update(b"\0".join([names[row] for row in self.rows]))
         digest.update(self.manifest.rows["bytes"][self.rows].tobytes())
         digest.update(b"" if self.labels is None else self.labels.tobytes())
         return digest.hexdigest()[:16]

@@ -24,8 +24,8 @@ def pack(root: str, to: str, *, labels: str = "", shard_mb: int = 256) -> None:
     The order is the folder's, so that a run sees the same, batch for batch, and may go on with the
     one where it began with the other. Raises UserError if there is something else in `to`.
     """
-    folder, to = Folder(root), Path(to).expanduser().resolve()
-    splits = {split: folder.examples(split, labels) for split in folder.splits}
+    folder, to = Folder(root, labels), Path(to).expanduser().resolve()
+    splits = {split: folder.examples(split) for split in folder.splits}
     if splits["validation"].digest() == splits.get("test", splits["train"]).digest():
         del splits["validation"]  # is `test`, and is found by this name
     sizes = {
@@ -40,7 +40,7 @@ def pack(root: str, to: str, *, labels: str = "", shard_mb: int = 256) -> None:
     name = re.sub(r"[^a-z0-9]+", "_", to.name.lower()).strip("_")
     name = name if name[:1].isalpha() else f"images_{name}"
     is_image = " x " not in folder.mode and not folder.mode.startswith(("I", "F"))
-    features = features_of(is_image, folder.labels(labels)[1] if labels else [])
+    features = features_of(is_image, folder.label_names)
 
     def write(shard: tuple[str, int]) -> int:
         split, number = shard

@@ -35,8 +35,8 @@ def open_sources(
     labels: of a folder: "folder", or the path of a CSV file, or "" for none.
     """
     if name.startswith("folder:"):
-        folder = Folder(name.removeprefix("folder:"))
-        return [of_folder(folder, split, labels) for split in splits]
+        folder = Folder(name.removeprefix("folder:"), labels)
+        return [of_folder(folder, split) for split in splits]
     if labels:
         raise UserError(
             f"data.labels = {labels!r} is for data.name=folder:PATH; {name!r} has its own labels."
@@ -48,12 +48,12 @@ def open_sources(
     return [of_tfds(builder, name, split) for split in splits]
 
 
-def of_folder(folder: Folder, split: str, labels: str) -> Source:
+def of_folder(folder: Folder, split: str) -> Source:
     """A split of a folder."""
-    examples = folder.examples(split, labels)
+    examples = folder.examples(split)
     return Source(
         examples,
-        num_labels=len(folder.labels(labels)[1]) if labels else 0,
+        num_labels=len(folder.label_names),
         fingerprint=dict(
             name="folder", version=examples.digest(), split=split, examples=len(examples)
         ),
