@@ -73,7 +73,7 @@ class Log:
         step, metrics, more, left = self.pending
         self.pending = None
         values = {name: float(value) for name, value in metrics.items()}
-        line, warning = told(values), self.warn(values)
+        line, warning = told(values), self.warn(step, values)
         values |= more
         self.write(step, values)
         self.say(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax import UserError, optim
+from mim_jax import UserError, main, optim
 from mim_jax.objectives import dvae, per_example
 from mim_jax.sharding import make_mesh, replicated
 from mim_jax.train import evaluate, initialize, train
@@ -186,18 +186,43 @@ def test_how_codes_are_used():
     assert means["error_hard_to_cell_means"] == pytest.approx(means["error_hard"] / error, rel=1e-5)
 
 
-def test_a_kl_weight_out_of_all_measure_is_called_a_collapse():
-    objective, _, history = run(1, steps=40, kl_weight=1e5, kl_warmup_steps=1, window=5)
-    assert "has collapsed: all codes are as likely everywhere" in objective.warn(history[-1])
-    assert "Lower objective.kl_weight" in objective.warn(history[-1])
-    assert objective.warn(history[0]) == ""
+def test_balance_weighs_codes_by_their_use():
+    """What it adds: how much more than evenly the codes of busy tokens have been used, by hand."""
+    totals = []
+    for weight in (0.0, 2.0):
+        objective = dvae.objective(TOKENIZER, balance=weight)
+        params, buffers = objective.init(jax.random.key(0), batch_of())
+        buffers["usage"] = jnp.arange(V, dtype=jnp.float32)
+        totals.append(objective.loss(params, buffers, batch_of(), jax.random.key(0), 0)[0])
+    logits = dvae.dvae(**TOKENIZER).logits(params["tokenizer"], batch_of()["image"] / 255)
+    q = np.asarray(jax.nn.softmax(logits)).reshape(ROWS, -1, V)[:, 1:]
+    surplus = np.log(0.99 * V * np.arange(V) / np.arange(V).sum() + 0.01)
+    added = 2.0 * (q @ surplus).sum() / (SIZE * SIZE * 3)
+    assert float(totals[1] - totals[0]) == pytest.approx(added, rel=1e-3)
+
+
+def test_what_is_called_a_collapse():
+    warn = dvae.objective(TOKENIZER).warn
     healthy = dict(entropy=0.5, perplexity=0.3 * V)
-    assert objective.warn(healthy) == ""
-    assert "is close to collapse" in objective.warn(healthy | dict(perplexity=0.1 * V))
-    assert "Raise objective.balance" in objective.warn(healthy | dict(perplexity=0.1 * V))
-    assert "has collapsed: the tokens are few" in objective.warn(
-        healthy | dict(perplexity=0.02 * V)
-    )
+    assert warn(1000, healthy) == ""
+    assert "is close to collapse" in warn(1000, healthy | dict(perplexity=0.1 * V))
+    assert "has collapsed: the tokens are few" in warn(1000, healthy | dict(perplexity=0.02 * V))
+    assert "Raise objective.balance" in warn(1000, healthy | dict(perplexity=0.02 * V))
+    assert "Lower objective.kl_weight" in warn(1000, healthy | dict(entropy=0.96 * math.log(V)))
+    assert warn(999, healthy | dict(perplexity=0.1 * V)) == ""
+
+
+def test_a_kl_weight_out_of_all_measure_is_called_a_collapse(tmp_path, capsys):
+    """By the run itself, once."""
+    settings = dict(kl_weight=1e5, kl_warmup_steps=1, window=2)
+    overrides = [f"--config.objective.{name}={value}" for name, value in settings.items()]
+    overrides += ["--config.steps=40", "--config.pictures.count=0", "--config.evaluate.limit=8"]
+    arguments = ["--config=configs/dvae_emoji.py", "--smoke", f"--workdir={tmp_path}", *overrides]
+    assert main.main(arguments) == 0
+    said = capsys.readouterr().out
+    collapse = "warning: the codebook has collapsed: all codes are as likely everywhere, and say"
+    assert said.count(collapse) == 1
+    assert "Lower objective.kl_weight" in said
 
 
 def test_pictures_are_the_tokens():

@@ -25,7 +25,7 @@ class Objective(NamedTuple):
     pictures: Callable  # (params, buffers, batch, rng) -> {caption: images (b, H, W, c) in [0, 1]}
     summarize: Callable = lambda means: means  # {name: mean} -> {name: number or array}
     needs: tuple[str, ...] = ()  # buffers that another run must have trained
-    warn: Callable = lambda metrics: ""  # {name: number} -> what is wrong, and what to change
+    warn: Callable = lambda step, metrics: ""  # what is wrong after a step, and what to change
 
 
 def per_example(rng: jax.Array, index: jax.Array) -> jax.Array:

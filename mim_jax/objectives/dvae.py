@@ -216,7 +216,9 @@ def objective(
             used=float((codes > 0).mean()),
         )
 
-    def warn(metrics):
+    def warn(step, metrics):
+        if step < 10 * window:  # every codebook begins with few codes
+            return ""
         if metrics["entropy"] > 0.95 * math.log(v):
             return (
                 "the codebook has collapsed: all codes are as likely everywhere, and say nothing "
