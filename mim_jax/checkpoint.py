@@ -245,14 +245,16 @@ def read_part(workdir: str, part: str) -> tuple[dict[str, np.ndarray], int]:
     there = manager.item_metadata(step)["state"].tree
     fields = ("buffers", "ema" if there.get("ema") else "params")
     like = {field: {part: there[field][part]} for field in fields if part in there[field]}
-    args = ocp.args.PyTreeRestore(
-        like,
-        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
-        partial_restore=True,
-    )
-    found = manager.restore(step, args=ocp.args.Composite(state=args))["state"] if like else {}
+    found = arrays(manager, step, like) if like else {}
     manager.close()
     return {name: x for tree in found.values() for name, x in flat(tree[part]).items()}, step
+
+
+def arrays(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
+    """The part of a checkpoint that the tree `like` names, as numpy arrays."""
+    numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+    args = ocp.args.PyTreeRestore(like, restore_args=numpy, partial_restore=True)
+    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
 def fixed_grid(workdir: str) -> tuple[int, int] | None:
@@ -278,14 +280,9 @@ def load(workdir: str) -> tuple[dict, dict, dict]:
         raise UserError(f"{workdir} is not the folder of a run: it has no checkpoints.")
     manager = manager_of(workdir, create=False)
     there = manager.item_metadata(step)["state"].tree
-    source, here = "ema" if there.get("ema") else "params", jax.local_devices()[0]
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(here)
-        ),
-        {name: there[name] for name in (source, "buffers") if there.get(name)},
-    )
-    state = jax.tree.map(np.asarray, restore(manager, step, like))
+    source = "ema" if there.get("ema") else "params"
+    like = {name: there[name] for name in (source, "buffers") if there.get(name)}
+    state = arrays(manager, step, like)
     args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
     metadata = manager.restore(step, args=args)["metadata"]
     manager.close()

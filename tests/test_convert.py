@@ -19,6 +19,7 @@ from mim_jax.convert import check, from_torch, to_torch
 from mim_jax.convert.read import read
 from mim_jax.convert.states import sines
 from mim_jax.inspect import main as inspect
+from mim_jax.models.dvae import dvae
 from mim_jax.train import TrainState
 from tests.official import mae_shapes, to_params
 from tests.timm_models import timm_models
@@ -402,3 +403,54 @@ def test_the_licence_of_released_weights(tmp_path, capsys):
     torch.save({"model": state}, tmp_path / "mae_pretrain_vit_base.pth")
     assert inspect([f"{tmp_path}/mae_pretrain_vit_base.pth"]) == 0
     assert "CC-BY-NC-4.0" in capsys.readouterr().out
+
+
+def test_images_of_another_size(tmp_path, capsys):
+    """Positions as timm interpolates them, and MAE's fixed ones as its fine-tuning does."""
+    run_of_ours(tmp_path)
+    arguments = [f"{tmp_path}/a.pth", "--heads=4", "--decoder-heads=2", "--image-size=48"]
+    assert convert.main([*arguments, f"{tmp_path}/b.pth", "--to=timm"]) == 2
+    assert "say --encoder-only" in capsys.readouterr().err
+    arguments += ["--encoder-only", "--check"]
+    assert convert.main([*arguments, f"{tmp_path}/b.pth", "--to=timm"]) == 0
+    larger = read(tmp_path / "b.pth")[0]["pos_embed"]
+    before = torch.tensor(official_mae()["pos_embed"])
+    image = before[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    after = torch.nn.functional.interpolate(image, (6, 6), mode="bicubic", align_corners=False)
+    np.testing.assert_allclose(larger[:, 1:], after.flatten(2).transpose(1, 2), atol=1e-6)
+    assert convert.main([f"{tmp_path}/b.pth", f"{tmp_path}/hf", "--to=hf", "--check"]) == 0
+    assert "ViTModel" in capsys.readouterr().out
+    # BEiT's relative positions
+    save = dict(model=hugging_face("beit_mean").state_dict())
+    torch.save(save, tmp_path / "beit.pth")
+    arguments = [
+        f"{tmp_path}/beit.pth",
+        f"{tmp_path}/beit",
+        "--to=hf",
+        "--image-size=48",
+        "--check",
+    ]
+    assert convert.main(arguments) == 0
+    table = "beit.encoder.layer.0.attention.attention.relative_position_bias."
+    table = read(tmp_path / "beit" / "model.safetensors")[0][f"{table}relative_position_bias_table"]
+    assert table.shape == (11 * 11 + 3, 4)
+
+
+def test_dalle_as_a_tokenizer(tmp_path, capsys):
+    """A folder with its two files becomes a run's, and init_from.tokenizer takes it."""
+    rng, shapes = np.random.default_rng(0), {}
+    model = dvae(vocabulary=11, width=8, layers=2, blocks=1, codebook=5)
+    params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+    for part, file in (("tokenizer", "encoder"), ("decoder", "decoder")):
+        state = to_torch({part: params[part]}, layout="dalle")
+        shapes[file] = {k: torch.tensor(x) for k, x in state.items()}
+        torch.save(shapes[file], tmp_path / f"{file}.pkl")
+    assert convert.main([str(tmp_path), f"{tmp_path}/run", "--to=mim_jax"]) == 0
+    zeros = jax.tree.map(jax.numpy.zeros_like, params)
+    state = init_part(TrainState(0, {}, zeros, ()), "tokenizer", f"{tmp_path}/run")
+    state = init_part(state, "decoder", f"{tmp_path}/run")
+    jax.tree.map(np.testing.assert_array_equal, state.buffers, params)
+    capsys.readouterr()
+    assert inspect([f"{tmp_path}/run"]) == 0
+    assert "dalle dVAE, 11 tokens" in capsys.readouterr().out

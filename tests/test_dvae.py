@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mim_jax import UserError
-from mim_jax.convert.dalle import from_beit, from_dalle
+from mim_jax.convert import from_torch, to_torch
 from mim_jax.models.dvae import dvae
 
 TINY = dict(vocabulary=11, width=8, layers=2)
@@ -109,6 +109,12 @@ def torch_modules(torch):
     }
 
 
+def assert_identical(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        np.testing.assert_array_equal(x, theirs[name], err_msg=name)
+
+
 @pytest.mark.parametrize("kind", ["dalle", "small"])
 def test_encoder_and_decoder_against_torch(kind):
     """The same weights give the same logits, tokens and pixels, in float64 to 1e-8."""
@@ -133,14 +139,18 @@ def test_encoder_and_decoder_against_torch(kind):
     with jax.enable_x64(True):
         if kind == "dalle":
             model = dvae(**TINY, dtype="float64")
-            params = dict(tokenizer=from_dalle(states[0]), decoder=from_dalle(states[1]))
+            params = from_torch(states[0])[0] | from_torch(states[1])[0]
+            for state, part in zip(states, ("tokenizer", "decoder"), strict=True):
+                assert_identical(to_torch({part: params[part]}, layout="beit"), state)
             theirs = run(encoder, 0.8 * images + 0.1)
         else:
             model = dvae(**TINY, kind="small", likelihood="mse", dtype="float64")
             state = {f"encoder.{k}": v for k, v in states[0].items()} | {
                 f"decoder.{k}": v for k, v in states[1].items()
             }
-            params = from_beit(state | {"codebook.weight": codebook})
+            state["codebook.weight"] = codebook
+            params, _ = from_torch(state)
+            assert_identical(to_torch(params, layout="beit"), state)
             theirs = run(encoder, 2 * images - 1)
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(images.shape))
         assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, params)

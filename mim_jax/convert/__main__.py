@@ -13,7 +13,7 @@ import sys
 from mim_jax.command import exit_code
 from mim_jax.convert.check import TOLERANCE, differences
 from mim_jax.convert.files import licence, load, save, story
-from mim_jax.convert.fit import FAMILIES
+from mim_jax.convert.fit import FAMILIES, encoder_only, resized
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,10 +27,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="run PyTorch's model and ours on the same images"
     )
+    parser.add_argument("--encoder-only", action="store_true", help="leave decoder and head out")
+    parser.add_argument(
+        "--image-size", type=size, default=None, help="384 or 256,384: interpolates positions"
+    )
     parser.add_argument("--heads", type=int, default=0, help="where nothing tells how many")
     parser.add_argument("--decoder-heads", type=int, default=0, help="the same of MAE's decoder")
     options = parser.parse_args(argv)
     return exit_code(lambda: convert(options), options.destination)
+
+
+def size(text: str) -> tuple[int, int]:
+    """ "384" -> (384, 384); "256,384" -> (256, 384)."""
+    height, _, width = text.partition(",")
+    return int(height), int(width or height)
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -41,6 +51,15 @@ def convert(options: argparse.Namespace) -> int:
     if about.left_out:
         more = ", ..." if len(about.left_out) > 3 else ""
         print(f"left out: {len(about.left_out)} arrays, {', '.join(about.left_out[:3])}{more}")
+    if options.encoder_only:
+        params, about = encoder_only(params, about)
+    if options.image_size and about.kind != "dvae":
+        if about.grid is None:  # told now: nothing is known to be of another size
+            grid = [side // p for side, p in zip(options.image_size, about.patch, strict=True)]
+            about = about._replace(grid=tuple(grid))
+        elif options.image_size != about.size:
+            params, about = resized(params, about, options.image_size)
+            print("for images of {} x {}: positions are interpolated".format(*about.size))
     if note := licence(options.source):
         print(note)
     if (eps := about.facts.get("layer_norm_eps", 1e-6)) != 1e-6:

@@ -113,7 +113,11 @@ def story(params: dict, about: About) -> str:
             "decoder of width {width}, {depth} blocks, {heads} heads".format(**about.decoder)
         )
     head = params.get("head", {}).get("bias")
-    words += [f"{len(head)} classes or tokens"] if head is not None else []
+    words += (
+        [f"{len(head)} {'tokens' if about.kind == 'beit' else 'classes'}"]
+        if head is not None
+        else []
+    )
     return f"{title}, {about.kind}: {', '.join(words)}; {count:,} parameters"
 
 
@@ -160,7 +164,7 @@ def save(path: str | Path, params: dict, about: About, to: str) -> str:
 
 
 def save_run(path: Path, params: dict, about: About) -> str:
-    """A checkpoint that init_from takes."""
+    """A run's folder that init_from takes."""
     from mim_jax.checkpoint import Checkpoints
     from mim_jax.train import TrainState
 
@@ -168,9 +172,14 @@ def save_run(path: Path, params: dict, about: About) -> str:
     if about.decoder:
         objective |= {f"decoder_{name}": value for name, value in about.decoder.items()}
     data = dict(crop_fraction=about.facts.get("crop_fraction", 0.875))
-    data |= dict(size=about.size, channels=about.channels) if about.kind != "dvae" else {}
-    told = dict(model=about.model, objective=objective, data=data)
-    checkpoints = Checkpoints(str(path), keep=1, about=dict(config=told, converted=about.layout))
+    if about.kind != "dvae":
+        data |= dict(size=about.size, channels=about.channels)
+    network = "tokenizer" if about.kind == "dvae" else "model"
+    record = dict(
+        config={network: about.model, "objective": objective, "data": data},
+        trajectory={"converted from": about.layout},  # no training goes on from here
+    )
+    checkpoints = Checkpoints(str(path), keep=1, about=record)
     if checkpoints.latest is not None:
         checkpoints.close()
         raise UserError(f"{path} holds checkpoints already: choose another folder.")
@@ -178,4 +187,5 @@ def save_run(path: Path, params: dict, about: About) -> str:
     buffers = {k: params.pop(k) for k in ("batch_statistics",) if k in params}
     checkpoints.save(TrainState(np.zeros((), np.int32), params, buffers, ()))
     checkpoints.close()
+    (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     return f"a checkpoint of ours with {', '.join(params)}"

@@ -1,10 +1,12 @@
-"""Which layout of others can say what a network of ours is, and what it must leave out."""
+"""What a network of ours must become to be said by others: its layout, its parts, its size."""
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mim_jax import UserError
-from mim_jax.convert.about import About
+from mim_jax.convert.about import About, expected, kind_of
 from mim_jax.convert.tables import LAYOUTS
+from mim_jax.models import resize
 
 FAMILIES = ("mae", "beit", "timm", "hf")
 
@@ -28,7 +30,7 @@ def fit(params: dict, about: About, to: str) -> tuple[str, dict]:
             "with --config.model.key_bias=False, or keep it with --to=mim_jax."
         )
     if to == "timm":
-        params = encoder_only(params) if kind in ("mae", "beit", "encoder") else params
+        params = encoder_only(params, about)[0] if kind in ("mae", "beit", "encoder") else params
         return "timm_vit" if model["key_bias"] else "timm_beit", folded(params)
     if to == "mae":
         if not model["key_bias"] or model["layer_scale"]:
@@ -69,21 +71,47 @@ def fit(params: dict, about: About, to: str) -> tuple[str, dict]:
 
 def fit_dvae(params: dict, about: About, to: str) -> tuple[str, dict]:
     """The same of a dVAE."""
-    layout = "dalle" if about.model["kind"] == "dalle" else "small_dvae"
+    dalle, layers = about.model["kind"] == "dalle", about.model["layers"]
+    layout = "dalle" if dalle else f"small_dvae_{layers}"
     if to not in (layout, "beit"):
         raise UserError(f"--to={to} has no tokenizers: say --to=beit.")
-    if layout == "dalle" and len(params) > 1:
+    if dalle and len(params) > 1:
         raise UserError("DALL-E keeps its encoder and its decoder in two files: one at a time.")
-    layers, blocks, stem = (about.model.get(name, 1) for name in ("layers", "blocks", "stem"))
-    if stem != 1 or (layout == "small_dvae" and (layers, blocks) != (3, 1)):
-        raise UserError("BEiT's dVAE has three layers of one block, and no stem.")
+    if not dalle and (layout not in LAYOUTS or about.model["blocks"] != 1):
+        raise UserError("BEiT's own dVAE has up to four layers of one block: keep it with mim_jax.")
     return layout, params
 
 
-def encoder_only(params: dict) -> dict:
-    """The encoder without what it has for pretraining alone."""
+def encoder_only(params: dict, about: About) -> tuple[dict, About]:
+    """The encoder without its mask token: what is taken from pretraining to anything else."""
+    if "encoder" not in params:
+        raise UserError("a dVAE has no encoder in this sense: leave out --encoder-only.")
     encoder = {name: x for name, x in params["encoder"].items() if name != "mask_token"}
-    return {"encoder": encoder} | ({"fc_norm": params["fc_norm"]} if "fc_norm" in params else {})
+    params = {"encoder": encoder} | {k: params[k] for k in ("fc_norm",) if k in params}
+    return params, about._replace(kind=kind_of(params), decoder=None)
+
+
+def resized(params: dict, about: About, size: tuple[int, int]) -> tuple[dict, About]:
+    """For images of another size: positions are interpolated, as in fine-tuning.
+
+    Fixed positions become learned ones. Raises UserError where MAE's decoder is among params.
+    """
+    (height, width), (p, q) = size, about.patch
+    if "decoder" in params:
+        raise UserError("MAE's decoder is for its own size alone: say --encoder-only.")
+    if height % p or width % q:
+        raise UserError(f"patches of {p} x {q} do not divide images of {height} x {width}.")
+    fixed = about.model["positions"] == "sincos"
+    model = about.model | (dict(positions="learned") if fixed else {})
+    larger = about._replace(model=model, grid=(height // p, width // q))
+    shapes = {
+        path.removeprefix("encoder/"): shape
+        for path, shape in expected(params, larger).items()
+        if path.startswith("encoder/")
+    }
+    before = about.size and about.grid if fixed else None
+    encoder = resize.fit(flatten_dict(params["encoder"], sep="/"), shapes, before)
+    return params | {"encoder": unflatten_dict(encoder, sep="/")}, larger
 
 
 def folded(params: dict) -> dict:

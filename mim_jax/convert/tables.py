@@ -125,7 +125,14 @@ def small_dvae(layers: int) -> dict[str, str]:
 
 LAYOUTS = {  # those with more signs before those with fewer
     "dalle": Layout("DALL-E's dVAE", ("blocks.input.weight",), DALLE),
-    "small_dvae": Layout("BEiT's own dVAE", ("codebook.weight",), small_dvae(3)),
+    **{
+        f"small_dvae_{layers}": Layout(
+            f"BEiT's own dVAE of {layers} layers",
+            ("codebook.weight", f"encoder.{2 * layers}.weight"),
+            small_dvae(layers),
+        )
+        for layers in (1, 2, 3, 4)
+    },
     "hf_vit_mae": Layout(
         "Hugging Face's ViTMAEForPreTraining",
         ("vit.embeddings.cls_token", "decoder.decoder_embed.weight"),
