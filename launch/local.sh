@@ -3,13 +3,15 @@
 #
 #     launch/local.sh 2 --config=configs/mae_base.py --smoke --workdir=runs/smoke
 #
-# The first process speaks; the others write to $WORK/process_N.log. One that fails ends them all.
+# The first process speaks; the others write to $WORK/process_N.log. One that fails ends them all;
+# SIGTERM or Ctrl-C lets all save and stop.
 set -euo pipefail
 count=${1:?how many processes}; shift
 port=$((20000 + RANDOM % 20000))
 work=${WORK:-$(mktemp -d)}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'kill -KILL $(jobs -p) 2>/dev/null || true' EXIT
+trap 'kill -TERM $(jobs -p); wait; exit 143' INT TERM
 for ((i = count - 1; i >= 0; i--)); do
     out=$work/process_$i.log
     [ "$i" = 0 ] && out=/dev/stdout

@@ -51,6 +51,16 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
     except FloatingPointError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"failed: process {jax.process_index()} lost another of {jax.process_count()} "
+            f"({reason}): the same command goes on from the newest checkpoint.",
+            file=sys.stderr,
+        )
+        return 1
 
 
 class Beginning:

@@ -11,15 +11,19 @@ and saved.
 
 import argparse
 import json
+import os
 import platform
 import signal
 import sys
 import threading
+import traceback
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, recipe
@@ -66,18 +70,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def join(processes: str) -> None:
-    """Makes this process one of several; "" lets JAX find the others."""
-    if not processes:
-        jax.distributed.initialize()
-        return
+    """Makes this process one of several; "" lets JAX find the others.
+
+    Where one dies in silence, the others end when its heart has not beaten for a minute.
+    """
     try:
-        address, count, this = processes.split(",")
-        count, this = int(count), int(this)
+        address, count, this = processes.split(",") if processes else (None, None, None)
+        numbers = (int(count), int(this)) if processes else (None, None)
     except ValueError:
         raise UserError(
             f"--distributed={processes}: say ADDRESS:PORT,PROCESSES,PROCESS, as localhost:1234,2,0."
         ) from None
-    jax.distributed.initialize(address, count, this)
+    jax.distributed.initialize(address, *numbers, heartbeat_timeout_seconds=60)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process. One of several that failed does not wait for those that wait for it."""
+    if code in (1, 2) and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
@@ -128,6 +141,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     trace.after(start)
     for step, state, metrics in log.timed(steps):
         trace.after(step, metrics)
+        stop.after(step)
         log.train(
             step, metrics, due=due(config.log),
             lr=float(lr[step - 1]), epoch=step / this.steps_per_epoch,
@@ -211,7 +225,7 @@ def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path, sa
 class Stop:
     """Whether SIGINT or SIGTERM came; a second one ends the process at once.
 
-    One of several processes dies of them: it cannot stop where the others do.
+    Of several processes any may get SIGTERM: JAX tells the others, and all stop after one step.
     """
 
     def __init__(self):
@@ -223,6 +237,11 @@ class Stop:
     def note(self, number: int, frame) -> None:
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
+
+    def after(self, step: int) -> None:
+        """Asks the other processes."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
 
 
 class Trace:
@@ -246,4 +265,8 @@ class Trace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        leave(main())
+    except Exception:
+        traceback.print_exc()
+        leave(1)
