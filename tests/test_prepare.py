@@ -232,3 +232,18 @@ def test_sets_that_tfds_cannot_prepare(tmp_path, capsys, monkeypatch):
     assert "TFDS has no data set 'my_set'" in error_of(capsys, "my_set", where)
     sentence = error_of(capsys, "imagenet2012", where, f"--manual_dir={tmp_path}")
     assert "has no ILSVRC2012_img_train.tar: get it from image-net.org" in sentence
+
+
+def test_beam_writes_the_same(photos, tmp_path, command, capsys, monkeypatch):
+    if importlib.util.find_spec("apache_beam") is None:
+        arguments = (f"folder:{photos}", f"--to={tmp_path / 'packed'}", "--beam")
+        assert "pip install -e '.[beam]'" in error_of(capsys, *arguments)
+        pytest.skip("needs Apache Beam")
+    whole, to = tmp_path / "a" / "packed", tmp_path / "b" / "packed"
+    pack.pack(photos, whole, shard_mb=0.02)
+    arguments = (f"folder:{photos}", f"--to={to}", "--shard_mb=0.02", "--beam")
+    done = command("mim_jax.data.prepare", *arguments, "--runner=DirectRunner")
+    assert done.returncode == 0, done.stderr
+    assert len(list(to.glob("*.array_record*"))) > 3
+    for path in whole.iterdir():
+        assert (to / path.name).read_bytes() == path.read_bytes()

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,17 @@ from mim_jax.data.manifest import in_threads
 from mim_jax.data.records import shard_path, write_info, write_shard
 
 
-def pack(root: str, to: str, *, labels: str = "", shard_mb: int = 256) -> None:
+def pack(
+    root: str,
+    to: str,
+    *,
+    labels: str = "",
+    shard_mb: float = 256,
+    in_parallel: Callable = in_threads,
+) -> None:
     """Packs the splits of a folder into `to`, in shards of about so many megabytes.
+
+    in_parallel(write, shards, at_once=1) -> an iterator over write(shard), in any order.
 
     The order is the folder's, so that a run sees the same, batch for batch, and may go on with the
     one where it began with the other. Raises UserError if there is something else in `to`.
@@ -34,7 +43,9 @@ def pack(root: str, to: str, *, labels: str = "", shard_mb: int = 256) -> None:
     plan = dict(
         mode=folder.mode,
         digests={split: examples.digest() for split, examples in splits.items()},
-        shards={split: shards(bytes_, shard_mb * 1_000_000) for split, bytes_ in sizes.items()},
+        shards={
+            split: shards(bytes_, int(shard_mb * 1_000_000)) for split, bytes_ in sizes.items()
+        },
     )
     claim(to, plan)
     name = re.sub(r"[^a-z0-9]+", "_", to.name.lower()).strip("_")
@@ -55,7 +66,7 @@ def pack(root: str, to: str, *, labels: str = "", shard_mb: int = 256) -> None:
     todo = [(split, i) for split, counts in plan["shards"].items() for i in range(len(counts))]
     total = sum(len(examples) for examples in splits.values())
     with tqdm(total=total, unit=" images", desc=str(to)) as progress:
-        for count in in_threads(write, todo, at_once=1):
+        for count in in_parallel(write, todo, at_once=1):
             progress.update(count)
     infos = {split: (plan["shards"][split], int(sizes[split].sum())) for split in splits}
     write_info(to, name, features, infos, plan, f"The images of {folder.root}.")

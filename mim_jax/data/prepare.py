@@ -12,12 +12,16 @@ A set of TFDS takes TensorFlow, once: pip install -e '.[prepare]'. In --manual_d
 be fetched by hand: ImageNet's two tars, or an archive where there is no network (CIFAR's). It is
 read by --config.data.name=imagenet2012 --config.data.data_dir=/data/tfds.
 
+With --beam (pip install -e '.[beam]') Apache Beam writes the shards, or what TFDS has for Beam; its
+own options follow, as --runner=FlinkRunner. All its workers must see the same folders.
+
 Exit codes: 0 done, 2 a mistake in what was asked for, told in one sentence.
 """
 
 import argparse
 import sys
 import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +30,7 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tqdm import tqdm
 
 from mim_jax import UserError
+from mim_jax.data.manifest import in_threads
 from mim_jax.data.pack import pack
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -42,16 +47,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help="folder:PATH, or the name of a data set of TFDS")
     parser.add_argument("--to", help="folder: where to, a folder of its own")
     parser.add_argument("--labels", default="", help='folder: "folder" or the path of a CSV file')
-    parser.add_argument("--shard_mb", type=int, default=256, help="folder: about so large a file")
+    parser.add_argument("--shard_mb", type=float, default=256, help="folder: about so large a file")
     parser.add_argument("--data_dir", help="TFDS: where to; by default ~/tensorflow_datasets")
     parser.add_argument("--manual_dir", help="TFDS: where lies what was fetched by hand")
-    options = parser.parse_args(argv)
+    parser.add_argument("--beam", action="store_true", help="prepare on Apache Beam")
+    options, rest = parser.parse_known_args(argv)
+    if rest and not options.beam:
+        parser.error(f"unknown argument {rest[0]}")
     try:
+        beam = Beam(rest) if options.beam else None
         if not options.source.startswith("folder:"):
-            prepare(options.source, options.data_dir, options.manual_dir)
+            prepare(options.source, options.data_dir, options.manual_dir, beam)
         elif options.to:
             folder = options.source.removeprefix("folder:")
-            pack(folder, options.to, labels=options.labels, shard_mb=options.shard_mb)
+            settings = dict(labels=options.labels, shard_mb=options.shard_mb)
+            pack(folder, options.to, in_parallel=beam or in_threads, **settings)
         else:
             raise UserError("say where to, as --to=/data/my_images.")
     except UserError as error:
@@ -60,7 +70,33 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(name: str, data_dir: str | None, manual_dir: str | None) -> None:
+class Beam:
+    """What `in_threads` does, on Apache Beam."""
+
+    def __init__(self, options: Sequence[str]):
+        if find_spec("apache_beam") is None:
+            raise UserError("--beam needs Apache Beam: pip install -e '.[beam]'.")
+        from apache_beam.options.pipeline_options import PipelineOptions
+
+        self.options = PipelineOptions(options)
+
+    def __call__(self, function: Callable, items: Sequence, at_once: int) -> Iterator:
+        """Calls function(item) for every item, and again where a worker failed. Yields nothing."""
+        import apache_beam
+
+        with apache_beam.Pipeline(options=self.options) as pipeline:
+            _ = (
+                pipeline
+                | apache_beam.Create(items)
+                | apache_beam.Reshuffle()
+                | apache_beam.Map(function)
+            )
+        return iter(())
+
+
+def prepare(
+    name: str, data_dir: str | None, manual_dir: str | None, beam: Beam | None = None
+) -> None:
     """Has TFDS prepare one of its sets."""
     if find_spec("tensorflow") is None:
         raise UserError("a set of TFDS takes TensorFlow to prepare: pip install -e '.[prepare]'.")
@@ -72,7 +108,9 @@ def prepare(name: str, data_dir: str | None, manual_dir: str | None) -> None:
         check_imagenet(Path(manual_dir or "."))
     try:
         builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
+            download_config=tfds.download.DownloadConfig(
+                manual_dir=manual_dir, beam_options=beam and beam.options
+            )
         )
     except (tfds.download.DownloadError, NonMatchingChecksumError, OSError) as error:
         raise UserError(
