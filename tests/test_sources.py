@@ -1,6 +1,7 @@
 """Sources: any tree of images or tars of them, its splits, labels, types, and its bad files."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -176,6 +177,23 @@ def test_where_nothing_can_be_kept_all_is_scanned(nasty, opened, cache):
     manifest.scan(nasty)
     assert len(opened) == 2 * count
     cache.unlink()
+
+
+def test_a_folder_that_may_not_be_read_is_told(nasty, monkeypatch):
+    scandir = os.scandir
+
+    def forbid(path):
+        if str(path).endswith("/two"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest.os, "scandir", forbid)
+        folder = Folder(nasty)
+    unread = (name for name in (GOOD | BAD) if "two/" in name)
+    assert set(folder.names) == set(GOOD | BAD) - set(unread)
+    assert dict(folder.manifest.unread)["two"] == "cannot be read: Permission denied"
+    assert len(Folder(nasty).names) == len(GOOD | BAD)  # it is tried again
 
 
 def test_a_cache_that_is_rubbish_is_not_believed(nasty, cache):
@@ -356,6 +374,7 @@ def test_photographs_stand_upright(orientation):
     np.testing.assert_array_equal(decode(stored, 3), turned)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_exif_may_be_rubbish():
     rubbish = encoded(
         Image.fromarray(pixels()), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01"
@@ -382,6 +401,7 @@ def test_large_images_are_halved_and_bombs_refused(monkeypatch):
     [
         (b"", "the file is empty"),
         (b"words", "no image that can be read"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, which Pillow does not read"),
         (jpeg()[:900], "image file is truncated"),
         (encoded(Image.fromarray(pixels()))[:900], "image file is truncated"),
         (npy(pixels(channels=13)), "it has 13 channels, data.channels is 3"),

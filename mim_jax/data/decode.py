@@ -108,7 +108,7 @@ def reasons():
 
 def opened(file: BinaryIO) -> Image.Image | Pixels:
     """The image in a file; its pixels are not yet read."""
-    start = file.read(8)
+    start = file.read(12)
     file.seek(0)
     if not start:
         raise BadImageError("the file is empty")
@@ -120,6 +120,8 @@ def opened(file: BinaryIO) -> Image.Image | Pixels:
     except Image.UnidentifiedImageError:
         if is_tiff:
             return tiff(file)
+        if start[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"):
+            raise BadImageError("HEIC, which Pillow does not read: make it a JPEG") from None
         raise BadImageError("no image that can be read") from None
     if image.format == "TIFF":
         bits = max(image.tag_v2.get(258, (1,)))

@@ -103,10 +103,9 @@ def changed(root: str, name: str) -> int:
 
 def look(root: str, before: Manifest | None) -> Manifest:
     """Scans; opens no file that `before` knows and that has not changed since."""
-    files, stamps = walk(root)
+    files, unread, stamps = walk(root)
     tars = [file.name for file in files if file.name.endswith(".tar") or not file.name]
     files = [file for file in files if not (file.name.endswith(".tar") or not file.name)]
-    unread = []
     for i, tar in enumerate(tars):
         stamps[tar] = changed(root, tar)
         members, reason = members_of(root, tar, i)
@@ -138,29 +137,38 @@ def look(root: str, before: Manifest | None) -> Manifest:
     return Manifest(root, blob, rows, list(modes), tars, sorted(unread), stamps)
 
 
-def walk(root: str) -> tuple[list[Found], dict[str, int]]:
-    """All files, by name, and when each folder changed. Hidden ones do not count."""
+def walk(root: str) -> tuple[list[Found], list[tuple[str, str]], dict[str, int]]:
+    """All files, by name; folders that cannot be read; when each folder changed.
+
+    Links are followed. What is hidden does not count.
+    """
     if os.path.isfile(root):
-        return [Found("", 0, 0)], {}
-    files, stamps, seen, ahead = [], {}, set(), [""]
+        return [Found("", 0, 0)], [], {}
+    files, unread, stamps, seen, ahead = [], [], {}, set(), [""]
     while ahead:
         folder = ahead.pop()
-        status = os.stat(os.path.join(root, folder))
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+        try:
+            status = os.stat(os.path.join(root, folder))
+            if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            stamps[folder] = status.st_mtime_ns
+            entries = list(os.scandir(os.path.join(root, folder)))
+        except OSError as error:
+            unread.append((folder, f"cannot be read: {error.strerror}"))
+            stamps[folder] = 0  # so that it is tried again
             continue
-        seen.add((status.st_dev, status.st_ino))
-        stamps[folder] = status.st_mtime_ns
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                name = os.path.join(folder, entry.name)
-                if entry.is_dir():
-                    ahead.append(name)
-                elif entry.is_file():
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            name = os.path.join(folder, entry.name)
+            if entry.is_dir():
+                ahead.append(name)
+            elif entry.is_file():
+                with contextlib.suppress(FileNotFoundError):  # just gone
                     status = entry.stat()
                     files.append(Found(name, status.st_size, status.st_mtime_ns))
-    return sorted(files), stamps
+    return sorted(files), unread, stamps
 
 
 def members_of(root: str, tar: str, number: int) -> tuple[list[Found], str]:
