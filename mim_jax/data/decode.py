@@ -209,7 +209,8 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
     if channels != 4 and image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(MODES[channels])
+    mode = MODES[channels]
+    return image if image.mode == mode else image.convert(mode)  # which copies all the same
 
 
 def in_type(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,0 +1,173 @@
+"""Images per second of CPU time: our input pipeline against the official code's in PyTorch.
+
+    python -m benchmarks.input [--data=FOLDER_OR_TAR] [--rounds=5] [--images=1280] [--workers=0]
+
+Both read the same files and make MAE's views of 224 x 224 in batches of 64: a random crop of 20 to
+100 % of the area, resized bicubically with antialias by Pillow, flipped half of the time. Theirs is
+a DataLoader with two workers, which also makes float tensors and normalises them on the host, as
+torchvision's ToTensor and Normalize do; ours leaves bytes, which the device normalises. Without
+--data they read JPEGs of ImageNet's usual size, 500 x 375 and some 100 kB, made of the built-in
+emoji and noise.
+
+What counts is the time of all processes together on the CPU, from the fifth batch on: it does not
+depend on how many cores are free. Each round measures both, one after the other, each in a process
+of its own; the figure is the median of the rounds' ratios. Linux only.
+"""
+
+import argparse
+import io
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mim_jax import data
+
+BATCH, SIZE, WARM_UP = 64, 224, 4
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def ours(folder: str, workers: int):
+    """Batches of our pipeline, in threads, or in so many worker processes."""
+    images = data.make(
+        name=f"folder:{folder}", split="all", evaluation_split="all", size=SIZE, workers=workers
+    )
+    return images.training_batches(BATCH, seed=0, start=0, stop=10**6)
+
+
+class Photographs(torch.utils.data.Dataset):
+    """What torchvision's ImageFolder and the transforms of main_pretrain.py do, in their words."""
+
+    def __init__(self, folder: str):
+        self.files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+    def __len__(self):
+        return 10**6
+
+    def __getitem__(self, i: int):
+        with self.files[i % len(self.files)].open("rb") as file:
+            image = Image.open(file).convert("RGB")
+        image = image.crop(self.box(*image.size)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        if torch.rand(1) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image, np.uint8, copy=True))
+        pixels = pixels.view(SIZE, SIZE, 3).permute(2, 0, 1).contiguous().float().div(255)
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+        return pixels.sub_(mean).div_(std), 0
+
+    def box(self, width: int, height: int):
+        for _ in range(10):
+            area = width * height * torch.empty(1).uniform_(0.2, 1.0).item()
+            low, high = math.log(3 / 4), math.log(4 / 3)
+            aspect = torch.exp(torch.empty(1).uniform_(low, high)).item()
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                top = torch.randint(0, height - h + 1, (1,)).item()
+                left = torch.randint(0, width - w + 1, (1,)).item()
+                return left, top, left + w, top + h
+        return 0, 0, width, height
+
+
+def theirs(folder: str, workers: int):
+    """Batches of the official pipeline, of two workers."""
+    torch.set_num_threads(1)
+    settings = dict(batch_size=BATCH, shuffle=True, drop_last=True, num_workers=2)
+    return iter(torch.utils.data.DataLoader(Photographs(folder), **settings))
+
+
+def cpu_seconds() -> float:
+    """Of this process and its workers, so far."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(") ")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def measure(batches, images: int) -> float:
+    """Milliseconds of CPU time an image, once the pipeline has started."""
+    for _ in range(WARM_UP):
+        next(batches)
+    start, count = cpu_seconds(), -(-images // BATCH)
+    for _ in range(count):
+        next(batches)
+    return (cpu_seconds() - start) / (count * BATCH) * 1e3
+
+
+def photographs(folder: Path, count: int = 200) -> None:
+    """JPEGs of ImageNet's usual size in pixels and bytes: large emoji, and noise."""
+    emoji = data.make(name="emoji", size=64, crop_fraction=1.0)
+    images = next(emoji.evaluation_batches(count))["image"]
+    rng = np.random.default_rng(0)
+    for i, pixels in enumerate(images):
+        large = Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC)
+        noisy = np.asarray(large) + rng.normal(0, 30, (375, 500, 1))
+        file = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        (folder / f"{i}.jpg").write_bytes(file.getvalue())
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="", help="a folder of JPEGs, or a tar file of them")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=1280, help="measured in a round")
+    parser.add_argument("--workers", type=int, default=0, help="ours; 0: threads")
+    parser.add_argument("--measure", choices=("ours", "theirs"), help="one of them, once")
+    flags = parser.parse_args()
+    if flags.measure:
+        pipeline = dict(ours=ours, theirs=theirs)[flags.measure]
+        print(json.dumps(measure(pipeline(flags.data, flags.workers), flags.images)), flush=True)
+        os._exit(0)  # without waiting for what is ahead
+
+    with tempfile.TemporaryDirectory() as folder:
+        if not flags.data:
+            photographs(Path(folder))
+        elif os.path.isfile(flags.data):
+            with tarfile.open(flags.data) as tar:
+                tar.extractall(folder, filter="data")
+        else:
+            folder = flags.data
+        print(", ".join(f"{n} {version(n)}" for n in ("grain", "pillow", "torch", "numpy")))
+        sizes = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
+        print(
+            f"{len(sizes)} files of {statistics.mean(sizes) / 1e3:.0f} kB; {os.cpu_count()} cores"
+        )
+        call = [sys.executable, "-m", "benchmarks.input", f"--data={folder}"]
+        call += [f"--images={flags.images}", f"--workers={flags.workers}"]
+        times = {"ours": [], "theirs": []}
+        for i in range(flags.rounds):
+            for name, found in times.items():
+                done = subprocess.run(
+                    [*call, f"--measure={name}"], check=True, stdout=subprocess.PIPE, text=True
+                )
+                found.append(json.loads(done.stdout.splitlines()[-1]))
+            a, b = times["ours"][-1], times["theirs"][-1]
+            print(
+                f"round {i + 1}: ours {a:.2f} ms, theirs {b:.2f} ms, ratio {b / a:.2f}", flush=True
+            )
+    for name, found in times.items():
+        print(f"{name}: {1e3 / statistics.median(found):.0f} images per CPU second (median)")
+    ratios = [b / a for a, b in zip(times["ours"], times["theirs"], strict=True)]
+    print(
+        f"ours / theirs: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
+        f"median and range of {flags.rounds} rounds"
+    )
+
+
+if __name__ == "__main__":
+    main()
