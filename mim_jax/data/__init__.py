@@ -105,7 +105,8 @@ def make(
         ours = batch_size // processes
         rows = grain.MapDataset.range(first * ours, (first + batches) * ours)
         rows = rows.map(lambda i: dataset[i // ours * batch_size + process * ours + i % ours])
-        options = grain.ReadOptions(threads or os.cpu_count(), prefetch_buffer_size=4)
+        count = threads or os.cpu_count()  # of batches, each made by one thread
+        options = grain.ReadOptions(count, prefetch_buffer_size=max(4, count))
         rows = rows.batch(ours).to_iter_dataset(options)
         if workers:
             flags.FLAGS.mark_as_parsed()  # Grain asks them when it starts a worker
