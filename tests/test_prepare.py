@@ -247,3 +247,16 @@ def test_beam_writes_the_same(photos, tmp_path, command, capsys, monkeypatch):
     assert len(list(to.glob("*.array_record*"))) > 3
     for path in whole.iterdir():
         assert (to / path.name).read_bytes() == path.read_bytes()
+
+
+def test_splits_are_packed_by_their_names(tmp_path):
+    for i in range(6):
+        path = tmp_path / "set" / ("test" if i < 2 else "train") / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image(i))
+    pack.pack(tmp_path / "set", tmp_path / "packed")
+    assert {*tfds.builder_from_directory(tmp_path / "packed").info.splits} == {"train", "test"}
+    for name in (f"folder:{tmp_path / 'set'}", f"tfds:{tmp_path / 'packed'}"):
+        dataset = data.make(name=name, size=16)  # whose evaluation split is called "validation"
+        assert dataset.examples == 4
+        assert next(dataset.evaluation_batches(4))["mask"].tolist() == [1, 1, 0, 0]

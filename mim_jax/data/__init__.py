@@ -69,8 +69,10 @@ def make(
     saturation vary by `color_jitter`; then `randaugment` of a magnitude and its deviation, which
     fills with `fill`, 255 x the data's mean. Evaluation views are central crops of `crop_fraction`
     of the short side. With `tokenizer_size`, batches have the same crop at that size too, resized
-    by Lanczos: `tokenizer_image` (BEiT). Images are decoded in
-    `threads` (0: one a core) or, where these do not keep up, in so many `workers` (processes).
+    by Lanczos: `tokenizer_image` (BEiT).
+
+    Images are decoded in `threads` (0: one a core) or, where these do not keep up, in so many
+    `workers` (processes), with `threads` in each.
     """
     if channels < 1:
         raise UserError(f"data.channels = {channels}: say 3, or how many the images have.")
@@ -105,7 +107,7 @@ def make(
         ours = batch_size // processes
         rows = grain.MapDataset.range(first * ours, (first + batches) * ours)
         rows = rows.map(lambda i: dataset[i // ours * batch_size + process * ours + i % ours])
-        count = threads or os.cpu_count()  # of batches, each made by one thread
+        count = threads or -(-os.cpu_count() // max(1, workers))  # each makes a batch of its own
         options = grain.ReadOptions(count, prefetch_buffer_size=max(4, count))
         rows = rows.batch(ours).to_iter_dataset(options)
         if workers:

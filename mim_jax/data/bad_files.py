@@ -44,7 +44,8 @@ class BadFiles:
                 if count > self.most * total:
                     raise UserError(
                         f"{count:,} of {total:,} images cannot be used, more than "
-                        f"data.max_bad_fraction = {self.most:g}; the last was {name}: {reason}."
+                        f"data.max_bad_fraction = {self.most:g}; the last was {name}: {reason}. "
+                        "Remove them, or allow for more."
                     )
             yield batch
 
