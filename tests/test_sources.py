@@ -236,6 +236,23 @@ def test_tars_are_read_as_if_they_were_unpacked(tmp_path):
     assert read["train/n02/a.jpg"] == {"image": jpeg(5), "label": 1}
 
 
+def test_tars_in_a_tar_are_read_where_they_lie(tmp_path):
+    """ImageNet's training set is a tar of a thousand, the whole of ImageNet one of 21841."""
+    images = {f"n0{k}": {f"n0{k}_{i}.JPEG": jpeg(9 * k + i) for i in range(3)} for k in (1, 2)}
+    inner = {f"{k}.tar": tar(tmp_path / "inner.tar", images[k]).read_bytes() for k in images}
+    path = tar(tmp_path / "ILSVRC2012_img_train.tar", inner)
+    (source,) = open_sources(f"folder:{path}", ("all",), labels="folder")
+    read = {source.name_of(i): source.examples[i] for i in range(len(source.examples))}
+    assert source.num_labels == 2
+    assert read == {
+        f"{synset}/{name}": {"image": content, "label": int(synset[-1]) - 1}
+        for synset, members in images.items()
+        for name, content in members.items()
+    }
+    tar(tmp_path / "set/train.tar", inner)
+    assert Folder(tmp_path / "set").split
+
+
 def test_a_tar_may_be_the_whole_set_and_may_be_cut_off(tmp_path):
     path = tar(tmp_path / "set.tar", {f"{i}/{i}.jpg": jpeg(i, height=100) for i in range(10)})
     assert Folder(path, "folder").label_names == [str(i) for i in range(10)]

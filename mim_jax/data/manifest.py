@@ -12,6 +12,7 @@ import io
 import json
 import os
 import tarfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -174,22 +175,39 @@ def walk(root: str) -> tuple[list[Found], list[tuple[str, str]], dict[str, int]]
 def members_of(root: str, tar: str, number: int) -> tuple[list[Found], str]:
     """The files in a tar, and what is wrong with it, if anything is."""
     path = os.path.join(root, tar).removesuffix("/")
-    place, _, stem = tar.removesuffix(".tar").rpartition("/")
-    found, size, at = [], os.path.getsize(path), changed(root, tar)
+    found, whole, at = [], os.path.getsize(path), changed(root, tar)
     try:
         with tarfile.open(path, "r:") as file:
-            for member in file:
-                name = os.path.normpath(member.name)
-                if not member.isfile() or os.path.basename(name).startswith("."):
-                    continue
-                if member.offset_data + member.size > size:
+            for name, size, offset in files_in(file):
+                if offset + size > whole:
                     return found, "the tar file is cut off"
-                inside = "/" in name and (stem not in SPLITS or name.startswith(f"{stem}/"))
-                name = os.path.join(place, "" if inside else stem, name)
-                found.append(Found(name, member.size, at, number, member.offset_data))
+                name = unpacked(tar.removesuffix(".tar"), name)
+                found.append(Found(name, size, at, number, offset))
     except (tarfile.TarError, OSError) as error:
         return found, f"not a whole tar file: {error}"
     return found, ""
+
+
+def files_in(file: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
+    """Name, size and offset of the files in a tar, and in the tars in it, as ImageNet has them."""
+    for member in file:
+        name = os.path.normpath(member.name)
+        if not member.isfile() or os.path.basename(name).startswith("."):
+            continue
+        if not name.endswith(".tar"):
+            yield name, member.size, member.offset_data
+            continue
+        with tarfile.open(fileobj=file.extractfile(member), mode="r:") as inner:
+            for below, size, offset in files_in(inner):
+                name_below = unpacked(name.removesuffix(".tar"), below)
+                yield name_below, size, member.offset_data + offset
+
+
+def unpacked(tar: str, name: str) -> str:
+    """Where a member of a tar would lie, whose path without `.tar` is given; see Manifest."""
+    place, _, stem = tar.rpartition("/")
+    in_place = "/" in name and (stem not in SPLITS or name.startswith(f"{stem}/"))
+    return os.path.join(place, "" if in_place else stem, name)
 
 
 def known_of(manifest: Manifest) -> dict[tuple, tuple]:
@@ -239,7 +257,7 @@ def in_threads(function: Callable, items: Sequence, at_once: int = 64) -> Iterat
 def save(manifest: Manifest, path: Path) -> None:
     """Keeps a manifest; where that cannot be, the next scan is as long as this one."""
     rest = [FORMAT, manifest.modes, manifest.tars, manifest.unread, manifest.stamps]
-    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:

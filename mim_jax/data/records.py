@@ -1,6 +1,6 @@
 """Data sets as TFDS reads them: array_record files, and what is said of them. No TensorFlow."""
 
-import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def write_shard(path: Path, features: tfds.features.FeaturesDict, examples: Iter
     """Writes one array_record file. It is there when it is whole, and not before."""
     serializer = ExampleSerializer(features.get_serialized_info())
     records = (serializer.serialize_example(features.encode_example(e)) for e in examples)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         SortedWriter(tfds.core.FileFormat.ARRAY_RECORD).write(part, enumerate(records))
         part.replace(path)
