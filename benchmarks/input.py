@@ -1,6 +1,6 @@
 """Images per second of CPU time: our input pipeline against the official code's in PyTorch.
 
-    python -m benchmarks.input [--data=FOLDER_OR_TAR] [--rounds=5] [--images=1280] [--workers=0]
+    python -m benchmarks.input [--data=FOLDER_OR_TAR] [--rounds=5] [--images=1280] [--resizer=simd]
 
 Both read the same files and make MAE's views of 224 x 224 in batches of 64: a random crop of 20 to
 100 % of the area, resized bicubically with antialias by Pillow, flipped half of the time. Theirs is
@@ -39,11 +39,10 @@ BATCH, SIZE, WARM_UP = 64, 224, 4
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def ours(folder: str, workers: int):
+def ours(folder: str, workers: int, resizer: str):
     """Batches of our pipeline, in threads, or in so many worker processes."""
-    images = data.make(
-        name=f"folder:{folder}", split="all", evaluation_split="all", size=SIZE, workers=workers
-    )
+    source = dict(name=f"folder:{folder}", split="all", evaluation_split="all")
+    images = data.make(**source, size=SIZE, workers=workers, resizer=resizer)
     return images.training_batches(BATCH, seed=0, start=0, stop=10**6)
 
 
@@ -80,7 +79,7 @@ class Photographs(torch.utils.data.Dataset):
         return 0, 0, width, height
 
 
-def theirs(folder: str, workers: int):
+def theirs(folder: str, *_):
     """Batches of the official pipeline, of two workers."""
     torch.set_num_threads(1)
     settings = dict(batch_size=BATCH, shuffle=True, drop_last=True, num_workers=2)
@@ -127,11 +126,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=1280, help="measured in a round")
     parser.add_argument("--workers", type=int, default=0, help="ours; 0: threads")
+    parser.add_argument("--resizer", choices=("pillow", "simd"), default="pillow", help="ours")
     parser.add_argument("--measure", choices=("ours", "theirs"), help="one of them, once")
     flags = parser.parse_args()
     if flags.measure:
         pipeline = dict(ours=ours, theirs=theirs)[flags.measure]
-        print(json.dumps(measure(pipeline(flags.data, flags.workers), flags.images)), flush=True)
+        batches = pipeline(flags.data, flags.workers, flags.resizer)
+        print(json.dumps(measure(batches, flags.images)), flush=True)
         os._exit(0)  # without waiting for what is ahead
 
     with tempfile.TemporaryDirectory() as folder:
@@ -149,6 +150,7 @@ def main():
         )
         call = [sys.executable, "-m", "benchmarks.input", f"--data={folder}"]
         call += [f"--images={flags.images}", f"--workers={flags.workers}"]
+        call += [f"--resizer={flags.resizer}"]
         times = {"ours": [], "theirs": []}
         for i in range(flags.rounds):
             for name, found in times.items():

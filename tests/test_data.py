@@ -180,13 +180,13 @@ def test_a_set_that_is_not_prepared_is_refused(tmp_path):
 def training_view(**settings):
     plain = dict(size=(20, 24), tokenizer_size=None, channels=3, interpolation="bicubic")
     plain |= dict(crop_scale=(0.2, 1.0), clip_crop=False, flip=True, color_jitter=0.0)
-    plain |= dict(randaugment=(), fill=(124, 116, 104))
+    plain |= dict(randaugment=(), fill=(124, 116, 104), resizer="pillow")
     return TrainingView(**plain | settings)
 
 
 def evaluation_view(size, channels=3, crop_fraction=1.0):
     how = dict(size=size, tokenizer_size=None, channels=channels, interpolation="bicubic")
-    return EvaluationView(**how, crop_fraction=crop_fraction)
+    return EvaluationView(**how, resizer="pillow", crop_fraction=crop_fraction)
 
 
 class Fixed:
@@ -254,6 +254,30 @@ def test_batches_of_two_views(processes):
             assert batch[name].shape == (8, *shape)
         small = batch["image"].reshape(8, 16, 2, 32, 2, 3).mean((2, 4))
         assert abs(small - batch["tokenizer_image"]).mean() < 6  # the same part of the same image
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_faster_resizer_is_pillows_but_for_single_pixels(interpolation, mode):
+    pytest.importorskip("cykooz_resizer")
+    with Image.open(io.BytesIO(png(16, 12))) as image:
+        image = image.convert(mode).resize((350, 270), Image.Resampling.BICUBIC)  # smooth
+    for size in [(224, 224), (112, 112), (300, 400)]:
+        ours, pillows = (
+            resize(image, size, interpolation, resizer).astype(int)
+            for resizer in ("simd", "pillow")
+        )
+        difference = abs(ours - pillows)
+        assert difference.mean() < 0.05
+        assert difference.max() <= 2
+
+
+def test_resizers_that_cannot_be(monkeypatch):
+    with pytest.raises(UserError, match="there are pillow and simd"):
+        emoji(resizer="nearest")
+    monkeypatch.setattr("mim_jax.data.transforms.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs cykooz-resizer: pip install"):
+        emoji(resizer="simd")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])

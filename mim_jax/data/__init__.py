@@ -51,6 +51,7 @@ def make(
     randaugment: tuple = (),
     fill: tuple = (124, 116, 104),
     interpolation: str = "bicubic",
+    resizer: str = "pillow",
     crop_fraction: float = 0.875,
     max_bad_fraction: float = 0.05,
     threads: int = 0,
@@ -69,7 +70,8 @@ def make(
     saturation vary by `color_jitter`; then `randaugment` of a magnitude and its deviation, which
     fills with `fill`, 255 x the data's mean. Evaluation views are central crops of `crop_fraction`
     of the short side. With `tokenizer_size`, batches have the same crop at that size too, resized
-    by Lanczos: `tokenizer_image` (BEiT).
+    by Lanczos: `tokenizer_image` (BEiT). The `resizer` may be Pillow's, or simd (extra `[simd]`),
+    faster, a few of whose pixels differ by one.
 
     Images are decoded in `threads` (0: one a core) or, where these do not keep up, in so many
     `workers` (processes), with `threads` in each.
@@ -78,7 +80,7 @@ def make(
         raise UserError(f"data.channels = {channels}: say 3, or how many the images have.")
     sizes = [(s, s) if isinstance(s, int) else s for s in (size, tokenizer_size)]
     how = dict(size=sizes[0], tokenizer_size=sizes[1] if tokenizer_size else None)
-    how |= dict(channels=channels, interpolation=interpolation)
+    how |= dict(channels=channels, interpolation=interpolation, resizer=resizer)
     augment = TrainingView(
         **how,
         crop_scale=crop_scale,

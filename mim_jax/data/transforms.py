@@ -5,6 +5,7 @@ Sizes are (height, width), boxes (left, top, right, bottom). Views take keyword 
 
 import dataclasses
 import math
+from importlib.util import find_spec
 
 import grain
 import numpy as np
@@ -32,11 +33,15 @@ def crop(image: Image.Image | np.ndarray, box) -> Image.Image | np.ndarray:
     return image[top:bottom, left:right]
 
 
-def resize(image: Image.Image | np.ndarray, size, interpolation: str) -> np.ndarray:
+def resize(
+    image: Image.Image | np.ndarray, size, interpolation: str, resizer: str = "pillow"
+) -> np.ndarray:
     """An image at another size, with antialias -> array (H, W, c) of the image's own type."""
     shape, kind = (size[1], size[0]), INTERPOLATIONS[interpolation]
     if isinstance(image, Image.Image):
-        array = np.asarray(image.resize(shape, kind))
+        simd = resizer == "simd" and image.mode in ("L", "RGB")
+        image = resize_simd(image, size, interpolation) if simd else image.resize(shape, kind)
+        array = np.asarray(image)
         return array[..., None] if array.ndim == 2 else array
     pixels = image if image.dtype == np.uint8 else image.astype(np.float32)  # PIL resizes these
     channels = (
@@ -71,6 +76,24 @@ def random_crop_box(size, rng: np.random.Generator, scale, clip=False, ratio=(3 
     return left, top, left + w, top + h
 
 
+def resize_simd(image: Image.Image, size, interpolation: str) -> Image.Image:
+    """As Pillow's in a third of the time, but for pixels that differ by one, some in a hundred.
+
+    One side after the other, the width first: so did Pillow always, and does mostly.
+    """
+    import cykooz_resizer as simd
+
+    filters = {"bicubic": "catmull_rom", "lanczos": "lanczos3"}  # otherwise called
+    kind = simd.FilterType[filters.get(interpolation, interpolation)]
+    options = simd.ResizeOptions(resize_alg=simd.ResizeAlg.convolution(kind))
+    resizer = simd.Resizer()
+    for height in (image.height, size[0]):
+        target = Image.new(image.mode, (size[1], height), None)
+        resizer.resize_pil(image, target, options)
+        image = target
+    return image
+
+
 def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast and saturation, in random order, times 1 - strength to 1 + strength.
 
@@ -92,6 +115,7 @@ class View:
     channels: int
     dtype: str = "uint8"
     interpolation: str
+    resizer: str
     tokenizer_size: tuple[int, int] | None
 
     def sizes(self) -> dict[str, tuple]:
@@ -107,6 +131,12 @@ class View:
                 f"data.interpolation = {self.interpolation!r} is unknown; there are "
                 f"{', '.join(INTERPOLATIONS)}."
             )
+        if self.resizer not in ("pillow", "simd"):
+            raise UserError(
+                f"data.resizer = {self.resizer!r} is unknown; there are pillow and simd."
+            )
+        if self.resizer == "simd" and not find_spec("cykooz_resizer"):
+            raise UserError("data.resizer = 'simd' needs cykooz-resizer: pip install -e '.[simd]'.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +182,7 @@ class TrainingView(View, grain.transforms.RandomMap):
             image = color_jitter(image, self.color_jitter, rng)
         box = random_crop_box(width_and_height(image), rng, self.crop_scale, self.clip_crop)
         image = crop(image, box)
-        views = {name: resize(image, *how) for name, how in self.sizes().items()}
+        views = {name: resize(image, *how, self.resizer) for name, how in self.sizes().items()}
         if self.flip and rng.random() < 0.5:
             views = {name: view[:, ::-1] for name, view in views.items()}
         if self.randaugment:
@@ -198,5 +228,5 @@ class EvaluationView(View, grain.transforms.Map):
         else:
             h = int(w * down / across)
         left, top = round((w - width) / 2), round((h - height) / 2)
-        image = resize(image, (h, w), interpolation)
+        image = resize(image, (h, w), interpolation, self.resizer)
         return crop(image, (left, top, left + width, top + height))
