@@ -180,6 +180,11 @@ def claim(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) 
     trajectory = json.loads(json.dumps(recipe.trajectory(config, this.data)))
     if path.exists():
         begun = json.loads(path.read_text())["trajectory"]
+        if "converted from" in begun:
+            raise UserError(
+                f"{workdir} holds converted weights: say --config.init_from.encoder={workdir}, or "
+                "tokenizer, and another --workdir."
+            )
         changes = [
             f"{key} is {trajectory.get(key)!r}, was {begun.get(key)!r}"
             for key in sorted(begun | trajectory)

@@ -436,6 +436,22 @@ def test_images_of_another_size(tmp_path, capsys):
     assert table.shape == (11 * 11 + 3, 4)
 
 
+def test_images_that_are_not_square(tmp_path, capsys):
+    """Nothing but the user tells; Hugging Face has no such models."""
+    module = timm_models().vision_transformer.VisionTransformer
+    module = randomize(module(**TIMM | dict(img_size=(24, 48))))
+    torch.save(module.state_dict(), tmp_path / "a.pth")
+    arguments = [f"{tmp_path}/a.pth", "--heads=4", "--check"]
+    assert convert.main([*arguments, f"{tmp_path}/b.pth", "--to=timm"]) == 2
+    assert "say --image-size=HEIGHT,WIDTH" in capsys.readouterr().err
+    arguments.append("--image-size=24,48")
+    assert convert.main([*arguments, f"{tmp_path}/b.pth", "--to=timm"]) == 0
+    assert_identical(read(tmp_path / "a.pth")[0], read(tmp_path / "b.pth")[0])
+    assert convert.main([*arguments, f"{tmp_path}/run", "--to=mim_jax"]) == 0
+    assert convert.main([f"{tmp_path}/run", f"{tmp_path}/hf", "--to=hf"]) == 2
+    assert "positions are of square images: say --to=timm" in capsys.readouterr().err
+
+
 def test_dalle_as_a_tokenizer(tmp_path, capsys):
     """A folder with its two files becomes a run's, and init_from.tokenizer takes it."""
     rng, shapes = np.random.default_rng(0), {}

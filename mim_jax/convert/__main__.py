@@ -45,7 +45,7 @@ def size(text: str) -> tuple[int, int]:
 
 def convert(options: argparse.Namespace) -> int:
     """What the command does. -> its exit code."""
-    known = dict(heads=options.heads, decoder_heads=options.decoder_heads)
+    known = dict(heads=options.heads, decoder_heads=options.decoder_heads, size=options.image_size)
     params, about, _ = load(options.source, **known)
     print(f"{options.source}: {story(params, about)}")
     if about.left_out:

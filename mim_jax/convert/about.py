@@ -1,7 +1,9 @@
 """What weights are of, told by their shapes, and which arrays a network of this kind must have."""
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -152,7 +154,7 @@ def square(count: int, of: str) -> tuple[int, int]:
     """The grid of so many, which must be square."""
     side = math.isqrt(max(count, 0))
     if side**2 != count:
-        raise UserError(f"{count} {of} are not of a square grid: say which, as grid=(4, 8).")
+        raise UserError(f"{count} {of} are not of a square grid: say --image-size=HEIGHT,WIDTH.")
     return side, side
 
 
@@ -194,6 +196,15 @@ def expected(params: dict, about: About) -> dict[str, tuple[int, ...]]:
         "batch_statistics": {"head_norm": dict(mean=width, variance=width)},
     }
     return leaves(found | {name: tree for name, tree in beside.items() if name in params})
+
+
+@contextlib.contextmanager
+def extra() -> Iterator[None]:
+    """Around imports of what only the extra [torch] installs."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"this needs {error.name}: pip install 'mim-jax[torch]'.") from error
 
 
 def leaves(tree: dict) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax.convert.about import About
+from mim_jax.convert.about import About, extra
 from mim_jax.convert.fit import fit
 from mim_jax.convert.states import to_torch
 from mim_jax.masking import mask_by_noise
@@ -16,6 +16,7 @@ from mim_jax.objectives.classify import Classifier
 from mim_jax.objectives.mae import MAE
 
 TOLERANCE = 1e-8  # of the largest value of an output
+MASK_RATIO = 0.75  # of the images here, whatever was trained with
 
 
 def example(about: About) -> dict[str, np.ndarray]:
@@ -29,8 +30,10 @@ def example(about: About) -> dict[str, np.ndarray]:
 
 def differences(params: dict, about: About, to: str) -> tuple[str, dict[str, float]]:
     """-> what PyTorch ran, and of each output the largest difference by its largest value."""
-    from mim_jax.convert.torch_models import outputs
+    with extra():
+        from mim_jax.convert.torch_models import outputs
 
+    about = about._replace(facts=about.facts | dict(mask_ratio=MASK_RATIO))
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     layout, params = fit(params, about, to)
     batch = example(about)
@@ -49,7 +52,7 @@ def run(params: dict, about: About, batch: dict[str, np.ndarray]) -> dict[str, n
         images, masked = jnp.asarray(batch["image"]), jnp.asarray(batch["masked"])
         if "decoder" in params:
             decoder = Decoder(**about.decoder, dtype="float64", remat="none")
-            visible, hidden = mask_by_noise(jnp.asarray(batch["noise"]), 0.75)
+            visible, hidden = mask_by_noise(jnp.asarray(batch["noise"]), MASK_RATIO)
             order = jnp.concatenate([visible, hidden], axis=1)
             whole = MAE(encoder, decoder, vocabulary=len(params["decoder"]["pred"]["bias"]))
             painted = whole.apply({"params": params}, images, visible, hidden, last=order.shape[1])

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mim_jax import UserError
-from mim_jax.convert.about import About, describe
+from mim_jax.convert.about import About, describe, extra
 from mim_jax.convert.fit import fit
 from mim_jax.convert.hugging_face import known_from, write
 from mim_jax.convert.read import read
@@ -32,10 +32,11 @@ FACTS = ("mean", "std", "target", "mask_ratio", "pooling")  # of an objective, t
 def load(path: str | Path, **known: Any) -> tuple[dict, About, dict[str, Any]]:
     """-> our parameters, what they are of, and what lay beside them, from whatever lies there.
 
-    `known` is as for `describe`. Raises UserError for what cannot be read, or is no such network.
+    `known` is as for `from_torch`. Raises UserError for what cannot be read, or is no such network.
     """
     path, known = Path(path), {name: value for name, value in known.items() if value}
     if (path / "checkpoints").is_dir():
+        known.pop("size", None)
         return load_run(path, known)
     if (path / "encoder.pkl").exists() and (path / "decoder.pkl").exists():
         halves = [from_torch(read(path / f"{half}.pkl")[0])[0] for half in ("encoder", "decoder")]
@@ -149,11 +150,13 @@ def save(path: str | Path, params: dict, about: About, to: str) -> str:
         known |= dict(decoder_heads=about.decoder["heads"]) if about.decoder else {}
         metadata = json.dumps({name: value for name, value in known.items() if value})
         if path.suffix == ".safetensors":
-            from safetensors.numpy import save_file
+            with extra():
+                from safetensors.numpy import save_file
 
             save_file(state, path, metadata={"format": "pt", "mim_jax": metadata})
         else:
-            from mim_jax.convert.torch_files import save_file
+            with extra():
+                from mim_jax.convert.torch_files import save_file
 
             save_file(state, path, metadata={"mim_jax": metadata})
     elif to == "hf" and not path.is_file():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mim_jax import UserError
-from mim_jax.convert.about import About
+from mim_jax.convert.about import About, extra
 
 EPS = 1e-6  # of MAE's, BEiT's and our norms; transformers' own default is 1e-12
 MODELS = {  # by layout: model_type, the class with a head, the class without
@@ -86,6 +86,8 @@ def known_from(folder: Path) -> dict[str, Any]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot read {folder}/config.json: {error}.") from error
+    if entries.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{folder} has {entries['hidden_act']} for its activation, ours is gelu.")
     size, patch = (
         tuple(x) if isinstance(x, list) else (x, x)
         for x in (entries["image_size"], entries["patch_size"])
@@ -105,7 +107,8 @@ def known_from(folder: Path) -> dict[str, Any]:
 
 def write(folder: Path, state: dict[str, np.ndarray], about: About, layout: str) -> dict[str, Any]:
     """A folder that from_pretrained reads -> its config.json."""
-    from safetensors.numpy import save_file
+    with extra():
+        from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(state, about, layout)

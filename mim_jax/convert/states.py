@@ -24,12 +24,15 @@ EMBED = "encoder/embed/kernel"
 FIXED = 1e-5  # how far a table may be from sines and cosines; transformers computes it in float32
 
 
-def from_torch(state: Mapping[str, Any], **known: Any) -> tuple[dict, About]:
+def from_torch(
+    state: Mapping[str, Any], *, size: tuple[int, int] | None = None, **known: Any
+) -> tuple[dict, About]:
     """The arrays of a state dict {"blocks.0.norm1.weight": ..., ...} -> our parameters, of what.
 
     Takes the layouts of tables.LAYOUTS, alone or within a checkpoint. `known` is what else is
-    known, as for `describe`: heads, decoder_heads, grid. Raises UserError for a layout that is
-    none of these, and for arrays that are missing, too many or of a wrong shape.
+    known, as for `describe`: heads, decoder_heads, grid; images may be of `size`, and are taken to
+    be square if the tables of positions are not of it. Raises UserError for a layout that is none
+    of these, and for arrays that are missing, too many or of a wrong shape.
 
         params, about = from_torch(torch.load("mae_pretrain_vit_base.pth", weights_only=True))
     """
@@ -46,8 +49,9 @@ def from_torch(state: Mapping[str, Any], **known: Any) -> tuple[dict, About]:
     if "encoder/embed/kernel" in flat:
         kernel = next(v for name, v in named.items() if rename(name, layout) == EMBED)
         known = {"patch": kernel.shape[-2:], **known}
+        grid = known.get("grid") or grid_of(flat, known["patch"], size)
         had = "encoder/positions" in flat
-        flat, known["grid"] = without_fixed(flat, known.get("grid"))
+        flat, known["grid"] = without_fixed(flat, grid)
         known["positions"] = "sincos" if had and "encoder/positions" not in flat else "none"
     params = unflatten_dict(flat, sep="/")
     about = describe(params, layout=layout, left_out=tuple(left_out), **known)
@@ -96,7 +100,8 @@ def arrays(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if isinstance(value, Mapping):
             flat |= {f"{name}.{inner}": x for inner, x in arrays(value).items()}
         elif hasattr(value, "shape"):
-            flat[name] = np.asarray(value)
+            tensor = value.detach().cpu() if hasattr(value, "detach") else value
+            flat[name] = np.asarray(tensor)
     return flat
 
 
@@ -214,6 +219,22 @@ def their_value(path: str, value: np.ndarray, about: About) -> np.ndarray:
     elif path.endswith("/kernel"):
         value = value.T if value.ndim == 2 else einops.rearrange(value, "p q i o -> o i p q")
     return np.array(value, order="C")
+
+
+def grid_of(flat: dict, patch: tuple[int, int], size: tuple[int, int] | None) -> tuple | None:
+    """The grid of images of `size`, unless a table is of another."""
+    if size is None:
+        return None
+    rows, columns = (side // p for side, p in zip(size, patch, strict=True))
+    lengths = {
+        "positions": 1 + rows * columns,
+        "table": (2 * rows - 1) * (2 * columns - 1) + 3,
+    }
+    for path, x in flat.items():
+        part, leaf = path.split("/")[0], path.rsplit("/", 1)[-1]
+        if part == "encoder" and leaf in lengths and lengths[leaf] not in x.shape:
+            return None
+    return rows, columns
 
 
 def without_fixed(flat: dict, grid: tuple[int, int] | None) -> tuple[dict, tuple | None]:

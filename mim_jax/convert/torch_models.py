@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
 from mim_jax import UserError
-from mim_jax.convert.about import About
+from mim_jax.convert.about import About, extra
 from mim_jax.convert.hugging_face import write
 
 
@@ -41,10 +41,8 @@ def outputs(
 
 def of_transformers(state, about, layout, images, batch):
     """Hugging Face's, as from_pretrained makes it of the folder that we write."""
-    try:
+    with extra():
         import transformers
-    except ImportError as error:
-        raise UserError("to check this, pip install 'mim-jax[torch]': transformers.") from error
     with tempfile.TemporaryDirectory() as folder:
         config = write(Path(folder), state, about, layout)
         [name] = config["architectures"]
