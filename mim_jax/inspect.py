@@ -14,6 +14,8 @@ from flax.traverse_util import flatten_dict
 from mim_jax.command import exit_code
 from mim_jax.convert.files import licence, load, story
 
+HIDDEN = ("config", "parts", "trajectory")  # told otherwise
+
 
 def main(argv: list[str] | None = None) -> int:
     """The command. -> its exit code."""
@@ -39,7 +41,7 @@ def tell(source: str) -> int:
             print(f"  {path:44s} {x.dtype!s:8s} {' x '.join(map(str, x.shape))}")
     for name in about.left_out:
         print(f"left out: {name}")
-    facts = about.facts | {k: v for k, v in beside.items() if k not in ("config", "parts")}
+    facts = about.facts | {k: v for k, v in beside.items() if k not in HIDDEN}
     print("\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in facts.items()))
     if "config" in beside:
         print(f"config: {json.dumps(beside['config'], indent=2)}")

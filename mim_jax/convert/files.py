@@ -26,6 +26,7 @@ RELEASED = {  # MD5 sums begin so, as its README says
     *("8cad7c", "b8b06e", "9bdbb0"),
     *("1b25e9", "51f550", "2541f2"),
 }
+NOTED = ("heads", "decoder_heads", "facts")
 FACTS = ("mean", "std", "target", "mask_ratio", "pooling")  # of an objective, that are kept
 
 
@@ -47,11 +48,19 @@ def load(path: str | Path, **known: Any) -> tuple[dict, About, dict[str, Any]]:
         params, about = from_torch(arrays, **told | known)
         return params, about, {}
     arrays, metadata = read(path)
-    told = json.loads(metadata.pop("mim_jax", "{}"))
-    if "grid" in told:
-        told["grid"] = tuple(told["grid"])
+    told = beside(metadata.pop("mim_jax", "{}"))
     params, about = from_torch(arrays, **told | known)
     return params, about, metadata
+
+
+def beside(text: str) -> dict[str, Any]:
+    """What `save` noted in a file that has no other place for it."""
+    try:
+        told = json.loads(text)
+        grid = {"grid": tuple(told["grid"])} if "grid" in told else {}
+        return {name: told[name] for name in NOTED if name in told} | grid
+    except (ValueError, TypeError):
+        return {}
 
 
 def read_folder(path: Path) -> dict[str, np.ndarray]:
@@ -81,7 +90,9 @@ def load_run(path: Path, known: dict) -> tuple[dict, About, dict]:
     facts = {name: told["objective"][name] for name in FACTS if name in told["objective"]}
     facts |= {"crop_fraction": told["data"].get("crop_fraction", 0.875)}
     if "encoder" not in params:
-        return params, describe(params, facts=facts), metadata
+        about, model = describe(params, facts=facts), told["tokenizer"]
+        model = {k: v for k, v in model.items() if k != "dtype" and (v or k == "layers")}
+        return params, about._replace(model=about.model | model), metadata
     settings = {k: v for k, v in told["model"].items() if k in inspect.signature(vit).parameters}
     model = vit(**settings | dict(dtype="float32"))
     size = told["data"]["size"]
@@ -114,11 +125,8 @@ def story(params: dict, about: About) -> str:
             "decoder of width {width}, {depth} blocks, {heads} heads".format(**about.decoder)
         )
     head = params.get("head", {}).get("bias")
-    words += (
-        [f"{len(head)} {'tokens' if about.kind == 'beit' else 'classes'}"]
-        if head is not None
-        else []
-    )
+    if head is not None:
+        words.append(f"{len(head)} {'values a patch' if about.kind == 'beit' else 'classes'}")
     return f"{title}, {about.kind}: {', '.join(words)}; {count:,} parameters"
 
 
@@ -140,9 +148,12 @@ def save(path: str | Path, params: dict, about: About, to: str) -> str:
     path = Path(path)
     if to == "mim_jax":
         return save_run(path, params, about)
-    layout, params = fit(params, about, to)
-    state = to_torch(params, about, layout=layout)
+    layout, taken = fit(params, about, to)
+    state = to_torch(taken, about, layout=layout)
     title = f"{LAYOUTS[layout].title}, {len(state)} arrays"
+    names = [part for part in params if part not in (*taken, "batch_statistics")]
+    names += ["the mask token"] if has_mask_token(params) and not has_mask_token(taken) else []
+    title += f"; left out: {', '.join(names)}" if names else ""
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         if not path.absolute().parent.is_dir():
             raise UserError(f"there is no folder {path.parent} to write {path.name} to.")
@@ -164,6 +175,10 @@ def save(path: str | Path, params: dict, about: About, to: str) -> str:
     else:
         raise UserError(f"{path}: say a file that ends with .safetensors or .pth.")
     return title
+
+
+def has_mask_token(params: dict) -> bool:
+    return "mask_token" in params.get("encoder", ())
 
 
 def save_run(path: Path, params: dict, about: About) -> str:

@@ -33,12 +33,12 @@ def fit(params: dict, about: About, to: str) -> tuple[str, dict]:
         params = encoder_only(params, about)[0] if kind in ("mae", "beit", "encoder") else params
         return "timm_vit" if model["key_bias"] else "timm_beit", folded(params)
     if to == "mae":
-        if not model["key_bias"] or model["layer_scale"]:
-            other = "timm" if model["key_bias"] else "beit"
+        if not model["key_bias"]:
             raise UserError(
-                f"--to=mae: the official MAE has no {'LayerScale' if other == 'timm' else 'BEiT'}: "
-                f"say --to={other}."
+                "--to=mae: in MAE keys have a bias, in BEiT and here they have none: say --to=beit."
             )
+        if model["layer_scale"]:
+            raise UserError("--to=mae: the official MAE has no LayerScale: say --to=timm.")
         if kind == "mae" and "mask_token" in params["encoder"]:
             raise UserError(
                 "--to=mae: the official MAE has no mask tokens in its encoder: say --to=timm for "
@@ -71,6 +71,8 @@ def fit(params: dict, about: About, to: str) -> tuple[str, dict]:
 
 def fit_dvae(params: dict, about: About, to: str) -> tuple[str, dict]:
     """The same of a dVAE."""
+    if about.model.get("stem", 1) != 1:
+        raise UserError("a dVAE with model.stem is in no other code: keep it with --to=mim_jax.")
     dalle, layers = about.model["kind"] == "dalle", about.model["layers"]
     layout = "dalle" if dalle else f"small_dvae_{layers}"
     if to not in (layout, "beit"):
@@ -78,7 +80,7 @@ def fit_dvae(params: dict, about: About, to: str) -> tuple[str, dict]:
     if dalle and len(params) > 1:
         raise UserError("DALL-E keeps its encoder and its decoder in two files: one at a time.")
     if not dalle and (layout not in LAYOUTS or about.model["blocks"] != 1):
-        raise UserError("BEiT's own dVAE has up to four layers of one block: keep it with mim_jax.")
+        raise UserError("BEiT's dVAE has up to four layers of one block: say --to=mim_jax.")
     return layout, params
 
 

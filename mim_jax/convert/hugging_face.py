@@ -16,6 +16,7 @@ MODELS = {  # by layout: model_type, the class with a head, the class without
     "hf_beit_mim": ("beit", "BeitForMaskedImageModeling", ""),
     "hf_beit": ("beit", "BeitForImageClassification", "BeitModel"),
 }
+NEEDED = ("hidden_size", "num_attention_heads", "image_size", "patch_size")
 STATISTICS = {"mean": "image_mean", "std": "image_std"}  # ours: theirs
 
 
@@ -78,14 +79,12 @@ def known_from(folder: Path) -> dict[str, Any]:
     """What config.json and preprocessor_config.json tell: the keywords of `describe`."""
     try:
         entries = json.loads((folder / "config.json").read_text())
-        if not isinstance(entries.get("hidden_size"), int):
-            raise UserError(f"{folder}/config.json is not of a ViT: it says no hidden_size.")
         processor = folder / "preprocessor_config.json"
         images = json.loads(processor.read_text()) if processor.exists() else {}
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"cannot read {folder}/config.json: {error}.") from error
+    if missing := [name for name in NEEDED if name not in entries]:
+        raise UserError(f"{folder}/config.json is not of a ViT: it says no {missing[0]}.")
     if entries.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{folder} has {entries['hidden_act']} for its activation, ours is gelu.")
     size, patch = (

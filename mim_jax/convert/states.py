@@ -46,7 +46,7 @@ def from_torch(
     if layout == "dalle":  # its halves have the same names
         half = "tokenizer" if named["blocks.input.weight"].shape[-1] > 1 else "decoder"
         flat = {f"{half}/{path}": value for path, value in flat.items()}
-    if "encoder/embed/kernel" in flat:
+    if EMBED in flat:
         kernel = next(v for name, v in named.items() if rename(name, layout) == EMBED)
         known = {"patch": kernel.shape[-2:], **known}
         grid = known.get("grid") or grid_of(flat, known["patch"], size)
