@@ -150,6 +150,8 @@ def error_of(capsys, *arguments):
 def test_mistakes_are_told_in_a_sentence(photos, tmp_path, capsys):
     assert "say where to" in error_of(capsys, f"folder:{photos}")
     assert "there is no folder" in error_of(capsys, "folder:/nowhere", "--to=/nowhere")
+    assert "must be local" in error_of(capsys, f"folder:{photos}", "--to=gs://bucket/photos")
+    assert "must be local" in error_of(capsys, "folder:gs://bucket/photos", "--to=/nowhere")
     assert "is not empty" in error_of(capsys, f"folder:{photos}", f"--to={tmp_path}")
     pack.pack(photos, tmp_path / "packed")
     (photos / "a/0.jpg").unlink()

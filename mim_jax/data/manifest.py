@@ -76,6 +76,11 @@ class Found(NamedTuple):
 
 def scan(root: str) -> Manifest:
     """The images under a folder, or in a tar file. Raises UserError if there is no such thing."""
+    if "://" in str(root):
+        raise UserError(
+            f"{root} must be local, or mounted: pack it where it is, by mim_jax.data.prepare, and "
+            "read it by data.name=tfds:gs://..."
+        )
     root = os.path.realpath(os.path.expanduser(root))
     if not os.path.exists(root):
         raise UserError(f"there is no folder {root}: say data.name=folder:/path/to/images.")

@@ -33,6 +33,8 @@ def pack(
     The order is the folder's, so that a run sees the same, batch for batch, and may go on with the
     one where it began with the other. Raises UserError if there is something else in `to`.
     """
+    if "://" in str(to):
+        raise UserError(f"--to={to} must be local, or mounted: write there, then copy the folder.")
     folder, to = Folder(root, labels), Path(to).expanduser().resolve()
     splits = {split: folder.examples(split) for split in folder.splits}
     if splits["validation"].digest() == splits.get("test", splits["train"]).digest():

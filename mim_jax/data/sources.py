@@ -1,5 +1,6 @@
 """What images there are. A source gives random access to encoded images and their labels."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,7 +121,7 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     path = BUILTIN.get(name) or (name.startswith("tfds:") and name.removeprefix("tfds:"))
     if path:
         try:
-            return tfds.builder_from_directory(Path(path).expanduser())
+            return tfds.builder_from_directory(os.path.expanduser(path))  # or gs://
         except (tfds.core.dataset_info.DatasetInfoFileError, FileNotFoundError) as error:
             raise UserError(
                 f"{path} is no folder that TFDS or mim_jax.data.prepare finished: say one with a "
