@@ -660,7 +660,7 @@ def run_workers(tmp_path):
             [sys.executable, script],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=100,
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         )
 
