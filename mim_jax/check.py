@@ -9,6 +9,8 @@ codes: 0 the run would start, 1 it would fail, 2 a mistake in what was asked for
 """
 
 import argparse
+import copy
+import functools
 import io
 import sys
 import time
@@ -32,7 +34,7 @@ from mim_jax.data.sources import Source, open_sources
 from mim_jax.objectives import unit
 from mim_jax.pictures import draw_sheet
 from mim_jax.sharding import to_global
-from mim_jax.train import TrainState, train
+from mim_jax.train import TrainState, train, train_step
 
 SECONDS = 8  # in which images of a split are decoded
 ON_A_CPU = 5e8  # parameters x images, of which a step takes some seconds
@@ -59,12 +61,12 @@ def main(argv: list[str] | None = None) -> int:
 def check(config: ConfigDict, workdir: str, everything: bool = False) -> int:
     """Reports on a run. -> 0 if it would start, 1 if not. Raises UserError for mistakes."""
     this = recipe.build(config)
-    this = this._replace(optimizer=optax.chain(watch(), this.optimizer))
     beginning = Beginning(this, config)
+    trace_step(this, beginning, config)
     say("the run", f"{config.objective.name}: {beginning.parameters:,} parameters\n{this.story}")
     problems = look_at_images(this, config, everything)
     problems += look_at_disk(beginning.bytes, config.save.keep, workdir)
-    problems += look_at_steps(this, beginning, config, Path(workdir) / "check.png")
+    problems += look_at_steps(config, beginning, Path(workdir) / "check.png")
     say("it would fail" if problems else "it would start", *problems)
     return 1 if problems else 0
 
@@ -181,21 +183,33 @@ def look_at_disk(state_bytes: int, keep: int, workdir: str) -> list[str]:
     return [] if needed <= free else [f"{workdir} has no room for {keep + 1} checkpoints."]
 
 
-def look_at_steps(
-    this: recipe.Run, beginning: Beginning, config: ConfigDict, path: Path
-) -> list[str]:
+def trace_step(this: recipe.Run, beginning: Beginning, config: ConfigDict) -> None:
+    """Goes through the run's own step in shapes alone. Raises the UserErrors that it would."""
+    batch = {
+        name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
+        for name, x in this.example.items()
+    }
+    step = functools.partial(
+        train_step, objective=this.objective, optimizer=this.optimizer, mesh=this.mesh,
+        accumulate=config.accumulate, ema=config.ema,
+    )  # fmt: skip
+    jax.eval_shape(step, beginning.like, batch, jax.random.key(config.seed))
+
+
+def look_at_steps(config: ConfigDict, beginning: Beginning, path: Path) -> list[str]:
     """Does two steps, draws what the model gets and names what does not learn. -> the problems."""
-    count, devices, accumulate = config.batch_size, this.mesh.size, config.accumulate
+    whole = config.batch_size
     if jax.default_backend() == "cpu":
         needed, free = beginning.bytes + 8 * beginning.parameters, memory()
         if needed > free:
             return [f"two steps take more than {gib(needed)} of memory; {gib(free)} are free."]
-        most = int(ON_A_CPU / beginning.parameters) // devices * devices
-        count, accumulate = max(min(count, most), devices), 1
-    state, losses, times = beginning.state(), [], [time.perf_counter()]
+        config = for_a_cpu(config, beginning.parameters)
+    this, count = recipe.build(config), config.batch_size
+    this = this._replace(optimizer=optax.chain(watch(), this.optimizer))
+    state, losses, times = Beginning(this, config).state(), [], [time.perf_counter()]
     steps = train(
         this.objective, this.optimizer, lambda start: batches(this, config, count, 2), state=state,
-        mesh=this.mesh, steps=2, seed=config.seed, accumulate=accumulate, ema=config.ema,
+        mesh=this.mesh, steps=2, seed=config.seed, accumulate=config.accumulate, ema=config.ema,
     )  # fmt: skip
     try:
         for _, last, metrics in steps:
@@ -206,13 +220,14 @@ def look_at_steps(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return [
-            f"a step does not fit in the devices' memory: say --config.accumulate={2 * accumulate} "
+            f"a step does not fit in the devices' memory: say "
+            f"--config.accumulate={2 * config.accumulate} "
             "or --config.model.remat=full."
         ]
     first, second = np.diff(times)
     say(
         "two steps",
-        f"of {count:,} images, the run's have {config.batch_size:,}: {first:.1f} s with "
+        f"of {count:,} images, the run's have {whole:,}: {first:.1f} s with "
         f"compilation, then {second:.2f} s ({count / second:,.1f} images/s)",
         f"loss {losses[0]:.4f}, then {losses[1]:.4f}",
     )
@@ -222,6 +237,17 @@ def look_at_steps(
     draw(this, state, config, path)
     say("pictures", f"{path}: training images as the model gets them")
     return [] if np.isfinite(losses).all() else ["the loss is not a number."]
+
+
+def for_a_cpu(config: ConfigDict, parameters: int) -> ConfigDict:
+    """The config with a batch, taken at once, that a CPU does in some seconds."""
+    config, devices = copy.deepcopy(config), jax.device_count()
+    most = int(ON_A_CPU / parameters) // devices
+    each = max(1, min(config.batch_size // devices, most))
+    config.update(batch_size=each * devices, accumulate=1)
+    if "mixup_group" in config.objective:
+        config.objective.mixup_group = each
+    return config
 
 
 def batches(this: recipe.Run, config: ConfigDict, count: int, steps: int):

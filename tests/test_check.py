@@ -83,6 +83,14 @@ def test_a_mistake_ends_with_code_2_and_a_sentence(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_the_step_is_looked_at_in_its_full_size(tmp_path, capsys):
+    """A mixup_group that does not divide the run's batch, though it may the few images tried."""
+    config = ["--config=configs/emoji_scratch.py", "--config.batch_size=32"]
+    group = ["--config.objective.mixup_group=24", f"--workdir={tmp_path}"]
+    assert check.main([*config, *group]) == 2
+    assert "mixup_group = 24 does not divide the" in capsys.readouterr().err
+
+
 def test_what_gets_no_gradient_is_noticed():
     optimizer = optax.chain(check.watch(), optax.sgd(1.0))
     params = {"idle": jnp.ones(3), "late": jnp.ones(3), "busy": jnp.ones(3)}
