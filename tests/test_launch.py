@@ -1,7 +1,11 @@
 """The launchers, and what else is started by hand."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -15,18 +19,78 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def test_two_processes_train_as_one(tmp_path, command):
-    """The same losses, one log, one set of checkpoints; one process goes on where two stopped."""
-    arguments = [*SMOKE, "--config.steps=6", "--config.save.every_steps=3"]
-    alone = command("mim_jax.main", *arguments, f"--workdir={tmp_path / 'one'}")
-    assert alone.returncode == 0, alone.stderr
-    call = ["launch/local.sh", "2", *arguments, f"--workdir={tmp_path / 'two'}"]
-    env = environment(1) | {"WORK": str(tmp_path)}
+def local(workdir, *arguments):
+    """What launch/local.sh says of a run of two processes."""
+    call = ["launch/local.sh", "2", *arguments, f"--workdir={workdir}"]
+    env = environment(1) | {"WORK": str(workdir.parent)}
     pair = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert pair.returncode == 0, pair.stdout + pair.stderr
-    assert "batch = 2 devices" in pair.stdout
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    assert (tmp_path / "two" / "pictures" / "step_0000006.png").exists()
+    return pair.stdout
+
+
+def test_a_run_goes_on_anywhere(tmp_path, command):
+    """Begun on 8 devices that share the state, then two processes, then 4 devices: as on one."""
+    arguments = [*SMOKE, "--config.steps=9", "--config.save.every_steps=3"]
+
+    def train(folder, devices, *more):
+        done = command(
+            "mim_jax.main", *arguments, *more, f"--workdir={tmp_path / folder}", devices=devices
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def stopped_after(step):
+        for later in (tmp_path / "moved" / "checkpoints").glob("[0-9]"):
+            if int(later.name) > step:
+                shutil.rmtree(later)
+
+    arguments.append("--config.batch_size=16")
+    train("one", 1)
+    train("moved", 8, "--config.fsdp=0")
+    stopped_after(3)
+    said = local(tmp_path / "moved", *arguments, "--config.fsdp=2")
+    assert "batch = 2 devices" in said
+    assert "going on after step 3" in said
+    stopped_after(6)
+    assert "going on after step 6" in train("moved", 4, "--config.accumulate=2")
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert (tmp_path / "moved" / "pictures" / "step_0000009.png").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_one_of_two_processes_gets_a_signal(number, tmp_path):
+    """The other says what happened and ends, at once where they meet; or both save and stop."""
+    port = 20000 + os.getpid() % 20000
+    call = [sys.executable, "-m", "mim_jax.main", *SMOKE, "--config.steps=100000"]
+    call += [f"--workdir={tmp_path}", f"--distributed=localhost:{port},2,"]
+    env = environment(1) | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    pair = [
+        subprocess.Popen(
+            [*call[:-1], f"{call[-1]}{i}"],
+            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    first, second = pair
+    try:
+        for line in first.stdout:
+            if line.startswith("step "):
+                break
+        second.send_signal(number)
+        said, error = first.communicate(timeout=90)
+        second.wait(timeout=90)
+    finally:
+        for process in pair:
+            process.kill()
+    if number == signal.SIGKILL:
+        assert first.returncode == 1
+        assert "failed: process 0 lost another of 2" in error
+        assert "the same command goes on from the newest checkpoint" in error
+        assert "Traceback" not in error
+    else:
+        assert first.returncode == second.returncode == 143
+        assert "stopped and saved after step" in said
+        assert len(list((tmp_path / "checkpoints").glob("[0-9]*"))) > 0
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path):
