@@ -94,4 +94,9 @@ def lars(
     )
 
 
-OPTIMIZERS = {"adamw": adamw, "lars": lars}
+def sgd(learning_rate: optax.Schedule, *, momentum: float = 0.9) -> optax.GradientTransformation:
+    """Gradient descent with momentum, without weight decay, as ViT's fine-tuning has it."""
+    return optax.sgd(learning_rate, momentum)
+
+
+OPTIMIZERS = {"adamw": adamw, "lars": lars, "sgd": sgd}

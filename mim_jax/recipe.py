@@ -247,6 +247,8 @@ def shrink(config: ConfigDict) -> None:
         p, q = (patch, patch) if isinstance(patch, int) else patch
     else:
         p = q = config.tokenizer.stem * 2**config.tokenizer.layers
+    devices = jax.device_count()
+    rows, there = -(-16 // devices), flatten(config)  # a device's
     small = {
         "model": dict(size="", width=64, depth=2, heads=2),
         "tokenizer": dict(vocabulary=64, width=8, blocks=1, codebook=8),
@@ -259,7 +261,8 @@ def shrink(config: ConfigDict) -> None:
             decoder_heads=2,
             num_masked=6,
             min_block=2,
-            mixup_group=2,
+            mixup_group=rows,
+            batch_norm=rows if there.get("objective.batch_norm") else 0,
         ),
         "data": dict(
             name="emoji", data_dir="", labels="", split="train", evaluation_split="validation"
@@ -270,13 +273,11 @@ def shrink(config: ConfigDict) -> None:
         "pictures": dict(every_epochs=0.0, every_steps=10),
         "save": dict(every_epochs=0.0, every_steps=10),
     }
-    there = flatten(config)
     for block, values in small.items():
         for name, value in values.items():
             if f"{block}.{name}" in there:
                 set_key(config, f"{block}.{name}", value)
-    devices = jax.device_count()
-    config.update(batch_size=-(-16 // devices) * devices, steps=20, accumulate=1)
+    config.update(batch_size=rows * devices, steps=20, accumulate=1)
     if config.data.tokenizer_size:  # as many patches in the one as tokens in the other
         tokens = np.multiply(config.data.tokenizer_size, (4 * p, 4 * q)) // config.data.size
         set_key(config, "data.tokenizer_size", tuple(tokens.tolist()))

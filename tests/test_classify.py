@@ -1,6 +1,7 @@
 """Classification against timm, Hugging Face and PyTorch; what is trained and what is not."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from mim_jax import UserError, optim
+from mim_jax import UserError, main, optim
 from mim_jax.objectives import classify
 from mim_jax.objectives.classify import BatchNorm
 from mim_jax.sharding import make_mesh
@@ -76,7 +77,7 @@ def logits_of(objective_options, model, params, pixels):
     return network.apply({"params": params}, pixels)[:, 0]
 
 
-PROBE = dict(batch_norm=False, head_std=0.01)
+PROBE = dict(batch_norm=0, head_std=0.01)
 
 
 @pytest.mark.parametrize(("pooling", "theirs"), [("mean", "avg"), ("cls", "token")])
@@ -153,18 +154,26 @@ def test_logits_are_hugging_faces():
 
 
 def test_batch_norm_is_pytorchs():
+    """Of two groups of rows, that of two devices, whose running statistics are averaged."""
     torch = pytest.importorskip("torch")
-    theirs = torch.nn.BatchNorm1d(5, affine=False, eps=1e-6).double()
-    rng = np.random.default_rng(0)
+    theirs = [torch.nn.BatchNorm1d(5, affine=False, eps=1e-6).double() for _ in range(2)]
+    rng, norm = np.random.default_rng(0), BatchNorm(7)
     with jax.enable_x64(True):
-        variables = BatchNorm().init(jax.random.key(0), jnp.zeros((1, 5)), False)
+        variables = norm.init(jax.random.key(0), jnp.zeros((1, 5)), False)
         for _ in range(3):
-            x = rng.normal(2.0, 3.0, size=(7, 5))
-            ours, variables = BatchNorm().apply(variables, x, True, mutable=["batch_statistics"])
-            np.testing.assert_allclose(ours, theirs(torch.tensor(x)).numpy(), atol=1e-12)
+            x = rng.normal(2.0, 3.0, size=(14, 5))
+            ours, variables = norm.apply(variables, x, True, mutable=["batch_statistics"])
+            expected = [
+                n(torch.tensor(rows)) for n, rows in zip(theirs, (x[:7], x[7:]), strict=True)
+            ]
+            np.testing.assert_allclose(ours, torch.cat(expected).numpy(), atol=1e-12)
+        found = variables["batch_statistics"]
+        for name, running in (("mean", "running_mean"), ("variance", "running_var")):
+            expected = sum(getattr(n, running).numpy() for n in theirs) / 2
+            np.testing.assert_allclose(found[name], expected, atol=1e-12)
         x = rng.normal(size=(4, 5))
-        expected = theirs.eval()(torch.tensor(x)).numpy()
-        np.testing.assert_allclose(BatchNorm().apply(variables, x, False), expected, atol=1e-12)
+        expected = (x - found["mean"]) / np.sqrt(found["variance"] + 1e-6)
+        np.testing.assert_allclose(norm.apply(variables, x, False), expected, atol=1e-12)
 
 
 def test_the_loss_is_pytorchs_with_smoothed_labels():
@@ -174,7 +183,7 @@ def test_the_loss_is_pytorchs_with_smoothed_labels():
     params, buffers = objective.init(jax.random.key(0), batch)
     total, weight, _ = objective.loss(params, buffers, batch, jax.random.key(0), 0)
     logits = logits_of(
-        dict(pooling="mean", batch_norm=False, head_std=1.0), MODEL, params, batch["image"] / 255
+        dict(pooling="mean", batch_norm=0, head_std=1.0), MODEL, params, batch["image"] / 255
     )
     theirs = torch.nn.functional.cross_entropy(
         torch.tensor(np.asarray(logits)), torch.tensor(batch["label"]).long(), label_smoothing=0.1
@@ -287,7 +296,7 @@ def moved(before, after) -> set[str]:
     ("options", "expected"),
     [
         (
-            dict(pooling="cls", batch_norm=True),
+            dict(pooling="cls", batch_norm=4),
             {
                 *("params/head/bias", "params/head/kernel"),
                 "buffers/batch_statistics/head_norm/mean",
@@ -350,8 +359,18 @@ def test_everything_at_once_on_eight_devices():
         erasing=0.5, head_std=0.1,
     )  # fmt: skip
     optimizer = optim.adamw(lambda step: 1e-3, layer_decay=0.75)
-    one, eight = (after_steps(objective, optimizer, a_batch(16), n)[1] for n in (1, 8))
-    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
+    same_on_one_and_eight(objective, optimizer)
+    probe = classify.objective(
+        MODEL, CLASSES, pooling="cls", batch_norm=2, tuned_blocks=0.0, head_std=0.1
+    )
+    same_on_one_and_eight(probe, optim.lars(lambda step: 1.0))
+
+
+def same_on_one_and_eight(objective, optimizer):
+    one, eight = (
+        jax.device_get(after_steps(objective, optimizer, a_batch(16), n)[1]) for n in (1, 8)
+    )
+    for a, b in zip(jax.tree.leaves(one[1:3]), jax.tree.leaves(eight[1:3]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
@@ -369,7 +388,7 @@ def test_accuracies_are_over_each_example_once(options):
 
     mean, std = (np.array(x, np.float32) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     network = classify.Classifier(
-        classify.vit(**MODEL), CLASSES, batch_norm=False, head_std=1.0, **options
+        classify.vit(**MODEL), CLASSES, batch_norm=0, head_std=1.0, **options
     )
     logits = network.apply({"params": params}, (batch["image"] / np.float32(255) - mean) / std)
     logits, label = np.asarray(logits)[:13], batch["label"][:13]
@@ -401,3 +420,12 @@ def test_settings_that_cannot_be(options, sentence):
     with pytest.raises(UserError) as error:
         classify.objective(MODEL, **(dict(num_labels=CLASSES) | options))
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mae_base_finetune", "mae_large_partial", "beit_base_linear"])
+def test_recipes_are_rehearsed(name, tmp_path):
+    arguments = [f"--config=configs/{name}.py", "--smoke", f"--workdir={tmp_path}"]
+    assert main.main([*arguments, "--config.steps=3", "--config.pictures.count=2"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 0 <= lines[-1]["evaluate/accuracy"] <= lines[-1]["evaluate/top5"] <= 1
+    assert (tmp_path / "pictures" / "step_0000003.png").exists()

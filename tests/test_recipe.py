@@ -19,30 +19,62 @@ PARAMETERS = {  # at full size: of the reference where it has the model
     "beit_base_ablation_pixels": 86_380_800,
     "beit_base_ablation_pixels_random": 86_380_800,
     "beit_base_ablation_random": 92_089_856,
+    "beit_base_cifar10": 85_797_130,
+    "beit_base_cifar100": 85_866_340,
+    "beit_base_finetune": 86_558_440,
+    "beit_base_finetune_384": 86_850_280,
     "beit_base_in22k": 91_965_776,
+    "beit_base_in22k_finetune": 102_557_713,
+    "beit_base_linear": 18_444_000,
     "beit_base_relative": 91_965_776,
     "beit_emoji": 1_282_576,
     "beit_large": 311_674_880,
+    "beit_large_finetune": 304_302_056,
+    "beit_large_finetune_384": 304_691_176,
+    "beit_large_finetune_512": 305_674_728,
     "beit_large_in22k": 311_534_016,
+    "beit_large_in22k_finetune": 325_792_593,
     "dvae": 97_616_006,
     "dvae_cifar10": 1_970_480,
     "dvae_emoji": 2_142_144,
+    "emoji_finetune": 1_224_201,
+    "emoji_linear": 1_161,
     "emoji_scratch": 1_224_201,
     "mae_base": 111_655_680,
+    "mae_base_finetune": 86_567_656,
+    "mae_base_linear": 769_000,
     "mae_emoji": 1_469_696,
     "mae_huge": 656_613_964,
+    "mae_huge_finetune": 632_045_800,
+    "mae_huge_finetune_448": 633_028_840,
+    "mae_huge_linear": 1_281_000,
     "mae_large": 329_239_296,
     "mae_large_800": 329_239_296,
     "mae_large_800_pixels": 329_239_296,
+    "mae_large_finetune": 304_326_632,
+    "mae_large_linear": 1_025_000,
+    "mae_large_partial": 13_623_272,
     "simmim_base": 86_256_720,
+    "vit_base_cifar10": 86_098_186,
+    "vit_base_cifar100_scratch": 85_875_556,
+    "vit_base_finetune": 86_859_496,
+    "vit_base_in21k": 102_594_385,
+    "vit_base_scratch": 86_416_360,
+    "vit_large_scratch": 304_124_904,
 }
 
 
+LABELS = {"cifar10": 10, "cifar100": 100, "emoji": 9, "imagenet2012": 1000}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_is_built_at_full_size(path):
+def test_every_config_is_built_at_full_size(path, monkeypatch):
     nowhere = ["data.name=emoji", "data.evaluation_split=validation", "data.data_dir="]
-    nowhere += ["init_from.tokenizer=random", "steps=20000"]
+    nowhere += ["data.labels=", "init_from.tokenizer=random", "steps=20000"]
     config = recipe.load(str(path), nowhere)
+    make, labels = recipe.data.make, LABELS.get(recipe.load(str(path)).data.name, 21_841)
+    there = lambda **settings: make(**settings)._replace(num_labels=labels)  # noqa: E731
+    monkeypatch.setattr(recipe.data, "make", there)
     run = recipe.build(config)
     state = jax.eval_shape(
         lambda: initialize(run.objective, run.optimizer, run.example, config.seed)
@@ -115,7 +147,7 @@ def test_a_whole_number_is_a_float_where_one_is_asked_for():
         ("steps", "--config.steps has no value"),
         ("model.size=XL", "model.size = 'XL' is unknown; there are B, H, L, S, Ti"),
         ("objective.name=mea", "objective.name = 'mea' is unknown; there are beit, classify"),
-        ("optimizer.name=sgd", "optimizer.name = 'sgd' is unknown; there are adamw"),
+        ("optimizer.name=adam", "optimizer.name = 'adam' is unknown; there are adamw"),
     ],
 )
 def test_overrides_that_cannot_be(override, sentence):

@@ -27,9 +27,11 @@ MLP = ("norm2", "fc1", "fc2", "gamma_2")  # the second half of a block
 class BatchNorm(nn.Module):
     """Features at mean 0 and variance 1: PyTorch's BatchNorm1d(affine=False, eps=1e-6).
 
-    The statistics are of all rows that are computed at once, and their running average, for
-    evaluation, is of the unbiased variance.
+    Each `group` of consecutive rows has statistics of its own, as those of a device in MAE's code;
+    their running average, for evaluation, is of the unbiased variance.
     """
+
+    group: int
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool) -> jax.Array:
@@ -38,13 +40,20 @@ class BatchNorm(nn.Module):
             name: self.variable("batch_statistics", name, fill, x.shape[1:], x.dtype)
             for name, fill in (("mean", jnp.zeros), ("variance", jnp.ones))
         }
-        mean, variance = running["mean"].value, running["variance"].value
-        if training:
-            rows, mean, variance = len(x), x.mean(0), x.var(0)
-            now = dict(mean=mean, variance=variance * rows / max(rows - 1, 1))
-            for name, average in running.items():
-                average.value = 0.9 * average.value + 0.1 * now[name]
-        return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
+        if not training:
+            mean, variance = running["mean"].value, running["variance"].value
+            return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
+        if len(x) % self.group:
+            raise UserError(
+                f"objective.batch_norm = {self.group} does not divide the {len(x)} images that are "
+                "computed at once: make it a divisor of batch_size / devices / accumulate."
+            )
+        groups = x.reshape(-1, self.group, x.shape[1])
+        mean, variance = groups.mean(1, keepdims=True), groups.var(1, keepdims=True)
+        unbiased = variance * self.group / max(self.group - 1, 1)
+        for name, now in (("mean", mean), ("variance", unbiased)):
+            running[name].value = 0.9 * running[name].value + 0.1 * now.mean((0, 1))
+        return ((groups - mean) * jax.lax.rsqrt(variance + 1e-6)).reshape(x.shape)
 
 
 class Classifier(nn.Module):
@@ -53,7 +62,7 @@ class Classifier(nn.Module):
     encoder: ViT
     num_labels: int
     pooling: str
-    batch_norm: bool
+    batch_norm: int
     head_std: float
 
     @nn.compact
@@ -73,7 +82,7 @@ class Classifier(nn.Module):
             x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             name = f"head_{i}" if self.pooling == "layers" else "head"
             if self.batch_norm:
-                x = BatchNorm(name=f"{name}_norm")(x, training)
+                x = BatchNorm(self.batch_norm, name=f"{name}_norm")(x, training)
             init = nn.initializers.normal(self.head_std)
             logits.append(nn.Dense(self.num_labels, kernel_init=init, name=name)(x))
         return jnp.stack(logits, axis=1)
@@ -84,7 +93,7 @@ def objective(
     num_labels: int,
     *,
     pooling: Literal["mean", "cls", "layers"] = "mean",
-    batch_norm: bool = False,
+    batch_norm: int = 0,
     head_std: float = 2e-5,
     tuned_blocks: float = -1.0,
     smoothing: float = 0.0,
@@ -100,7 +109,8 @@ def objective(
     pooling: "mean" of the patches after the last block, then a norm of its own (fine-tuning, MAE
         and BEiT); "cls": the class token after the encoder's norm; "layers": class token and mean
         of the patches after each block, with a head for each (BEiT's linear probe).
-    batch_norm: normalises what the head is given (MAE's linear probe).
+    batch_norm: what the head is given is normalised (MAE's linear probe), by the statistics of so
+        many consecutive images.
     tuned_blocks: how many of the last blocks are trained beside the head. 0 is a linear probe, 0.5
         the MLP of the last block, 1.5 that of the last but one and all after it, -1: everything.
     mixup, cutmix: their betas; each `mixup_group` consecutive images are mixed by one share.

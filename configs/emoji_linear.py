@@ -1,0 +1,28 @@
+r"""A linear probe of the small MAE on 268 of the built-in emoji.
+
+    python -m mim_jax.main --config=configs/mae_emoji.py
+    python -m mim_jax.main --config=configs/emoji_linear.py
+
+The encoder is frozen; with --config.init_from.encoder= (nothing) it is one at random.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import emoji_scratch
+
+
+def get_config() -> ConfigDict:
+    config = emoji_scratch.get_config()
+    config.init_from = dict(encoder="runs/mae_emoji")
+    config.model = dict(width=128, depth=6, heads=4, patch=8)
+    config.objective = dict(
+        name="classify",
+        pooling="cls",
+        batch_norm=32,
+        tuned_blocks=0.0,
+        head_std=0.01,
+        mean=(0.5,),
+        std=(0.5,),
+    )
+    config.optimizer = dict(name="lars", base_lr=10.0, warmup_steps=60)
+    return config

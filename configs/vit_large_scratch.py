@@ -1,0 +1,18 @@
+r"""ViT-L/16 from scratch on ImageNet-1k, 200 epochs (He et al., 2021, table 11).
+
+    python -m mim_jax.main --config=configs/vit_large_scratch.py
+
+The paper reports 82.6 % top-1 (table 3). Ours: not yet run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import vit_base_scratch
+
+
+def get_config() -> ConfigDict:
+    config = vit_base_scratch.get_config()
+    config.epochs = 200.0
+    config.model.size = "L"
+    config.model.drop_path = 0.2
+    return config
