@@ -12,6 +12,7 @@ import argparse
 import copy
 import functools
 import io
+import shutil
 import sys
 import time
 from collections import Counter
@@ -28,7 +29,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mim_jax import recipe
-from mim_jax.command import Beginning, exit_code, parse, require_room
+from mim_jax.command import Beginning, exit_code, make_folder, parse
 from mim_jax.data.decode import BadImageError, decode, header
 from mim_jax.data.sources import Source, open_sources
 from mim_jax.objectives import unit
@@ -63,6 +64,7 @@ def check(config: ConfigDict, workdir: str, everything: bool = False) -> int:
     this = recipe.build(config)
     beginning = Beginning(this, config)
     trace_step(this, beginning, config)
+    make_folder(config, this, workdir, beginning.bytes)
     say("the run", f"{config.objective.name}: {beginning.parameters:,} parameters\n{this.story}")
     problems = look_at_images(this, config, everything)
     problems += look_at_disk(beginning.bytes, config.save.keep, workdir)
@@ -173,8 +175,7 @@ def told(found: Survey, source: Source, view: tuple[int, int, int]) -> list[str]
 
 def look_at_disk(state_bytes: int, keep: int, workdir: str) -> list[str]:
     """Says what checkpoints take. -> the problems."""
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    free, needed = require_room(workdir, state_bytes), (keep + 1) * state_bytes
+    free, needed = shutil.disk_usage(workdir).free, (keep + 1) * state_bytes
     say(
         "checkpoints",
         f"{gib(state_bytes)} each; {keep} are kept while one more is written: {gib(needed)}",

@@ -1,12 +1,14 @@
-"""What commands share: --config.KEY=VALUE, exit codes, the state that a run begins with."""
+"""What commands share: --config.KEY=VALUE, exit codes, a folder and the state to begin with."""
 
 import argparse
 import errno
 import functools
+import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -95,12 +97,40 @@ class Beginning:
         return state
 
 
-def require_room(folder: str, state_bytes: int) -> int:
-    """-> bytes free. Raises UserError if these are too few for two checkpoints."""
-    free, needed = shutil.disk_usage(folder).free, 2 * state_bytes
+def make_folder(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) -> dict:
+    """Makes a run's folder, if it is free or this very run's. -> the run's trajectory.
+
+    Raises UserError if it is another run's, or has no room for two checkpoints.
+    """
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: a run's folder must be local, or mounted.")
+    path = Path(workdir) / "config.json"
+    trajectory = json.loads(json.dumps(recipe.trajectory(config, this.data)))
+    if path.exists():
+        begun = json.loads(path.read_text())["trajectory"]
+        if "converted from" in begun:
+            raise UserError(
+                f"{workdir} holds converted weights: say --config.init_from.encoder={workdir}, or "
+                "tokenizer, and another --workdir."
+            )
+        changes = [
+            f"{key} is {trajectory.get(key)!r}, was {begun.get(key)!r}"
+            for key in sorted(begun | trajectory)
+            if trajectory.get(key) != begun.get(key)
+        ]
+        if changes:
+            raise UserError(
+                f"{workdir} holds a run that goes another way: {'; '.join(changes)}. "
+                "Choose another --workdir, or go on with the same settings."
+            )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {workdir}: {error.strerror}.") from error
+    free, needed = shutil.disk_usage(workdir).free, 2 * state_bytes
     if free < needed:
         raise UserError(
-            f"{folder} has {free / 2**30:.1f} GiB free, but two checkpoints take "
+            f"{workdir} has {free / 2**30:.1f} GiB free, but two checkpoints take "
             f"{needed / 2**30:.1f} GiB: choose another --workdir."
         )
-    return free
+    return trajectory

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from mim_jax import UserError, recipe
 from mim_jax.checkpoint import Checkpoints
-from mim_jax.command import Beginning, exit_code, parse, require_room
+from mim_jax.command import Beginning, exit_code, make_folder, parse
 from mim_jax.log import Log, told
 from mim_jax.pictures import draw_sheet
 from mim_jax.sharding import replicated, to_global, whole
@@ -174,32 +174,8 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
 
 def claim(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) -> dict:
     """Makes the run's folder, if it is free or this very run's. -> what its config.json says."""
-    if "://" in workdir:
-        raise UserError(f"--workdir={workdir}: a run's folder must be local, or mounted.")
+    trajectory = make_folder(config, this, workdir, state_bytes)
     path = Path(workdir) / "config.json"
-    trajectory = json.loads(json.dumps(recipe.trajectory(config, this.data)))
-    if path.exists():
-        begun = json.loads(path.read_text())["trajectory"]
-        if "converted from" in begun:
-            raise UserError(
-                f"{workdir} holds converted weights: say --config.init_from.encoder={workdir}, or "
-                "tokenizer, and another --workdir."
-            )
-        changes = [
-            f"{key} is {trajectory.get(key)!r}, was {begun.get(key)!r}"
-            for key in sorted(begun | trajectory)
-            if trajectory.get(key) != begun.get(key)
-        ]
-        if changes:
-            raise UserError(
-                f"{workdir} holds a run that goes another way: {'; '.join(changes)}. "
-                "Choose another --workdir, or go on with the same settings."
-            )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {workdir}: {error.strerror}.") from error
-    require_room(workdir, state_bytes)
     record = dict(
         config=config.to_dict(),
         trajectory=trajectory,

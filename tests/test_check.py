@@ -1,6 +1,7 @@
 """The preflight as a user types it: what it says of good and of bad runs, and its exit codes."""
 
 import collections
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +70,7 @@ def test_a_run_that_does_not_fit_would_fail(tmp_path, capsys, monkeypatch):
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 1
     assert "of memory; 0.00 GiB are free" in capsys.readouterr().out
     disk = collections.namedtuple("disk", "free")
-    size = check.look_at_disk(0, 3, str(tmp_path)) or 1_000_000
+    size = 1_000_000
     monkeypatch.setattr("shutil.disk_usage", lambda path: disk(3 * size))
     assert check.look_at_disk(size, 2, str(tmp_path)) == []
     assert "no room for 4 checkpoints" in check.look_at_disk(size, 3, str(tmp_path))[0]
@@ -81,6 +82,14 @@ def test_a_mistake_ends_with_code_2_and_a_sentence(tmp_path, capsys):
     assert error.startswith("error: ")
     assert "100 x 100 pixels cannot be cut" in error
     assert error.count("\n") == 1
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
+    run = dict(trajectory={"seed": 1})
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    assert check.main([*TINY, f"--workdir={tmp_path}"]) == 2
+    assert "holds a run that goes another way" in capsys.readouterr().err
+    assert json.loads((tmp_path / "config.json").read_text()) == run
 
 
 def test_the_step_is_looked_at_in_its_full_size(tmp_path, capsys):
