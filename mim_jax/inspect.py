@@ -7,6 +7,7 @@ python -m mim_jax.inspect mae_pretrain_vit_base.pth
 import argparse
 import json
 import math
+import signal
 import sys
 
 from flax.traverse_util import flatten_dict
@@ -49,4 +50,5 @@ def tell(source: str) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no mistake
     sys.exit(main())

@@ -351,12 +351,13 @@ def test_the_command_there_and_back(tmp_path, capsys):
     assert "step: 0" in told
 
 
-def test_a_proof_that_fails(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [1e-6, np.nan])
+def test_a_proof_that_fails(error, tmp_path, monkeypatch, capsys):
     run, there = run_of_ours(tmp_path), check.to_torch
 
     def wrong(params, about, layout):
         state = there(params, about, layout=layout)
-        return state | {"blocks.1.norm2.bias": state["blocks.1.norm2.bias"] + 1e-6}
+        return state | {"blocks.1.norm2.bias": state["blocks.1.norm2.bias"] + error}
 
     monkeypatch.setattr(check, "to_torch", wrong)
     assert convert.main([run, f"{tmp_path}/b.pth", "--to=mae", "--check"]) == 1

@@ -81,3 +81,11 @@ def test_names_and_habits():
         text = path.read_text()
         assert not re.search(r"config\.get\(|cfg|\.pmap\(|flax\.training|import clu", text), path
         assert ast.get_docstring(ast.parse(text)), f"{path} does not say what it is"
+
+
+def test_torch_stays_in_its_files():
+    """Nobody needs PyTorch but to write its files and to run its models."""
+    for path in FILES:
+        if not path.name.startswith("torch_"):
+            packages = {name.split(".")[0] for name in imports(path)}
+            assert not packages & {"torch", "timm", "torchvision"}, path

@@ -35,10 +35,11 @@ def differences(params: dict, about: About, to: str) -> tuple[str, dict[str, flo
 
     about = about._replace(facts=about.facts | dict(mask_ratio=MASK_RATIO))
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    layout, params = fit(params, about, to)
+    layout, taken = fit(params, about, to)
     batch = example(about)
-    title, theirs = outputs(to_torch(params, about, layout=layout), about, layout, batch)
-    ours = run(params, about, batch)
+    title, theirs = outputs(to_torch(taken, about, layout=layout), about, layout, batch)
+    # A linear probe is run as it is, whatever became of its normalisation.
+    ours = run(params if "batch_statistics" in params else taken, about, batch)
     return title, {
         name: float(np.abs(ours[name] - x).max() / np.abs(x).max()) for name, x in theirs.items()
     }

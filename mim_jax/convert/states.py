@@ -132,9 +132,6 @@ def recognize(state: dict[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray],
 
 def spelled(name: str) -> str:
     """A name as the tables have it."""
-    name = re.sub(
-        r"^(blocks\..*)\.w$", r"\1.weight", re.sub(r"^(blocks\..*)\.b$", r"\1.bias", name)
-    )
     for pattern, usual in SPELLINGS.items():
         name = re.sub(pattern, usual, name)
     return name

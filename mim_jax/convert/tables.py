@@ -192,11 +192,13 @@ LAYOUTS = {  # those with more signs before those with fewer
     ),
 }
 PREFIXES = (  # under which the weights may stand, with others beside them
-    *("module.", "model.", "state_dict.", "teacher.", "momentum_encoder.", "base_encoder."),
-    *("backbone.", "encoder_q.", "ema."),
+    *("module.", "model.", "state_dict."),
+    *("teacher.", "backbone.", "base_encoder."),  # DINO's, and MoCo v3's
 )
 BUFFERS = ("relative_position_index", "num_batches_tracked", "k_bias")  # computed, never learned
-SPELLINGS = {  # how transformers 5 calls the modules of a model in memory: how its files do
+SPELLINGS = {  # what the tables call otherwise: DALL-E's, and transformers 5 in memory
+    r"^(blocks\..*)\.w$": r"\1.weight",
+    r"^(blocks\..*)\.b$": r"\1.bias",
     r"^decoder\.decoder_encoder\.layer\.": "decoder.decoder_layers.",
     r"\b(vit|beit)\.layers\.(\d+)\.relative_position_bias\.": (
         r"\1.encoder.layer.\2.attention.attention.relative_position_bias."
@@ -207,6 +209,6 @@ SPELLINGS = {  # how transformers 5 calls the modules of a model in memory: how 
     r"\.attention\.k_proj\.": ".attention.attention.key.",
     r"\.attention\.v_proj\.": ".attention.attention.value.",
     r"\.attention\.o_proj\.": ".attention.output.dense.",
-    r"((?:layer|layers)\.\d+)\.mlp\.fc1\.": r"\1.intermediate.dense.",
-    r"((?:layer|layers)\.\d+)\.mlp\.fc2\.": r"\1.output.dense.",
+    r"(layers?\.\d+)\.mlp\.fc1\.": r"\1.intermediate.dense.",
+    r"(layers?\.\d+)\.mlp\.fc2\.": r"\1.output.dense.",
 }
