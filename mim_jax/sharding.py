@@ -37,7 +37,10 @@ def make_mesh(devices: list | None = None, *, fsdp: int = 1) -> Mesh:
             "or 0 for all of them."
         )
     shape = (in_slice // fsdp, fsdp)
-    grids = [mesh_utils.create_device_mesh(shape, each) for each in slices.values()]
+    grids = [
+        mesh_utils.create_device_mesh(shape, each, allow_split_physical_axes=True)
+        for each in slices.values()
+    ]
     return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * 2)
 
 

@@ -170,6 +170,8 @@ def test_copies_do_not_span_slices():
         devices = make_mesh(chips, fsdp=fsdp).devices
         assert devices.shape == shape
         assert all(len({chip.slice_index for chip in copy}) == 1 for copy in devices)
+    slice_of_4_by_4 = [Chip(i, 0, (i % 4, i // 4, 0)) for i in range(16)]
+    assert make_mesh(slice_of_4_by_4, fsdp=8).devices.shape == (2, 8)
     with pytest.raises(UserError, match="fsdp = 8 does not divide the 4 devices of each of the 2"):
         make_mesh(chips, fsdp=8)
     with pytest.raises(UserError, match="fsdp = 3 does not divide the 8 devices: make it"):
