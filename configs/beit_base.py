@@ -2,8 +2,7 @@ r"""BEiT, ViT-B/16, ImageNet-1k, 800 epochs, as in the paper (Bao et al., 2021, 
 
 First the tokenizer (configs/dvae.py), then
 
-    python -m mim_jax.main --config=configs/beit_base.py --workdir=runs/beit_base \
-        --config.init_from.tokenizer=runs/dvae
+    python -m mim_jax.main --config=configs/beit_base.py
     python -m mim_jax.main --config=configs/beit_base.py --smoke     # without a tokenizer
 
 The paper reports 83.2 % top-1 after fine-tuning (table 1). Ours: not yet run.
@@ -16,6 +15,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.batch_size = 2048  # table 12
     config.epochs = 800.0  # table 12; the ablations have 300
+    config.init_from = dict(tokenizer="runs/dvae")
 
     config.model = dict(
         size="B",

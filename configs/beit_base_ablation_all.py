@@ -1,8 +1,6 @@
 r"""BEiT, ablation: all tokens are told, not the hidden ones alone. ViT-B/16, 300 epochs.
 
-    python -m mim_jax.main --config=configs/beit_base_ablation_all.py \
-        --workdir=runs/beit_base_ablation_all \
-        --config.init_from.tokenizer=runs/dvae
+    python -m mim_jax.main --config=configs/beit_base_ablation_all.py
 
 The paper reports 82.59 % top-1 after fine-tuning (Bao et al., 2021, table 4). Ours: not yet run.
 """

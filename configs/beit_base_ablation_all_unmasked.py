@@ -1,8 +1,6 @@
 r"""BEiT, ablation: all visual tokens are told, and nothing is hidden. ViT-B/16, 300 epochs.
 
-    python -m mim_jax.main --config=configs/beit_base_ablation_all_unmasked.py \
-        --workdir=runs/beit_base_ablation_all_unmasked \
-        --config.init_from.tokenizer=runs/dvae
+    python -m mim_jax.main --config=configs/beit_base_ablation_all_unmasked.py
 
 The paper reports 81.67 % top-1 after fine-tuning (Bao et al., 2021, table 4). Ours: not yet run.
 """

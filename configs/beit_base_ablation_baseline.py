@@ -1,8 +1,6 @@
 r"""BEiT, the baseline of the ablations. ViT-B/16, 300 epochs.
 
-    python -m mim_jax.main --config=configs/beit_base_ablation_baseline.py \
-        --workdir=runs/beit_base_ablation_baseline \
-        --config.init_from.tokenizer=runs/dvae
+    python -m mim_jax.main --config=configs/beit_base_ablation_baseline.py
 
 The paper reports 82.86 % top-1 after fine-tuning (Bao et al., 2021, table 4). Ours: not yet run.
 """

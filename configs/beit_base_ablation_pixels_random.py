@@ -1,7 +1,6 @@
 r"""BEiT, ablation: pixels in place of tokens, no blockwise masking. ViT-B/16, 300 epochs.
 
-    python -m mim_jax.main --config=configs/beit_base_ablation_pixels_random.py \
-        --workdir=runs/beit_base_ablation_pixels_random
+    python -m mim_jax.main --config=configs/beit_base_ablation_pixels_random.py
 
 The paper reports 80.50 % top-1 after fine-tuning (Bao et al., 2021, table 4). Ours: not yet run.
 """

@@ -1,8 +1,6 @@
 r"""BEiT, ablation: no blockwise masking. ViT-B/16, 300 epochs.
 
-    python -m mim_jax.main --config=configs/beit_base_ablation_random.py \
-        --workdir=runs/beit_base_ablation_random \
-        --config.init_from.tokenizer=runs/dvae
+    python -m mim_jax.main --config=configs/beit_base_ablation_random.py
 
 The paper reports 82.77 % top-1 after fine-tuning (Bao et al., 2021, table 4). Ours: not yet run.
 """

@@ -1,7 +1,6 @@
 r"""BEiT, ViT-B/16, ImageNet-1k, 800 epochs, as the official README runs it.
 
-    python -m mim_jax.main --config=configs/beit_base_relative.py \
-        --workdir=runs/beit_base_relative --config.init_from.tokenizer=runs/dvae
+    python -m mim_jax.main --config=configs/beit_base_relative.py
 
 Relative position bias and LayerScale in place of absolute positions: 83.22 % top-1 after 300
 epochs and fine-tuning, where the plain one has 82.86 % (Bao et al., 2021, tables 4 and 5). An

@@ -2,8 +2,7 @@ r"""A small BEiT on the built-in emoji: minutes on two cores, no download.
 
 First its tokenizer (configs/dvae_emoji.py), then
 
-    python -m mim_jax.main --config=configs/beit_emoji.py --workdir=runs/beit_emoji \
-        --config.init_from.tokenizer=runs/dvae_emoji
+    python -m mim_jax.main --config=configs/beit_emoji.py
 
 Look at `evaluate/accuracy_not_blank`, the share of hidden tokens that are told where an emoji is
 more than one colour, and at what always telling the commonest one would give,
@@ -19,6 +18,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.batch_size = 32
     config.steps = 2400
+    config.init_from = dict(tokenizer="runs/dvae_emoji")
 
     config.model = dict(
         width=128,

@@ -1,7 +1,6 @@
 r"""BEiT, ViT-L/16, ImageNet-1k, 800 epochs, as in the paper (Bao et al., 2021, table 12).
 
-    python -m mim_jax.main --config=configs/beit_large.py --workdir=runs/beit_large \
-        --config.init_from.tokenizer=runs/dvae
+    python -m mim_jax.main --config=configs/beit_large.py
 
 The paper reports 85.2 % top-1 after fine-tuning (table 1). Ours: not yet run.
 """

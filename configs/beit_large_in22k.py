@@ -1,7 +1,6 @@
 r"""BEiT, ViT-L/16, ImageNet-22k, 150 epochs, as released (get_started_for_image_classification.md).
 
-    python -m mim_jax.main --config=configs/beit_large_in22k.py --workdir=runs/beit_large_in22k \
-        --config.data.name=folder:/data/imagenet22k --config.init_from.tokenizer=runs/dvae
+    python -m mim_jax.main --config=configs/beit_large_in22k.py
 
 Released: 86.0 % top-1 on ImageNet-1k after fine-tuning, 87.4 % after intermediate fine-tuning.
 Ours: not yet run.

@@ -90,6 +90,13 @@ class Beginning:
 
     def state(self) -> TrainState:
         """At random, or in parts from other runs, as the config's init_from says."""
+        for name, source in self.init_from.items():  # before anything is compiled
+            if source not in ("", "random") and not (Path(source) / "checkpoints").is_dir():
+                first = ", as by configs/dvae.py or dvae_emoji.py" if name == "tokenizer" else ""
+                raise UserError(
+                    f"init_from.{name} = {source} is not the folder of a run: train it first"
+                    f"{first}, or say --config.init_from.{name}=RUN."
+                )
         state = jax.jit(self.begin, out_shardings=self.placed)()
         for name, source in self.init_from.items():
             for part in recipe.PARTS[name] if source not in ("", "random") else ():

@@ -184,6 +184,10 @@ def test_training_imports_neither_tensorflow_nor_torch(tmp_path, command):
         ([MAE, "--smoke", "--workdir=/proc/here/run"], "cannot make the folder /proc/here/run"),
         ([MAE, "--smoke", "--workdir=README.md/run"], "cannot make the folder"),
         ([MAE, "--smoke", "--config.init_from.encoder=configs"], "is not the folder of a run"),
+        (
+            ["--config=configs/beit_emoji.py", "--config.init_from.tokenizer=nowhere"],
+            "init_from.tokenizer = nowhere is not the folder of a run: train it first, as by",
+        ),
     ],
 )
 def test_mistakes_end_with_code_2_and_a_sentence(arguments, sentence, tmp_path, capsys):
