@@ -60,6 +60,7 @@ PARAMETERS = {  # at full size: of the reference where it has the model
     "vit_base_finetune": 86_859_496,
     "vit_base_in21k": 102_594_385,
     "vit_base_scratch": 86_416_360,
+    "vit_hybrid_base": 114_685_841,
     "vit_large_scratch": 304_124_904,
 }
 

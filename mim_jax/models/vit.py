@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mim_jax import UserError
 from mim_jax.models.patches import patchify, sincos2d, take
+from mim_jax.models.stem import STRIDE, Stem
 from mim_jax.models.transformer import INITS, Dense, RelativePositionBias, drop_paths, transform
 
 SIZES = {
@@ -38,6 +39,7 @@ class ViT(nn.Module):
     key_bias: bool = True
     drop_path: float = 0.0
     initializer: str = "mae"
+    stem: str = "none"
 
     def grid(self, images: jax.Array) -> tuple[int, int]:
         """Rows and columns of patches of images (b, H, W, c)."""
@@ -63,6 +65,11 @@ class ViT(nn.Module):
         if visible is not None and self.relative_bias != "none":
             raise UserError("model.relative_bias is for encoders that see all patches, not MAE's.")
         grid, patches = self.grid(images), patchify(images, self.patch)
+        if self.stem != "none":
+            if visible is not None or masked is not None:
+                raise UserError("model.stem sees across patches, also hidden ones: say stem=none.")
+            features = Stem(self.dtype, name="stem")(images)
+            patches = features.reshape(*patches.shape[:2], -1)
         if visible is not None:  # before embedding: what is hidden costs nothing
             patches = take(patches, visible)
         bound = patches.shape[-1] ** -0.5  # torch's default, at which MAE leaves this bias
@@ -117,6 +124,7 @@ def vit(
     key_bias: bool = True,
     drop_path: float = 0.0,
     initializer: Literal["mae", "beit", "timm"] = "mae",
+    stem: Literal["none", "resnet50"] = "none",
     dtype: str = "float32",
     remat: str = "none",
 ) -> ViT:
@@ -125,16 +133,20 @@ def vit(
     Positions are fixed (sincos), learned or none; a relative_bias may be added, one for all blocks
     (shared) or for each its own. layer_scale is what LayerScale begins with, 0: there is none.
     drop_path is the rate of stochastic depth at the last block. Without key_bias it is BEiT's;
-    the initializer is that of the code of mae, beit or timm.
+    the initializer is that of the code of mae, beit or timm. With a stem it is a hybrid: patches
+    are features of a ResNet.
     """
     if not 0 <= drop_path < 1:
         raise UserError(f"model.drop_path = {drop_path}: say a probability below 1.")
+    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    if stem != "none" and patch != (STRIDE, STRIDE):
+        raise UserError(f"model.stem makes patches of {STRIDE} pixels: say model.patch={STRIDE}.")
     given = {k: v for k, v in dict(width=width, depth=depth, heads=heads).items() if v}
     shape = {**SIZES.get(size, {}), **given}
     if len(shape) < 3:
         raise UserError("the config must say model.size, or model.width, depth and heads.")
     return ViT(
-        patch=(patch, patch) if isinstance(patch, int) else tuple(patch), **shape,
-        positions=positions, relative_bias=relative_bias, layer_scale=layer_scale,
-        key_bias=key_bias, drop_path=drop_path, initializer=initializer, dtype=dtype, remat=remat,
+        patch=patch, **shape, stem=stem, positions=positions, relative_bias=relative_bias,
+        layer_scale=layer_scale, key_bias=key_bias, drop_path=drop_path,
+        initializer=initializer, dtype=dtype, remat=remat,
     )  # fmt: skip
