@@ -8,3 +8,13 @@ class UserError(ValueError):
 
     `python -m mim_jax.main` prints it without a traceback and exits with code 2.
     """
+
+
+def load(run: str):
+    """The encoder of a run, for a notebook: `encoder, params = mim_jax.load("runs/mae_base")`.
+
+    encoder(params, images (b, H, W, c)) -> tokens (b, 1 + n, d), the class token first.
+    """
+    from mim_jax.embed import load  # here, so that importing mim_jax costs nothing
+
+    return load(run)

@@ -233,15 +233,20 @@ def init_part(state: TrainState, part: str, workdir: str) -> TrainState:
     return state if state.ema is None else state._replace(ema=jax.tree.map(jnp.copy, state.params))
 
 
-def read_part(workdir: str, part: str) -> tuple[dict[str, np.ndarray], int]:
-    """-> {name: array} of a part in the newest checkpoint of a run, whole, and the step."""
+def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
+    """-> a run's checkpoints, to be read, and the newest step; `key` is what named the run."""
     folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"init_from: {workdir} is not the folder of a run: it has no checkpoints.")
+        raise UserError(f"{key}: {workdir} is not the folder of a run: it has no checkpoints.")
     step = newest(folder)
     if step is None:
-        raise UserError(f"init_from: the run in {workdir} has not saved a checkpoint yet.")
-    manager = manager_of(workdir, read_only=True)
+        raise UserError(f"{key}: the run in {workdir} has not saved a checkpoint yet.")
+    return manager_of(workdir, read_only=True), step
+
+
+def read_part(workdir: str, part: str) -> tuple[dict[str, np.ndarray], int]:
+    """-> {name: array} of a part in the newest checkpoint of a run, whole, and the step."""
+    manager, step = open_run(workdir, "init_from")
     there = manager.item_metadata(step)["state"].tree
     fields = ("buffers", "ema" if there.get("ema") else "params")
     like = {field: {part: there[field][part]} for field in fields if part in there[field]}
@@ -255,6 +260,26 @@ def arrays(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
     numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
     args = ocp.args.PyTreeRestore(like, restore_args=numpy, partial_restore=True)
     return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+
+
+def peek(workdir: str, like: TrainState) -> TrainState:
+    """The newest state of a run as it is evaluated, on the devices of `like`: no optimizer state.
+
+    Raises UserError where the run has another model, or none is saved.
+    """
+    manager, step = open_run(workdir, "--config")
+    there = manager.item_metadata(step)["state"].tree
+    wanted = {name: tree for name, tree in like._asdict().items() if name != "opt_state"}
+    different = shapes(wanted).items() ^ shapes({name: there[name] for name in wanted}).items()
+    if different:
+        first = min(name for name, _ in different)
+        raise UserError(
+            f"{workdir} is of another model: {first} differs. Of a classifier this may be the "
+            "number of labels: evaluate it on data that has the same."
+        )
+    found = restore(manager, step, wanted)
+    manager.close()
+    return TrainState(**found, opt_state=())
 
 
 def fixed_grid(workdir: str) -> tuple[int, int] | None:

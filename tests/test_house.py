@@ -30,7 +30,9 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
         *("checkpoint", "command", "models", "objectives", "recipe", "sharding", "train"),
     },
     "check": {"command", "data", "objectives", "pictures", "recipe", "sharding", "train"},
-    "__init__": set(),
+    "evaluate": {"checkpoint", "command", "recipe", "train"},
+    "embed": {"checkpoint", "command", "models", "objectives", "recipe", "sharding"},
+    "__init__": {"embed"},
 }
 NOT_IN = {  # packages that a room has nothing to do with
     "models": {"ml_collections", "optax", "grain"},

@@ -1,0 +1,74 @@
+"""What is done with a finished run: evaluated again, its features written, its encoder loaded."""
+
+import json
+
+import numpy as np
+import pytest
+
+import mim_jax
+from mim_jax import embed, evaluate, main, recipe
+
+SMALL = ["--config.steps=3", "--config.evaluate.limit=0", "--config.pictures.count=0"]
+SMALL += ["--config.data.evaluation_split=validation[:30]"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of a classifier and of a MAE."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("mae_base_finetune", "mae_base"):
+        arguments = [f"--config=configs/{name}.py", "--smoke", f"--workdir={folder / name}"]
+        assert main.main([*arguments, *SMALL]) == 0
+    return folder
+
+
+def test_a_run_is_evaluated_again(runs, tmp_path, capsys):
+    run, to = runs / "mae_base_finetune", tmp_path / "found.json"
+    assert evaluate.main([f"--config={run}", f"--to={to}"]) == 0
+    found = json.loads(to.read_text())
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    for name in ("loss", "accuracy", "top5"):
+        assert found[name] == pytest.approx(last[f"evaluate/{name}"], rel=1e-6)
+    shares, right = np.array(found["by_class"]).T
+    assert shares.sum() == pytest.approx(1)
+    assert (shares * right).sum() == pytest.approx(found["accuracy"])
+    said = capsys.readouterr().out
+    assert "step 3, split validation[:30]" in said
+    assert "class  of all  accuracy" in said
+
+
+def test_evaluation_needs_the_labels_of_training(runs, monkeypatch, capsys):
+    make = recipe.data.make
+    config = recipe.load(str(runs / "mae_base_finetune"))
+    found = recipe.functions(config)
+    monkeypatch.setattr(recipe, "load", lambda *_: config)
+    monkeypatch.setattr(recipe.data, "make", lambda **how: make(**how)._replace(num_labels=5))
+    monkeypatch.setattr(recipe, "functions", lambda _: found)
+    assert evaluate.main([f"--config={runs / 'mae_base_finetune'}"]) == 2
+    assert "params/head/bias differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mae_base_finetune", "mae_base"])
+def test_features_are_of_whole_clean_images(runs, name, tmp_path):
+    run, to = runs / name, tmp_path / "features.npz"
+    assert embed.main([f"--config={run}", f"--to={to}"]) == 0
+    features = np.load(to)
+    assert features["index"].tolist() == list(range(30))
+    assert features["cls"].shape == features["mean"].shape == (30, 64)
+    dataset = recipe.build(recipe.load(str(run))).data
+    batch = next(dataset.evaluation_batches(32))
+    assert (features["label"] == batch["label"][:30]).all()
+    encoder, params = mim_jax.load(str(run))
+    tokens = np.asarray(encoder(params, batch["image"][:30]))
+    assert tokens.shape == (30, 17, 64)
+    np.testing.assert_allclose(features["cls"], tokens[:, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(features["mean"], tokens[:, 1:].mean(1), rtol=1e-4, atol=1e-5)
+    assert ("norm" in params) == (name == "mae_base")
+    if "norm" in params:  # so each token is at mean 0 and variance 1
+        np.testing.assert_allclose(tokens.std(-1), 1, atol=1e-2)
+
+
+@pytest.mark.parametrize("command", [evaluate, embed])
+def test_folders_that_are_no_runs(command, tmp_path, capsys):
+    assert command.main([f"--config={tmp_path}", f"--to={tmp_path / 'x'}"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
