@@ -35,7 +35,7 @@ PARAMETERS = {  # at full size: of the reference where it has the model
     "beit_large_in22k": 311_534_016,
     "beit_large_in22k_finetune": 325_792_593,
     "dvae": 97_616_006,
-    "dvae_cifar10": 1_970_480,
+    "dvae_cifar10": 682_608,
     "dvae_emoji": 2_142_144,
     "emoji_finetune": 1_224_201,
     "emoji_linear": 1_161,
