@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
         temperature_steps=3000,
         kl_weight=0.01,  # mse is small beside a logarithm of a density
         kl_warmup_steps=500,
-        balance=1.0,  # without it few codes are found
+        balance=1.0,  # against codes that nothing uses
         window=20,
     )
     config.data = dict(name="emoji", size=64, crop_scale=(0.6, 1.0), flip=True, crop_fraction=1.0)
