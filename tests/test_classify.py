@@ -452,6 +452,17 @@ def test_accuracies_are_over_each_example_once(options):
         assert accuracy == pytest.approx(right[label == k].mean() if (label == k).any() else 0)
 
 
+def test_labels_that_cannot_be_are_told():
+    """As those of ImageNet's test split, which are all -1."""
+    objective = classify.objective(MODEL, CLASSES)
+    batch = a_batch(16) | {"mask": np.ones(16, np.float32)}
+    batch["label"][:4] = -1, CLASSES, 99, -1
+    params, buffers = objective.init(jax.random.key(3), batch)
+    state = TrainState(jnp.int32(0), params, buffers, ())
+    with pytest.raises(UserError, match=r"25.0% of the images have a label that is none of 0 to 9"):
+        evaluate(objective, state, [batch], mesh=make_mesh(jax.devices()[:1]), seed=0)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

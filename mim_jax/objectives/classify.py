@@ -194,6 +194,11 @@ def objective(
 
     def summarize(means):
         """The figures of the best layer; `by_class`: of each class the share and the accuracy."""
+        if (known := means["share"].sum()) < 1 - 1e-6:
+            raise UserError(
+                f"{1 - known:.1%} of the images have a label that is none of 0 to "
+                f"{num_labels - 1}: choose another data.evaluation_split; some have no labels."
+            )
         best = means["accuracy"].argmax()
         numbers = {name: means[name][best] for name in ("loss", "accuracy", "top5")}
         if len(means["accuracy"]) > 1:
