@@ -1,9 +1,10 @@
-r"""Fine-tuning the small MAE on 268 of the built-in emoji: three minutes on two cores.
+r"""Fine-tuning the small MAE on 268 of the built-in emoji.
 
     python -m mim_jax.main --config=configs/mae_emoji.py
     python -m mim_jax.main --config=configs/emoji_finetune.py
 
-Everything else is as in emoji_scratch.py.
+Of the validation split 60.2 % are told at the end, 54.9 % from scratch: everything else is as in
+emoji_scratch.py. One run each.
 """
 
 from ml_collections import ConfigDict

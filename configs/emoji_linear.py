@@ -3,7 +3,8 @@ r"""A linear probe of the small MAE on 268 of the built-in emoji.
     python -m mim_jax.main --config=configs/mae_emoji.py
     python -m mim_jax.main --config=configs/emoji_linear.py
 
-The encoder is frozen; with --config.init_from.encoder= (nothing) it is one at random.
+The encoder is frozen. Of the validation split 51.9 % are told at the end, 32.5 % where it is one
+at random (--config.init_from.encoder=). One run each.
 """
 
 from ml_collections import ConfigDict
