@@ -45,5 +45,6 @@ def get_config() -> ConfigDict:
     )
     config.evaluate = dict(every_steps=400)
     config.pictures = dict(every_steps=400)
+    config.probe = dict(every_steps=400, images=1340)  # which of nine categories is it?
     config.save = dict(every_steps=400)
     return config

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from ml_collections import ConfigDict
 
 from mim_jax import UserError, command, recipe
 from mim_jax.checkpoint import read_part
@@ -50,18 +51,23 @@ def load(run: str) -> tuple[Callable, dict]:
         raise UserError(f"{run} is a run of {config.objective.name}, which has no encoder.")
     saved, _ = read_part(run, "encoder")
     params = unflatten_dict({tuple(name.split("/")): jnp.asarray(x) for name, x in saved.items()})
+    return encoder_of(config), params
+
+
+def encoder_of(config: ConfigDict) -> Callable:
+    """The encoder of a config, as of `load`."""
     settings = config.model.to_dict()
     if settings["dtype"] == "auto":
         settings["dtype"] = "float32"
     network, mean, std = vit(**settings), config.objective.mean, config.objective.std
-    layers = () if "norm" in params else (network.depth - 1,)
 
     def encoder(params: dict, images: jax.Array) -> jax.Array:
+        layers = () if "norm" in params else (network.depth - 1,)
         images = normalize(jnp.asarray(images), mean, std)
         tokens = network.apply({"params": params}, images, layers=layers)
         return tokens[0] if layers else tokens
 
-    return encoder, params
+    return encoder
 
 
 def write(run: str, overrides: list[str], to: str) -> int:

@@ -31,6 +31,7 @@ from mim_jax.checkpoint import Checkpoints
 from mim_jax.command import Beginning, exit_code, make_folder, parse
 from mim_jax.log import Log, told
 from mim_jax.pictures import draw_sheet
+from mim_jax.probe import Probe
 from mim_jax.sharding import replicated, to_global, whole
 from mim_jax.train import TrainState, evaluate, train
 
@@ -98,6 +99,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     this = recipe.build(config)
     beginning = Beginning(this, config)
     trace = Trace(profile, workdir)
+    probe = Probe(this, config) if config.probe.images else None
     about = claim(config, this, workdir, beginning.bytes)
     checkpoints = Checkpoints(workdir, config.save.keep, about)
     start = checkpoints.latest or 0
@@ -153,6 +155,9 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
             means = evaluate(this.objective, state, batches, mesh=this.mesh, seed=config.seed)
             log.flush()
             log.evaluation(step, means)
+        if probe and due(config.probe):
+            log.flush()
+            log.evaluation(step, probe(state))
         if due(config.pictures) and config.pictures.count:
             path = Path(workdir) / "pictures" / f"step_{step:07d}.png"
             draw(this, state, config, path, f"step {step:,}  {told(metrics)}")

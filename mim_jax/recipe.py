@@ -53,6 +53,7 @@ DEFAULTS = dict(  # a type stands for a value of that type that each config must
     log=dict(every_epochs=0.0, every_steps=50, tensorboard=False, wandb=""),
     evaluate=dict(every_epochs=0.0, every_steps=0, limit=0),  # limit: so many examples, 0: all
     pictures=dict(every_epochs=0.0, every_steps=0, count=12),
+    probe=dict(every_epochs=0.0, every_steps=0, images=0),  # images of each split, 0: no probe
     save=dict(every_epochs=0.0, every_steps=0, keep=3),
 )
 PARTS = {"encoder": ("encoder",), "tokenizer": ("tokenizer", "decoder")}  # by key of init_from
@@ -62,7 +63,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 SUPPLIED = (*NETWORKS, "num_labels", "learning_rate", "process", "processes")
 # What may change while a run goes on; all else is compared with what it was begun with.
 FREE = (
-    *("accumulate", "fsdp", "compile_cache", "model.remat", "log", "evaluate", "pictures", "save"),
+    *("accumulate", "fsdp", "compile_cache", "model.remat"),
+    *("log", "evaluate", "pictures", "probe", "save"),
     *("data.name", "data.data_dir", "data.labels"),  # what is in it decides, its fingerprint
     *("data.threads", "data.workers", "data.evaluation_split", "data.max_bad_fraction"),
     "data.crop_fraction",
@@ -271,6 +273,7 @@ def shrink(config: ConfigDict) -> None:
         "log": dict(every_steps=5),
         "evaluate": dict(every_epochs=0.0, every_steps=10, limit=100),
         "pictures": dict(every_epochs=0.0, every_steps=10),
+        "probe": dict(every_epochs=0.0, every_steps=10),
         "save": dict(every_epochs=0.0, every_steps=10),
     }
     for block, values in small.items():

@@ -25,7 +25,8 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
     "recipe": {"data", "models", "objectives", "optim", "sharding"},
     "command": {"checkpoint", "recipe", "sharding", "train"},
     "inspect": {"command", "convert"},
-    "main": {"checkpoint", "command", "log", "pictures", "recipe", "sharding", "train"},
+    "main": {"checkpoint", "command", "log", "pictures", "probe", "recipe", "sharding", "train"},
+    "probe": {"data", "embed", "recipe", "sharding", "train"},
     "tokenize": {
         *("checkpoint", "command", "models", "objectives", "recipe", "sharding", "train"),
     },

@@ -1,0 +1,74 @@
+"""What is asked of features while an encoder is trained."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mim_jax import UserError, embed, main, probe, recipe
+
+RNG = np.random.default_rng(0)
+
+
+def test_neighbours_vote_by_cosine():
+    """Against the formula written out for one image after the other."""
+    train, test = RNG.normal(size=(50, 8)), RNG.normal(size=(9, 8))
+    labels = RNG.integers(0, 4, 50)
+    expected = []
+    for x in test:
+        cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in train]
+        votes = {}
+        for c, label in sorted(zip(cosines, labels, strict=True), reverse=True)[:5]:
+            votes[label] = votes.get(label, 0) + np.exp(c / 0.07)
+        expected.append(max(votes, key=votes.get))
+    np.testing.assert_array_equal(probe.neighbours(train, labels, test, k=5), expected)
+
+
+def test_a_linear_classifier_finds_what_is_linear_whatever_its_scale():
+    train, test = RNG.normal(size=(400, 6)), RNG.normal(size=(300, 6))
+    weights = RNG.normal(size=(6, 3))
+    labels, asked = (train @ weights).argmax(1), (test @ weights).argmax(1)
+    scale, shift = 10.0 ** np.arange(-3, 3), 100 * RNG.normal(size=6)
+    for x, y in ((train, test), (train * scale + shift, test * scale + shift)):
+        assert (probe.linear(x, labels, y) == asked).mean() > 0.85
+
+
+def test_rank_counts_directions():
+    one = np.outer(RNG.normal(size=100), RNG.normal(size=16))
+    assert probe.rank(one) == pytest.approx(1, abs=0.01)
+    many, _ = np.linalg.qr(RNG.normal(size=(100, 16)))
+    assert probe.rank(many) == pytest.approx(16, rel=0.01)
+    assert probe.rank(7 * many) == pytest.approx(probe.rank(many))
+
+
+def test_a_run_is_probed_on_clean_images(tmp_path):
+    """The figures of a run are those of the features that `embed` writes of its last state."""
+    run = str(tmp_path / "run")
+    small = ["--config.probe.images=96", "--config.probe.every_steps=20", "--config.data.size=32"]
+    arguments = ["--config=configs/mae_emoji.py", "--smoke", *small, f"--workdir={run}"]
+    assert main.main(arguments) == 0
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    *_, said = [line for line in lines if "evaluate/probe_knn" in line]
+    features = {}
+    for split in ("train", "validation"):
+        to = str(tmp_path / f"{split}.npz")
+        assert (
+            embed.main(
+                [f"--config={run}", f"--to={to}", f"--config.data.evaluation_split={split}[:96]"]
+            )
+            == 0
+        )
+        features[split] = np.load(to)
+    train, test = features["train"], features["validation"]
+    for name, predict in (("knn", probe.neighbours), ("linear", probe.linear)):
+        told = predict(train["mean"], train["label"], test["mean"])
+        assert said[f"evaluate/probe_{name}"] == pytest.approx(
+            (told == test["label"]).mean(), abs=0.03
+        )
+    assert said["evaluate/probe_rank"] == pytest.approx(probe.rank(train["mean"]), rel=1e-3)
+
+
+def test_a_tokenizer_has_no_encoder_to_ask():
+    config = recipe.load("configs/dvae_emoji.py", ["probe.images=10"])
+    with pytest.raises(UserError, match="dvae has no encoder"):
+        probe.Probe(recipe.build(config), config)
