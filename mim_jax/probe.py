@@ -3,9 +3,9 @@
 Features are of clean, whole images, the evaluation views: nothing is hidden, nothing drawn. They
 are the mean of the patches' tokens, of training and of evaluation images alike.
 
-What to expect on ImageNet: of MAE's ViT-B after 100 epochs 46 % by a linear probe, 11 % by k-NN, and
+What to expect on ImageNet: of MAE's ViT-B after 100 epochs 46 % by a linear probe, 11 % by k-NN,
 81 % fine-tuned (lightly's benchmarks); of BEiT's last layer some 20 % and 5 %, though it fine-tunes
-well. Low figures of neighbours are no fault: compare runs of one method.
+well. Few right neighbours are no fault: compare runs of one method.
 
 Shapes: n images to learn from, m to tell, d width, k classes.
 """
