@@ -91,15 +91,17 @@ def tokens(patch: tuple[int, int], tokenizer: DVAE) -> Target:
     def init(rng, batch):
         if "tokenizer_image" not in batch:
             raise UserError("to ask for tokens, the config must say data.tokenizer_size, as 112.")
+        views, patches = (batch["tokenizer_image"], batch["image"]), (tokenizer.patch, patch)
+        tokens, n = (patchify(*pair).shape[1] for pair in zip(views, patches, strict=True))
+        if tokens != n:
+            raise UserError(
+                f"the tokenizer gives {tokens} tokens for {n} patches: choose "
+                "data.tokenizer_size such that these are equal."
+            )
         return tokenizer.init(rng, unit(batch["tokenizer_image"]))
 
     def answers(buffers, batch, images):
         found = tokenizer.tokens(buffers["tokenizer"], unit(batch["tokenizer_image"]))
-        if found.shape[1] != (n := patchify(images, patch).shape[1]):
-            raise UserError(
-                f"the tokenizer gives {found.shape[1]} tokens for {n} patches: choose "
-                "data.tokenizer_size such that these are equal."
-            )
         return found[..., None]
 
     def errors(predicted, answers):
