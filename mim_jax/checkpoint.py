@@ -241,7 +241,7 @@ def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
     step = newest(folder)
     if step is None:
         raise UserError(f"{key}: the run in {workdir} has not saved a checkpoint yet.")
-    return manager_of(workdir, read_only=True), step
+    return manager_of(workdir, create=False), step
 
 
 def read_part(workdir: str, part: str) -> tuple[dict[str, np.ndarray], int]:
