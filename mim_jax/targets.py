@@ -6,7 +6,6 @@ Shapes: b images, n patches, m hidden, (p, q) patch, c channels, v vocabulary.
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-import einops
 import jax
 import jax.numpy as jnp
 import optax
@@ -133,9 +132,3 @@ def blank(images: jax.Array, patch: tuple[int, int], places: jax.Array) -> jax.A
     patches = patchify(images, patch)
     nothing = jnp.zeros((*places.shape, patches.shape[-1]), patches.dtype)
     return unpatchify(put(patches, places, nothing), patch, images.shape[1])
-
-
-def lively(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """images (b, H, W, c) -> whether a patch has more than one colour (b, n, 1)."""
-    pixels = einops.rearrange(patchify(images, patch), "b n (pq c) -> b n pq c", c=images.shape[-1])
-    return (jnp.ptp(pixels, axis=2) > 0).any(-1, keepdims=True)

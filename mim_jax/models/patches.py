@@ -33,6 +33,13 @@ def take(tokens: jax.Array, indices: jax.Array) -> jax.Array:
     return jnp.take_along_axis(tokens, indices[..., None], axis=1)
 
 
+def busy(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
+    """images (b, H, W, c) in [0, 1] -> which patches are not all of one colour, nearly (b, n)."""
+    patches, channels = patchify(images, patch), images.shape[-1]
+    pixels = einops.rearrange(patches, "b n (p c) -> b n p c", c=channels)
+    return (jnp.ptp(pixels, axis=2) > 0.02).any(-1)
+
+
 def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
     """Fixed 2-D sine-cosine positions (1, n, d) in float64, as MAE's checkpoints have them.
 

@@ -98,9 +98,7 @@ class ViT(nn.Module):
 
     def token(self, name: str, count: int = 1) -> jax.Array:
         """Learned vectors (1, count, d)."""
-        draw = (
-            nn.initializers.normal(0.02) if self.initializer == "mae" else INITS[self.initializer]
-        )
+        draw = INITS["timm" if self.initializer == "mae" else self.initializer]
         return self.param(name, draw, (1, count, self.width))
 
     def position_table(self, grid: tuple[int, int]) -> jax.Array:

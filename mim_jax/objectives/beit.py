@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from mim_jax import UserError, targets
 from mim_jax.masking import Sampling, corrupt, sample
-from mim_jax.models.patches import patchify, take, unpatchify
+from mim_jax.models.patches import busy, patchify, take, unpatchify
 from mim_jax.models.transformer import INITS, Dense
 from mim_jax.models.vit import ViT, vit
-from mim_jax.objectives import Objective, denormalize, normalize, per_example
+from mim_jax.objectives import Objective, denormalize, normalize, per_example, unit
 
 
 class BEiT(nn.Module):
@@ -104,14 +104,15 @@ def objective(
         return total, count, (means, buffers)
 
     def evaluate(params, buffers, batch, rng):
-        images, _, places, weight, answers, predicted = forward(params, buffers, batch, rng)
+        _, _, places, weight, answers, predicted = forward(params, buffers, batch, rng)
         wanted = take(answers, places)
         found = asked.errors(predicted, wanted)
         sums = jax.tree.map(lambda x: (x * weight).sum(1), found) | {"count": weight.sum(1)}
         if not asked.vocabulary:
             return sums
         # Much of a drawing is blank, which is easy to tell: how well is all else told?
-        lively = weight & take(targets.lively(images, encoder.patch), places)[..., 0]
+        lively = busy(unit(batch["image"]), encoder.patch)
+        lively = weight & jnp.take_along_axis(lively, places, axis=1)
         tokens = jax.nn.one_hot(wanted[..., 0], asked.vocabulary)
         return sums | {
             "accuracy_not_blank": (found["accuracy"] * lively).sum(1),

@@ -19,7 +19,7 @@ import numpy as np
 
 from mim_jax import UserError
 from mim_jax.models.dvae import dvae
-from mim_jax.models.patches import patchify
+from mim_jax.models.patches import busy, patchify
 from mim_jax.objectives import Objective, per_example, unit
 
 
@@ -137,9 +137,8 @@ def objective(
         likelihood = density(network.map_pixels(images), painted).sum((1, 2, 3))
         log_q = jax.nn.log_softmax(logits)
         kl = (jnp.exp(log_q) * (log_q + math.log(v))).sum(-1).reshape(len(images), -1)
-        pixels = cells(images)
-        busy = ((pixels.max(2) - pixels.min(2)).max(-1) > 0.02).astype(logits.dtype)
-        return Forward(images, logits, painted, likelihood, kl, busy)
+        counts = busy(images, network.patch).astype(logits.dtype)
+        return Forward(images, logits, painted, likelihood, kl, counts)
 
     def squared_error(images, painted):
         """-> of each image, in [0, 1] (b,)."""
