@@ -299,11 +299,7 @@ def load(workdir: str) -> tuple[dict, dict, dict]:
 
     Of the newest checkpoint of a run, whatever it was trained on. Raises UserError if it has none.
     """
-    folder = Path(workdir).absolute() / "checkpoints"
-    step = newest(folder) if folder.is_dir() else None
-    if step is None:
-        raise UserError(f"{workdir} is not the folder of a run: it has no checkpoints.")
-    manager = manager_of(workdir, create=False)
+    manager, step = open_run(workdir, "weights")
     there = manager.item_metadata(step)["state"].tree
     source = "ema" if there.get("ema") else "params"
     like = {name: there[name] for name in (source, "buffers") if there.get(name)}
