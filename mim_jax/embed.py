@@ -19,12 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from ml_collections import ConfigDict
 
-from mim_jax import UserError, command, recipe
+from mim_jax import command, recipe
 from mim_jax.checkpoint import read_part
-from mim_jax.models.vit import vit
-from mim_jax.objectives import normalize
 from mim_jax.sharding import replicated, to_global
 
 
@@ -46,28 +43,9 @@ def load(run: str) -> tuple[Callable, dict]:
     integers in their type's range or floats in [0, 1]. Tokens are normalised where the encoder has
     a last norm; one that was fine-tuned with the mean of the patches has none.
     """
-    config = recipe.load(run)
-    if "model" not in config:
-        raise UserError(f"{run} is a run of {config.objective.name}, which has no encoder.")
+    encoder = recipe.encoder(recipe.load(run))
     saved, _ = read_part(run, "encoder")
-    params = unflatten_dict({tuple(name.split("/")): jnp.asarray(x) for name, x in saved.items()})
-    return encoder_of(config), params
-
-
-def encoder_of(config: ConfigDict) -> Callable:
-    """The encoder of a config, as of `load`."""
-    settings = config.model.to_dict()
-    if settings["dtype"] == "auto":
-        settings["dtype"] = "float32"
-    network, mean, std = vit(**settings), config.objective.mean, config.objective.std
-
-    def encoder(params: dict, images: jax.Array) -> jax.Array:
-        layers = () if "norm" in params else (network.depth - 1,)
-        images = normalize(jnp.asarray(images), mean, std)
-        tokens = network.apply({"params": params}, images, layers=layers)
-        return tokens[0] if layers else tokens
-
-    return encoder
+    return encoder, jax.tree.map(jnp.asarray, unflatten_dict(saved, sep="/"))
 
 
 def write(run: str, overrides: list[str], to: str) -> int:

@@ -99,7 +99,10 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     this = recipe.build(config)
     beginning = Beginning(this, config)
     trace = Trace(profile, workdir)
-    probe = Probe(this, config) if config.probe.images else None
+    probe = None
+    if config.probe.images:
+        rows = dict(batch_size=config.batch_size, images=config.probe.images)
+        probe = Probe(recipe.encoder(config), this.data, this.mesh, **rows)
     about = claim(config, this, workdir, beginning.bytes)
     checkpoints = Checkpoints(workdir, config.save.keep, about)
     start = checkpoints.latest or 0

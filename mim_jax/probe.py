@@ -10,38 +10,37 @@ well. Few right neighbours are no fault: compare runs of one method.
 Shapes: n images to learn from, m to tell, d width, k classes.
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 
-from mim_jax import UserError, data, recipe
-from mim_jax.embed import encoder_of
+from mim_jax.data import Data
 from mim_jax.sharding import replicated, to_global, whole
 from mim_jax.train import TrainState
 
 
 class Probe:
-    """Asks the encoder of a run's state about the first `probe.images` images of each split."""
+    """Asks the encoder of a run's state about the first `images` images of each split.
 
-    def __init__(self, this: recipe.Run, config: ConfigDict):
-        if "model" not in config:
-            raise UserError(f"{config.objective.name} has no encoder: say probe.images=0.")
-        settings = config.data.to_dict() | dict(evaluation_split=config.data.split)
-        hosts = dict(process=jax.process_index(), processes=jax.process_count())
-        self.mesh, self.rows, self.images = this.mesh, config.batch_size, config.probe.images
-        self.splits = data.make(**settings, **hosts), this.data
-        encoder = encoder_of(config)
+    encoder(params, images (b, H, W, c)) -> tokens (b, 1 + n, d).
+    """
+
+    def __init__(self, encoder: Callable, data: Data, mesh: Mesh, *, batch_size: int, images: int):
+        self.data, self.mesh = data, mesh
+        self.batch_size, self.images = batch_size, images
 
         def look(params, batch):
             tokens = encoder(params, batch.pop("image"))
             return batch | {"features": tokens[:, 1:].mean(1)}
 
-        self.look = jax.jit(look, out_shardings=replicated(this.mesh))
+        self.look = jax.jit(look, out_shardings=replicated(mesh))
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """-> {"probe_rank": ..., and where there are labels "probe_knn", "probe_linear"}."""
         params = whole(state.averaged["encoder"], self.mesh)
-        known, asked = (self.features(params, split) for split in self.splits)
+        known, asked = (self.features(params, training) for training in (True, False))
         found = {"probe_rank": rank(known["features"])}
         if "label" in known:
             train, labels, test = known["features"], known["label"], asked["features"]
@@ -49,10 +48,11 @@ class Probe:
                 found[f"probe_{name}"] = np.mean(predict(train, labels, test) == asked["label"])
         return found
 
-    def features(self, params: dict, split: data.Data) -> dict[str, np.ndarray]:
+    def features(self, params: dict, training: bool) -> dict[str, np.ndarray]:
         """-> {"features": (n, d), "label": (n,)} of all processes' images."""
         rows, names = [], ("image", "label", "mask")
-        for batch in split.evaluation_batches(self.rows, limit=self.images):
+        limits = dict(limit=self.images, of_training=training)
+        for batch in self.data.evaluation_batches(self.batch_size, **limits):
             batch = to_global({name: batch[name] for name in names if name in batch}, self.mesh)
             seen = jax.tree.map(np.asarray, self.look(params, batch))
             counts = seen.pop("mask") > 0

@@ -26,13 +26,13 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
     "command": {"checkpoint", "recipe", "sharding", "train"},
     "inspect": {"command", "convert"},
     "main": {"checkpoint", "command", "log", "pictures", "probe", "recipe", "sharding", "train"},
-    "probe": {"data", "embed", "recipe", "sharding", "train"},
+    "probe": {"data", "sharding", "train"},
     "tokenize": {
         *("checkpoint", "command", "models", "objectives", "recipe", "sharding", "train"),
     },
     "check": {"command", "data", "objectives", "pictures", "recipe", "sharding", "train"},
     "evaluate": {"checkpoint", "command", "recipe", "train"},
-    "embed": {"checkpoint", "command", "models", "objectives", "recipe", "sharding"},
+    "embed": {"checkpoint", "command", "recipe", "sharding"},
     "__init__": {"embed"},
 }
 NOT_IN = {  # packages that a room has nothing to do with

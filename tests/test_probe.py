@@ -71,4 +71,4 @@ def test_a_run_is_probed_on_clean_images(tmp_path):
 def test_a_tokenizer_has_no_encoder_to_ask():
     config = recipe.load("configs/dvae_emoji.py", ["probe.images=10"])
     with pytest.raises(UserError, match="dvae has no encoder"):
-        probe.Probe(recipe.build(config), config)
+        recipe.encoder(config)

@@ -31,7 +31,9 @@ class Data(NamedTuple):
     # Iterators over this process's rows of the global batches, as dicts of numpy arrays. `on_bad`
     # is told the name and the reason of each file that turns out to be unusable.
     training_batches: Callable  # (batch_size, *, seed, start, stop, on_bad) -> steps start..stop
-    evaluation_batches: Callable  # (batch_size, *, limit, on_bad) -> each example once, and padding
+    # (batch_size, *, limit, of_training, on_bad) -> each example of the evaluation split once, or
+    # of the training split in the same views, and padding.
+    evaluation_batches: Callable
 
 
 def make(
@@ -133,18 +135,21 @@ def make(
         return bad_in_training.noted(batches, on_bad)
 
     def evaluation_batches(
-        batch_size: int, *, limit: int = 0, on_bad: Callable = ignore
+        batch_size: int, *, limit: int = 0, of_training: bool = False, on_bad: Callable = ignore
     ) -> Iterator[dict]:
-        count = min(limit or len(evaluation.examples), len(evaluation.examples))
+        source, bad_files = evaluation, bad_in_evaluation
+        if of_training:
+            source, bad_files = train, bad_in_training
+        count = min(limit or len(source.examples), len(source.examples))
         batches = -(-count // batch_size)
 
         def row(i: int) -> dict:
-            example = usable(view.map, evaluation.examples, min(i, count - 1))
+            example = usable(view.map, source.examples, min(i, count - 1))
             counts = i < count and example["bad"] < 0
             return example | {"index": np.int32(i), "mask": np.float32(counts)}
 
         dataset = grain.MapDataset.range(batches * batch_size).map(row)
-        return bad_in_evaluation.noted(stream(dataset, 0, batches, batch_size), on_bad)
+        return bad_files.noted(stream(dataset, 0, batches, batch_size), on_bad)
 
     return Data(
         examples=len(train.examples),
