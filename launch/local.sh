@@ -3,8 +3,8 @@
 #
 #     launch/local.sh 2 --config=configs/mae_base.py --smoke --workdir=runs/smoke
 #
-# The first process speaks; the others write to $WORK/process_N.log. One that fails ends them all;
-# SIGTERM or Ctrl-C lets all save and stop.
+# The first process speaks; the others write to $WORK/process_N.log. One that fails ends them all,
+# and the last words of the others are shown; SIGTERM or Ctrl-C lets all save and stop.
 set -euo pipefail
 count=${1:?how many processes}; shift
 port=$((20000 + RANDOM % 20000))
@@ -18,5 +18,9 @@ for ((i = count - 1; i >= 0; i--)); do
     python -m mim_jax.main "$@" --distributed="localhost:$port,$count,$i" >"$out" 2>&1 &
 done
 for ((i = 0; i < count; i++)); do
-    wait -n || { status=$?; echo "a process failed; see $work" >&2; exit "$status"; }
+    wait -n && continue
+    status=$?
+    echo "a process failed; the others' logs, in $work, end so:" >&2
+    tail -n 5 "$work"/process_[1-9]*.log >&2 2>/dev/null || true
+    exit "$status"
 done
