@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
         lr=1.5e-3,  # table 12, for this batch
         min_lr=1e-5,  # table 12
         warmup_epochs=10.0,  # table 12
+        schedule="beit",  # utils.py
         weight_decay=0.05,  # table 12
         undecayed=("cls_token", "positions"),  # modeling_pretrain.py
         clip_norm=3.0,  # table 12

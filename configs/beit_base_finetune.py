@@ -19,4 +19,5 @@ def get_config() -> ConfigDict:
     config.optimizer.base_lr = 0.0
     config.optimizer.lr = 4e-3  # table 13: the best of 2e-3 to 5e-3; README.md
     config.optimizer.warmup_epochs = 20.0  # table 13
+    config.optimizer.schedule = "beit"  # utils.py
     return config

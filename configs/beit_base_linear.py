@@ -26,5 +26,6 @@ def get_config() -> ConfigDict:
         head_std=0.01,
     )
     config.data.clip_crop = False
+    config.data.interpolation = "bilinear"
     config.optimizer = dict(name="adamw", lr=4e-3, weight_decay=1e-4)  # appendix D
     return config

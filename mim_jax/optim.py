@@ -1,6 +1,7 @@
 """How to step: optax transformations by the names that configs use."""
 
 import functools
+from typing import Literal
 
 import jax
 import optax
@@ -8,14 +9,20 @@ import optax
 from mim_jax import UserError
 
 
-def warmup_cosine(lr: float, *, min_lr: float, warmup_steps: int, steps: int) -> optax.Schedule:
+def warmup_cosine(
+    lr: float, *, min_lr: float, warmup_steps: int, steps: int, code: Literal["mae", "beit"] = "mae"
+) -> optax.Schedule:
     """Step (0, 1, ...) -> learning rate: linear from 0 to `lr`, then half a cosine to `min_lr`.
 
-    MAE's schedule at every step instead of every epoch; the first step's rate is 0.
+    The first rate is 0. By MAE's code (util/lr_sched.py, here at every step) the warm-up would
+    reach `lr` with the cosine's first step; by BEiT's (utils.cosine_scheduler) it ends at `lr`, and
+    the cosine begins there once more.
     """
     if not warmup_steps < steps:
         raise UserError(f"a warm-up of {warmup_steps} steps does not end before step {steps}.")
-    return optax.warmup_cosine_decay_schedule(0.0, lr, warmup_steps, steps, min_lr)
+    warmup = optax.linear_schedule(0.0, lr, warmup_steps - (code == "beit"))
+    cosine = optax.cosine_decay_schedule(lr, steps - warmup_steps, alpha=min_lr / lr)
+    return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
 def matrices(params: dict, but: tuple[str, ...] = ()) -> dict:

@@ -47,6 +47,7 @@ DEFAULTS = dict(  # a type stands for a value of that type that each config must
         warmup_steps=0,
         decay_epochs=0.0,  # when it is min_lr; 0: at the end
         decay_steps=0,
+        schedule="mae",  # or "beit": by whose code, see optim.warmup_cosine
         clip_norm=0.0,  # 0: gradients are not clipped
     ),
     ema=0.0,  # decay of the average of the parameters that is evaluated; 0: there is none
@@ -339,7 +340,11 @@ def build(config: ConfigDict) -> Run:
     warmup = in_steps(config.optimizer, "warmup", steps_per_epoch)
     decay = in_steps(config.optimizer, "decay", steps_per_epoch) or steps
     schedule = optim.warmup_cosine(
-        lr, min_lr=config.optimizer.min_lr, warmup_steps=warmup, steps=decay
+        lr,
+        min_lr=config.optimizer.min_lr,
+        warmup_steps=warmup,
+        steps=decay,
+        code=choose("optimizer.schedule", config.optimizer.schedule, ("mae", "beit")),
     )
     takes = inspect.signature(optim.OPTIMIZERS[config.optimizer.name]).parameters
     optimizer = optim.OPTIMIZERS[config.optimizer.name](

@@ -383,6 +383,14 @@ def test_learning_rates_are_the_recipes():
         optim.warmup_cosine(1.0, min_lr=0.0, warmup_steps=5, steps=5)
 
 
+def test_learning_rates_are_beit_s():
+    """The golden values of the reference's table: 100 steps, 20 of warm-up."""
+    schedule = optim.warmup_cosine(1.5e-3, min_lr=1e-5, warmup_steps=20, steps=100, code="beit")
+    golden = {0: 0.0, 1: 7.8947e-5, 19: 0.0015, 20: 0.0015, 21: 0.00149943, 99: 1.05744e-5}
+    for step, lr in golden.items():
+        assert float(schedule(step)) == pytest.approx(lr, rel=1e-5)
+
+
 def test_what_decays():
     """ViT-B: of the reference's 252 trainable tensors 85 decay, class and mask token among them."""
     objective = mae.objective(dict(size="B"))
