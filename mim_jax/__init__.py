@@ -10,11 +10,12 @@ class UserError(ValueError):
     """
 
 
-def load(run: str):
-    """The encoder of a run, for a notebook: `encoder, params = mim_jax.load("runs/mae_base")`.
+def load(source, **known):
+    """The encoder of a run or of a file: `encoder, params = mim_jax.load("runs/mae_base")`.
 
-    encoder(params, images (b, H, W, c)) -> tokens (b, 1 + n, d), the class token first.
+    encoder(params, images (b, H, W, c)) -> tokens (b, 1 + n, d), the class token first. `known` is
+    what the source does not say, as for `mim_jax.embed.load`.
     """
     from mim_jax.embed import load  # here, so that importing mim_jax costs nothing
 
-    return load(run)
+    return load(source, **known)

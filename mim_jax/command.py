@@ -120,6 +120,9 @@ def make_folder(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes:
                 f"{workdir} holds converted weights: say --config.init_from.encoder={workdir}, or "
                 "tokenizer, and another --workdir."
             )
+        # A key that is newer than the run has its default: the run had no other.
+        defaults = recipe.trajectory(recipe.load(workdir), this.data)
+        begun = json.loads(json.dumps(defaults)) | begun
         changes = [
             f"{key} is {trajectory.get(key)!r}, was {begun.get(key)!r}"
             for key in sorted(begun | trajectory)

@@ -1,28 +1,32 @@
 r"""Writes what a trained encoder makes of a data set: features for whatever comes next.
 
     python -m mim_jax.embed --config=runs/mae_base --to=features.npz
-    python -m mim_jax.embed --config=runs/mae_base --to=train.npz \
-        --config.data.evaluation_split=train
+    python -m mim_jax.embed --config=runs/mae_base --to=train --config.data.evaluation_split=train
 
 --config is the folder of a run. Written are, for the evaluation views of its evaluation split,
 nothing hidden: `cls` (images, d), the class token; `mean` (images, d), of the patches; `index`
-(images,), their places in the split; `label`, where there are labels. Exit codes: 0 done, 2 a
-mistake in what was asked for.
+(images,), their places in the split; `label`, where there are labels. --to is an .npz, or a folder:
+there they lie in an array_record file, which `tfds.builder_from_directory` reads. Exit codes: 0
+done, 2 a mistake in what was asked for.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+import tensorflow_datasets as tfds
 
-from mim_jax import command, recipe
-from mim_jax.checkpoint import read_part
+from mim_jax import UserError, command, recipe
+from mim_jax.convert import files
+from mim_jax.data.records import shard_path, write_info, write_shard
+from mim_jax.objectives import whole_images
 from mim_jax.sharding import replicated, to_global
+
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,21 +35,33 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m mim_jax.embed", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--config", required=True, help="the folder of a run")
-    parser.add_argument("--to", required=True, help="the .npz to write")
+    parser.add_argument("--to", required=True, help="the .npz or the folder to write")
     options, overrides = command.parse(parser, argv)
     return command.exit_code(lambda: write(options.config, overrides, options.to), options.to)
 
 
-def load(run: str) -> tuple[Callable, dict]:
-    """The encoder of a run: `encoder, params = load(run)`.
+def load(
+    source: str | Path, *, mean: tuple = (), std: tuple = (), heads: int = 0
+) -> tuple[Callable, dict]:
+    """The encoder of a run, a file of weights or a folder of Hugging Face.
 
     encoder(params, images (b, H, W, c)) -> tokens (b, 1 + n, d), the class token first. Images are
     integers in their type's range or floats in [0, 1]. Tokens are normalised where the encoder has
-    a last norm; one that was fine-tuned with the mean of the patches has none.
+    a last norm; one that was fine-tuned with the mean of the patches has none. What the source does
+    not say can be given: mean and std of the images (otherwise ImageNet's), the number of heads.
+
+        encoder, params = load("runs/mae_base")
     """
-    encoder = recipe.encoder(recipe.load(run))
-    saved, _ = read_part(run, "encoder")
-    return encoder, jax.tree.map(jnp.asarray, unflatten_dict(saved, sep="/"))
+    params, about, _ = files.load(source, heads=heads)
+    if "encoder" not in params:
+        raise UserError(f"{source} holds a tokenizer, not an encoder: say mim_jax.tokenize.")
+    said = {name: value for name, value in (("mean", mean), ("std", std)) if value}
+    statistics = IMAGENET | {k: about.facts[k] for k in IMAGENET if k in about.facts} | said
+    if missing := [name for name in IMAGENET if name not in (about.facts | said)]:
+        unknown = " and ".join(missing)
+        print(f"{source} does not say its images' {unknown}: ImageNet's are used", file=sys.stderr)
+    encoder = whole_images(about.encoder, **statistics)
+    return encoder, jax.tree.map(jnp.asarray, params["encoder"])
 
 
 def write(run: str, overrides: list[str], to: str) -> int:
@@ -59,19 +75,55 @@ def write(run: str, overrides: list[str], to: str) -> int:
         return {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
 
     pooled = jax.jit(pooled, out_shardings=replicated(this.mesh))
-    Path(to).parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with open(to, "wb") as file:  # before the work, which is lost if this cannot be
+
+    def rows() -> Iterator[dict[str, np.ndarray]]:
+        """Batch after batch, those that count."""
         for batch in this.data.evaluation_batches(config.batch_size):
             images = to_global({"image": batch["image"]}, this.mesh)["image"]
             features = jax.tree.map(np.asarray, pooled(images))
             notes = {name: batch[name] for name in ("index", "label") if name in batch}
             counts = batch["mask"] > 0
-            rows.append({name: x[counts] for name, x in (features | notes).items()})
-        found = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        np.savez_compressed(file, **found)
-    print(f"{to}: {len(found['cls']):,} images, {found['cls'].shape[1]} numbers each")
+            yield {name: x[counts] for name, x in (features | notes).items()}
+
+    save = save_npz if to.endswith(".npz") else save_records
+    count, width = save(Path(to), rows(), config.data.evaluation_split)
+    print(f"{to}: {count:,} images, {width} numbers each")
     return 0
+
+
+def save_npz(path: Path, rows: Iterator[dict], split: str) -> tuple[int, int]:
+    """Writes rows in one file. -> how many there are, and their width."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:  # before the work, which is lost if this cannot be
+        batches = list(rows)
+        found = {name: np.concatenate([row[name] for row in batches]) for name in batches[0]}
+        np.savez_compressed(file, **found)
+    return found["cls"].shape
+
+
+def save_records(folder: Path, rows: Iterator[dict], split: str) -> tuple[int, int]:
+    """The same as a data set of TFDS, row by row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: say another --to.")
+    batch = next(rows)
+    features = tfds.features.FeaturesDict(
+        {name: tfds.features.Tensor(shape=x.shape[1:], dtype=x.dtype) for name, x in batch.items()}
+    )
+    split, count = "".join(c if c.isalnum() else "_" for c in split).strip("_"), 0
+
+    def examples() -> Iterator[dict]:
+        nonlocal count
+        for part in (batch, *rows):
+            for values in zip(*part.values(), strict=True):
+                yield dict(zip(part, values, strict=True))
+                count += 1
+
+    path = shard_path(folder, "features", split, 0, 1)
+    write_shard(path, features, examples())
+    infos = {split: ([count], path.stat().st_size)}
+    write_info(folder, "features", features, infos, {}, "Features of whole, clean images.")
+    return count, batch["cls"].shape[1]
 
 
 if __name__ == "__main__":

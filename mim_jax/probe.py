@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from mim_jax.data import Data
@@ -39,7 +40,9 @@ class Probe:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """-> {"probe_rank": ..., and where there are labels "probe_knn", "probe_linear"}."""
-        params = whole(state.averaged["encoder"], self.mesh)
+        # What of a classifier's encoder is frozen lies among the buffers.
+        parts = (flatten_dict(x.get("encoder", {})) for x in (state.buffers, state.averaged))
+        params = whole(unflatten_dict({k: x for part in parts for k, x in part.items()}), self.mesh)
         known, asked = (self.features(params, training) for training in (True, False))
         found = {"probe_rank": rank(known["features"])}
         if "label" in known:

@@ -370,25 +370,16 @@ def build(config: ConfigDict) -> Run:
 
 
 def encoder(config: ConfigDict) -> Callable:
-    """(params, images (b, H, W, c)) -> tokens (b, 1 + n, d), nothing hidden, nothing dropped.
+    """The run's encoder as `objectives.whole_images` has it.
 
-    Images are integers in their type's range or floats in [0, 1]; tokens are normalised where the
-    encoder has a last norm. Raises UserError where the config's objective has no encoder.
+    Raises UserError where the config's objective has none.
     """
     if "model" not in config:
         raise UserError(f"{config.objective.name} has no encoder.")
     settings = config.model.to_dict()
     if settings["dtype"] == "auto":
         settings["dtype"] = "float32"
-    network, mean, std = vit(**settings), config.objective.mean, config.objective.std
-
-    def encode(params: dict, images: jax.Array) -> jax.Array:
-        layers = () if "norm" in params else (network.depth - 1,)
-        images = objectives.normalize(jnp.asarray(images), mean, std)
-        tokens = network.apply({"params": params}, images, layers=layers)
-        return tokens[0] if layers else tokens
-
-    return encode
+    return objectives.whole_images(vit(**settings), config.objective.mean, config.objective.std)
 
 
 def hidden(config: ConfigDict, height: int, width: int) -> str:

@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 import mim_jax
 from mim_jax import embed, evaluate, main, recipe
+from mim_jax.convert.files import load, save
+from mim_jax.convert.read import read
 
 SMALL = ["--config.steps=3", "--config.evaluate.limit=0", "--config.pictures.count=0"]
 SMALL += ["--config.data.evaluation_split=validation[:30]"]
@@ -66,6 +69,39 @@ def test_features_are_of_whole_clean_images(runs, name, tmp_path):
     assert ("norm" in params) == (name == "mae_base")
     if "norm" in params:  # so each token is at mean 0 and variance 1
         np.testing.assert_allclose(tokens.std(-1), 1, atol=1e-2)
+
+
+def test_features_as_a_data_set(runs, tmp_path, capsys):
+    run, folder = runs / "mae_base", tmp_path / "features"
+    for to in (folder, tmp_path / "features.npz"):
+        assert embed.main([f"--config={run}", f"--to={to}"]) == 0
+    expected = np.load(tmp_path / "features.npz")
+    source = tfds.builder_from_directory(folder).as_data_source("validation__30")
+    assert len(source) == 30
+    for i, row in enumerate(source):
+        assert row.keys() == {"cls", "mean", "index", "label"}
+        for name, value in row.items():
+            np.testing.assert_array_equal(value, expected[name][i])
+    assert embed.main([f"--config={run}", f"--to={folder}"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_encoders_of_files(runs, tmp_path, capsys):
+    """What is converted is the same function, whatever it lies in."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    encoder, params = mim_jax.load(runs / "mae_base")
+    expected = encoder(params, images)
+    for to, name in (("timm", "encoder.safetensors"), ("hf", "folder"), ("mim_jax", "converted")):
+        save(tmp_path / name, *load(runs / "mae_base")[:2], to)
+        encoder, params = mim_jax.load(tmp_path / name)
+        np.testing.assert_allclose(encoder(params, images), expected, rtol=1e-6, atol=1e-6)
+    assert not capsys.readouterr().err
+    arrays, _ = read(tmp_path / "encoder.safetensors")
+    safetensors.save_file(arrays, tmp_path / "bare.safetensors")
+    encoder, params = mim_jax.load(tmp_path / "bare.safetensors", heads=2, mean=(0.5,))
+    assert "does not tell its images' std: ImageNet's are taken" in capsys.readouterr().err
+    assert encoder(params, images).shape == expected.shape
 
 
 @pytest.mark.parametrize("command", [evaluate, embed])

@@ -32,7 +32,7 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
     },
     "check": {"command", "data", "objectives", "pictures", "recipe", "sharding", "train"},
     "evaluate": {"checkpoint", "command", "recipe", "train"},
-    "embed": {"checkpoint", "command", "recipe", "sharding"},
+    "embed": {"command", "convert", "data", "objectives", "recipe", "sharding"},
     "__init__": {"embed"},
 }
 NOT_IN = {  # packages that a room has nothing to do with

@@ -89,6 +89,19 @@ def test_another_trajectory_is_refused(finished, command):
     assert "Traceback" not in other.stderr
 
 
+def test_a_run_from_before_a_key_was_there_goes_on(finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    record = json.loads((tmp_path / "config.json").read_text())
+    for keys in (record["trajectory"], record["config"]["optimizer"]):
+        for key in ("schedule", "optimizer.schedule"):
+            keys.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert main.main(smoke(tmp_path)[1:]) == 0
+    assert "is done" in capsys.readouterr().out
+    assert main.main(smoke(tmp_path, "--config.optimizer.schedule=beit")[1:]) == 2
+    assert "optimizer.schedule is 'beit', was 'mae'" in capsys.readouterr().err
+
+
 def test_a_run_that_is_killed_goes_on_to_the_last_bit(finished, tmp_path):
     """SIGKILL between two checkpoints: the log's tail goes, and the losses are the same numbers."""
     call = [sys.executable, "-m", *smoke(tmp_path, "--config.save.every_steps=4")]

@@ -41,11 +41,12 @@ def test_rank_counts_directions():
     assert probe.rank(7 * many) == pytest.approx(probe.rank(many))
 
 
-def test_a_run_is_probed_on_clean_images(tmp_path):
+@pytest.mark.parametrize("config", ["mae_emoji", "emoji_linear"])  # all trained; all frozen
+def test_a_run_is_probed_on_clean_images(config, tmp_path):
     """The figures of a run are those of the features that `embed` writes of its last state."""
     run = str(tmp_path / "run")
     small = ["--config.probe.images=96", "--config.probe.every_steps=20", "--config.data.size=32"]
-    arguments = ["--config=configs/mae_emoji.py", "--smoke", *small, f"--workdir={run}"]
+    arguments = [f"--config=configs/{config}.py", "--smoke", *small, f"--workdir={run}"]
     assert main.main(arguments) == 0
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     *_, said = [line for line in lines if "evaluate/probe_knn" in line]

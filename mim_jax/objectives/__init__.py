@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -50,6 +51,22 @@ def normalize(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
         )
     images = unit(images)
     return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+
+
+def whole_images(encoder: nn.Module, mean: tuple, std: tuple) -> Callable:
+    """An encoder as a function (params, images (b, H, W, c)) -> tokens (b, 1 + n, d).
+
+    Nothing is hidden, nothing dropped. Images are integers in their type's range or floats in
+    [0, 1]; tokens are normalised where params have a last norm.
+    """
+
+    def encode(params: dict, images: jax.Array) -> jax.Array:
+        layers = () if "norm" in params else (encoder.depth - 1,)
+        images = normalize(jnp.asarray(images), mean, std)
+        tokens = encoder.apply({"params": params}, images, layers=layers)
+        return tokens[0] if layers else tokens
+
+    return encode
 
 
 def denormalize(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
