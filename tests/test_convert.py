@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mim_jax import UserError
+from mim_jax import UserError, recipe
 from mim_jax.checkpoint import init_part
 from mim_jax.convert import __main__ as convert
 from mim_jax.convert import check, from_torch, to_torch
@@ -20,12 +20,14 @@ from mim_jax.convert.read import read
 from mim_jax.convert.states import sines
 from mim_jax.inspect import main as inspect
 from mim_jax.models.dvae import dvae
+from mim_jax.models.vit import vit
 from mim_jax.train import TrainState
 from tests.official import mae_shapes, to_params
 from tests.timm_models import timm_models
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+torch_models = pytest.importorskip("mim_jax.convert.torch_models")
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
 SHAPE |= dict(image_size=32, patch_size=8, layer_norm_eps=1e-6)
@@ -156,15 +158,19 @@ TIMMS = {
     "beit_own": ("beit.Beit", RELATIVE | dict(use_rel_pos_bias=True)),
     "beit_shared": ("beit.Beit", RELATIVE | dict(use_shared_rel_pos_bias=True)),
     "beit_absolute": ("beit.Beit", dict(global_pool="token")),
+    "hybrid": (  # of an odd number of rows
+        "vision_transformer_hybrid.vit_base_r50_s16_224",
+        dict(img_size=(48, 32), patch_size=1, depth=1),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", TIMMS)
-def test_timm_both_ways(name):
+def test_timm_both_ways(name, monkeypatch):
     kind, settings = TIMMS[name]
     module = randomize(attrgetter(kind)(timm_models())(**TIMM | settings))
-    state = module.state_dict()
-    params, about = from_torch({f"module.{key}": x for key, x in state.items()}, heads=4)
+    state, size = module.state_dict(), settings.get("img_size")
+    params, about = from_torch({f"module.{key}": x for key, x in state.items()}, heads=4, size=size)
     back = to_torch(params, about, layout="timm")
     assert_identical(back, {key: x.numpy() for key, x in state.items()})
     module, batch = module.double(), check.example(about)
@@ -175,9 +181,11 @@ def test_timm_both_ways(name):
         del answers["logits"]
     ours = check.run(exact(params), about, batch)
     assert_same_numbers(ours, {key: x.numpy() for key, x in answers.items()})
-    title, far = check.differences(params, about, "timm")  # what --check does
-    assert title.startswith("timm ")
-    assert max(far.values()) < check.TOLERANCE
+    for ran in ("timm ", "plain torch"):  # what --check does with timm, and without it
+        title, far = check.differences(params, about, "timm")
+        assert title.startswith(ran)
+        assert max(far.values()) < check.TOLERANCE
+        monkeypatch.setattr(torch_models, "of_timm", lambda *_: None)
 
 
 def official_mae() -> dict[str, np.ndarray]:
@@ -435,6 +443,29 @@ def test_images_of_another_size(tmp_path, capsys):
     table = "beit.encoder.layer.0.attention.attention.relative_position_bias."
     table = read(tmp_path / "beit" / "model.safetensors")[0][f"{table}relative_position_bias_table"]
     assert table.shape == (11 * 11 + 3, 4)
+
+
+def test_a_hybrid_begins_a_run(tmp_path, capsys):
+    """A file of timm becomes a run that init_from.encoder takes; no other code has its stem."""
+    kind, settings = TIMMS["hybrid"]
+    module = attrgetter(kind)(timm_models())(**TIMM | settings | dict(img_size=32))
+    torch.save(module.state_dict(), tmp_path / "a.pth")
+    assert convert.main([f"{tmp_path}/a.pth", f"{tmp_path}/run", "--to=mim_jax", "--heads=4"]) == 0
+    assert "4 heads, patches of 16 x 16 from a resnet50" in capsys.readouterr().out
+
+    model = recipe.load("configs/vit_hybrid_base.py").model.to_dict()
+    network = vit(**model | dict(width=32, depth=1, heads=4, dtype="float32"))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))["params"]
+    encoder = jax.tree.map(lambda x: jax.numpy.zeros(x.shape), shapes)
+    begun = init_part(TrainState(0, {"encoder": encoder}, {}, ()), "encoder", f"{tmp_path}/run")
+    params, _ = from_torch(module.state_dict(), heads=4)
+    jax.tree.map(np.testing.assert_array_equal, begun.params["encoder"], params["encoder"])
+
+    assert convert.main([f"{tmp_path}/run", f"{tmp_path}/b.pth", "--to=timm"]) == 0
+    assert_identical(read(tmp_path / "b.pth")[0], read(tmp_path / "a.pth")[0])
+    for to in ("mae", "beit", "hf"):
+        assert convert.main([f"{tmp_path}/run", f"{tmp_path}/c.pth", f"--to={to}"]) == 2
+        assert "a ResNet before the encoder is in timm's ViT alone" in capsys.readouterr().err
 
 
 def test_images_that_are_not_square(tmp_path, capsys):

@@ -17,6 +17,7 @@ from mim_jax.convert.about import About, describe, expected, square
 from mim_jax.convert.fit import fit
 from mim_jax.convert.tables import BUFFERS, LAYOUTS, PREFIXES, SPELLINGS
 from mim_jax.models.patches import relative_index, sincos2d
+from mim_jax.models.stem import STRIDE
 
 HEADLESS = (r"(vit\.)?pooler\.dense\.\w+", r"head\.\d+\..*", r"(student|predictor)\..*")
 UPWARDS = r"decoder/layer_\d+/kernel"  # of the transposed convolutions
@@ -48,7 +49,8 @@ def from_torch(
         flat = {f"{half}/{path}": value for path, value in flat.items()}
     if EMBED in flat:
         kernel = next(v for name, v in named.items() if rename(name, layout) == EMBED)
-        known = {"patch": kernel.shape[-2:], **known}
+        patch = (STRIDE, STRIDE) if "encoder/stem/conv/kernel" in flat else kernel.shape[-2:]
+        known = {"patch": patch, **known}
         grid = known.get("grid") or grid_of(flat, known["patch"], size)
         had = "encoder/positions" in flat
         flat, known["grid"] = without_fixed(flat, grid)
@@ -209,7 +211,7 @@ def our_value(path: str, name: str, value: np.ndarray) -> np.ndarray:
 def their_value(path: str, value: np.ndarray, about: About) -> np.ndarray:
     """Undoes `our_value`."""
     if path == EMBED:
-        p, q = about.patch
+        p, q = about.patch if about.model["stem"] == "none" else (1, 1)
         value = einops.rearrange(value, "(p q c) d -> d c p q", p=p, q=q)
     elif re.fullmatch(UPWARDS, path):
         value = einops.rearrange(value[::-1, ::-1], "p q i o -> i o p q")
