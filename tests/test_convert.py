@@ -235,6 +235,54 @@ def test_the_official_beit():
     assert far["logits"] < check.TOLERANCE
 
 
+def test_the_encoder_of_a_segmentation(tmp_path, capsys):
+    """Official and Hugging Face's: features are those of blocks, neck and heads stay behind."""
+    settings = SHAPE | dict(num_hidden_layers=4, use_relative_position_bias=True, num_labels=3)
+    settings |= dict(out_indices=[1, 2, 3, 4], pool_scales=[1, 2], auxiliary_channels=8)
+    module = transformers.BeitForSemanticSegmentation(transformers.BeitConfig(**settings))
+    state = written(randomize(module), tmp_path / "hf")
+    params, about = from_torch(state)
+    assert (about.layout, about.kind) == ("hf_beit", "encoder")
+    beside = {key for key in state if not key.startswith("beit.")}
+    assert {"fpn1.1.running_var", "fpn2.0.bias", "decode_head.classifier.bias"} < beside
+    assert set(about.left_out) == beside
+    again, _ = from_torch(module.state_dict())  # whose neck transformers 5 calls otherwise
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    alone = {key.removeprefix("beit."): x for key, x in state.items() if key not in beside}
+    assert_identical(to_torch(params, about, layout="hf"), alone)
+
+    batch = check.example(about)
+    images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        found = module.double()(images, output_hidden_states=True).hidden_states
+    with jax.enable_x64(True):
+        encoder = vit(**about.model | dict(dtype="float64"))
+        inner = {"params": exact(params)["encoder"]}
+        ours = encoder.apply(inner, batch["image"], layers=(0, 1, 2, 3))
+        assert_same_numbers(dict(enumerate(ours)), dict(enumerate(x.numpy() for x in found[1:])))
+
+    official = to_torch(params, about, layout="beit")
+    assert sum(key.endswith("relative_position_index") for key in official) == 4
+    whole = {f"backbone.{key}": x for key, x in official.items()}
+    whole |= {f"backbone.{key}" if "fpn" in key else key: state[key] for key in beside}
+    again, about = from_torch({"meta": {"epoch": 1}, "state_dict": whole})
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert about.layout == "beit_finetuned"
+    assert len(about.left_out) == len(beside) + 4
+    whole = {key: torch.tensor(x) for key, x in whole.items()}
+    torch.save({"state_dict": whole}, tmp_path / "a.pth")
+    for source, destination, to in (
+        ("a.pth", "run", "mim_jax"),
+        ("run", "alone", "hf"),
+        ("alone", "b.pth", "beit"),
+        ("b.pth", "c.pth", "timm"),
+    ):
+        arguments = [f"{tmp_path}/{source}", f"{tmp_path}/{destination}", f"--to={to}", "--check"]
+        assert convert.main(arguments) == 0
+        assert "no norm at its end" in capsys.readouterr().out
+    assert_identical(read(tmp_path / "b.pth")[0], official)
+
+
 def test_a_linear_probe_and_a_projector():
     """MAE's probe has BatchNorm before its head; MoCo v3 has a projector for a head."""
     rng = np.random.default_rng(0)
@@ -284,6 +332,14 @@ def test_what_does_not_fit_is_listed():
     resnet = {"conv1.weight": np.zeros((64, 3, 7, 7)), "bn1.running_mean": np.zeros(64)}
     with pytest.raises(UserError, match=r"no layout has arrays of these names \(conv1.weight, bn1"):
         from_torch(resnet)
+    state = {k: x for k, x in official_mae().items() if "decoder" not in k and "norm." not in k}
+    del state["mask_token"]
+    from_torch(state)  # an encoder may end with a block, as in a segmentation
+    state |= {"head.weight": np.zeros((3, 32)), "head.bias": np.zeros(3)}
+    with pytest.raises(
+        UserError, match=r"decoder as we know it: 2 missing: norm\.bias, norm\.weight\."
+    ):
+        from_torch(state)
     state = official_mae() | {"patch_embed.proj.weight": np.zeros((32, 192))}
     with pytest.raises(UserError, match=r"patch_embed.proj.weight has the shape \(32, 192\)"):
         from_torch(state)

@@ -184,7 +184,8 @@ def expected(params: dict, about: About) -> dict[str, tuple[int, ...]]:
     images, options = jnp.zeros((1, rows * p, columns * q, about.channels)), {}
     if "mask_token" in params["encoder"]:
         options["masked"] = jnp.zeros((1, n), bool)
-    if "fc_norm" in params:  # which takes the place of the norm
+    bare = about.kind == "encoder" and "norm" not in params["encoder"]  # of a segmentation
+    if bare or "fc_norm" in params:  # which takes the place of the norm
         options["layers"] = (about.model["depth"] - 1,)
     found = {"encoder": jax.eval_shape(lambda: init(encoder, images, **options)["params"])}
     if about.kind == "mae":

@@ -125,6 +125,8 @@ def story(params: dict, about: About) -> str:
         words.append(
             "decoder of width {width}, {depth} blocks, {heads} heads".format(**about.decoder)
         )
+    if about.kind == "encoder" and not {"norm", "fc_norm"} & {*params, *params["encoder"]}:
+        words.append("no norm at its end")
     head = params.get("head", {}).get("bias")
     if head is not None:
         words.append(f"{len(head)} {'values a patch' if about.kind == 'beit' else 'classes'}")

@@ -67,6 +67,8 @@ def fit(params: dict, about: About, to: str) -> tuple[str, dict]:
         )
     if model["layer_scale"]:
         raise UserError("--to=hf: Hugging Face's ViT has no LayerScale: say --to=timm.")
+    if "norm" not in params["encoder"]:
+        raise UserError("--to=hf: Hugging Face's ViT has a norm at its end: say --to=timm.")
     if kind == "beit":
         raise UserError(
             "--to=hf: Hugging Face's BEiT has no bias of the keys: say --to=timm for the encoder "

@@ -19,7 +19,10 @@ from mim_jax.convert.tables import BUFFERS, LAYOUTS, PREFIXES, SPELLINGS
 from mim_jax.models.patches import relative_index, sincos2d
 from mim_jax.models.stem import STRIDE
 
-HEADLESS = (r"(vit\.)?pooler\.dense\.\w+", r"head\.\d+\..*", r"(student|predictor)\..*")
+HEADLESS = (
+    *(r"(vit\.)?pooler\.dense\.\w+", r"head\.\d+\..*", r"(student|predictor)\..*"),
+    r"(fpn\d?|decode_head|auxiliary_head)\..*",  # of a segmentation
+)
 UPWARDS = r"decoder/layer_\d+/kernel"  # of the transposed convolutions
 EMBED = "encoder/embed/kernel"
 FIXED = 1e-5  # how far a table may be from sines and cosines; transformers computes it in float32
@@ -121,10 +124,10 @@ def recognize(state: dict[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray],
         key = r"layer\w*\.0\.attention\.(attention\.key|k_proj)\.bias"
         name = "vit" if any(re.search(key, k) for k in state) else "beit"
         state = {f"{name}.{k}": value for k, value in state.items()}
-    state = keep({k: k for k in state if k.rsplit(".", 1)[-1] not in BUFFERS})
     state = {spelled(k): value for k, value in state.items()}
     for name, layout in LAYOUTS.items():
         if all(sign in state for sign in layout.signs):
+            state = keep({k: k for k in state if k.rsplit(".", 1)[-1] not in BUFFERS})
             if name != "mae_linear":
                 state = keep({k: k for k in state if not re.fullmatch("|".join(HEADLESS), k)})
             return name, state, left_out

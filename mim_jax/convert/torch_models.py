@@ -48,7 +48,8 @@ def of_transformers(state, about, layout, images, batch):
         [name] = config["architectures"]
         transformers.utils.logging.disable_progress_bar()
         options = dict(dtype=torch.float64, output_loading_info=True)
-        options |= dict(add_pooling_layer=False) if name == "ViTModel" else {}
+        unpooled = name == "BeitModel" and "pooler.layernorm.weight" not in state
+        options |= dict(add_pooling_layer=False) if name == "ViTModel" or unpooled else {}
         with contextlib.redirect_stderr(io.StringIO()):
             model, info = getattr(transformers, name).from_pretrained(folder, **options)
     wrong = [key for kind in info.values() for key in kind]
@@ -95,6 +96,8 @@ def of_timm(state, about, size):
         module = hybrid(**options | dict(patch_size=1))  # of features
     else:
         module = VisionTransformer(**options)
+    if options["global_pool"] == "token" and "norm.weight" not in state:
+        module.norm = torch.nn.Identity()  # of an encoder that a segmentation was trained with
     module = module.double().eval()
     loaded = module.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
     missing = [key for key in loaded.missing_keys if "relative_position_index" not in key]
