@@ -3,6 +3,7 @@
 Models are tiny and random; norms and gains too, for at their initialisation they hide mistakes.
 """
 
+import argparse
 import functools
 import os
 import pickle
@@ -16,6 +17,7 @@ from mim_jax import UserError, recipe
 from mim_jax.checkpoint import init_part
 from mim_jax.convert import __main__ as convert
 from mim_jax.convert import check, from_torch, to_torch
+from mim_jax.convert.files import load
 from mim_jax.convert.read import read
 from mim_jax.convert.states import sines
 from mim_jax.inspect import main as inspect
@@ -283,8 +285,8 @@ def test_the_encoder_of_a_segmentation(tmp_path, capsys):
     assert_identical(read(tmp_path / "b.pth")[0], official)
 
 
-def test_a_linear_probe_and_a_projector():
-    """MAE's probe has BatchNorm before its head; MoCo v3 has a projector for a head."""
+def test_a_linear_probe():
+    """MAE's has BatchNorm before its head."""
     rng = np.random.default_rng(0)
     encoder = {k: x for k, x in official_mae().items() if "decoder" not in k and k != "mask_token"}
     probe = {
@@ -301,20 +303,58 @@ def test_a_linear_probe_and_a_projector():
         _, far = check.differences(params, about, layout)
         assert far["logits"] < check.TOLERANCE
 
-    def named(prefix):
-        return {f"{prefix}{k}": x for k, x in encoder.items()}
 
-    projector = {"head.0.weight": np.zeros((8, 32)), "head.1.running_mean": np.zeros(8)}
-    moco = named("module.base_encoder.") | {
-        f"module.base_encoder.{k}": x for k, x in projector.items()
-    }
-    dino = named("backbone.") | {"head.mlp.0.weight": np.zeros((8, 32))}
-    moco |= named("module.momentum_encoder.")
-    alone, _ = from_torch(encoder, heads=4)
-    for state in ({"state_dict": moco}, {"teacher": dino, "student": dino}):
-        found, about = from_torch(state, heads=4)
-        jax.tree.map(np.testing.assert_array_equal, found, alone)
-        assert about.left_out
+def moco_positions(side, width):
+    """As MoCo v3 builds them: what it calls the width is the row, for its grid is by [i, j]."""
+    omega = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
+    w, h = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    w, h = (torch.outer(axis.flatten(), omega) for axis in (w, h))
+    table = torch.cat([w.sin(), w.cos(), h.sin(), h.cos()], dim=1)
+    return torch.cat([torch.zeros(1, width), table])[None]
+
+
+@pytest.mark.parametrize(("code", "width", "heads"), [("dino", 384, 6), ("moco", 384, 12)])
+def test_dino_and_moco(code, width, heads, tmp_path):
+    """Checkpoints as their training writes them, of what they call vit_small."""
+    settings = TIMM | dict(embed_dim=width, num_heads=heads, depth=1, num_classes=0)
+    module = randomize(timm_models().vision_transformer.VisionTransformer(**settings))
+    if code == "moco":
+        module.pos_embed.data = moco_positions(4, width)
+    state, other = module.state_dict(), {k: x + 1 for k, x in module.state_dict().items()}
+    projector = {"0.weight": torch.ones(8, width), "1.running_mean": torch.ones(8)}
+
+    def named(prefix, arrays):
+        return {f"{prefix}{k}": x for k, x in arrays.items()}
+
+    if code == "dino":
+        head = named("head.mlp.", projector) | {"head.last_layer.weight_g": torch.ones(8, 1)}
+        student = named("module.", named("backbone.", other) | head)
+        whole = dict(student=student, teacher=named("backbone.", state) | head, epoch=1)
+        whole |= dict(
+            args=argparse.Namespace(arch="vit_small"), dino_loss={"center": torch.ones(8)}
+        )
+        files = [state, named("module.backbone.", state)]
+    else:
+        query = named("module.base_encoder.", state | named("head.", projector))
+        query |= named("module.momentum_encoder.", other | named("head.", projector))
+        query |= named("module.predictor.", projector)
+        whole, files = dict(epoch=1, arch="vit_small", state_dict=query), [named("module.", state)]
+    whole["optimizer"] = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    for number, content in enumerate([whole, *files]):
+        torch.save(content, tmp_path / "a.pth")
+        params, about, _ = load(tmp_path / "a.pth")
+        assert (about.kind, about.model["heads"], bool(about.left_out)) == (
+            *("encoder", heads),
+            number == 0,
+        )
+        assert_identical(
+            to_torch(params, about, layout="timm"), {k: x.numpy() for k, x in state.items()}
+        )
+    batch = check.example(about)
+    with torch.no_grad():
+        images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
+        tokens = module.double().forward_features(images).numpy()
+    assert_same_numbers(check.run(exact(params), about, batch), dict(tokens=tokens))
 
 
 def test_what_does_not_fit_is_listed():

@@ -57,6 +57,8 @@ def from_torch(
         grid = known.get("grid") or grid_of(flat, known["patch"], size)
         had = "encoder/positions" in flat
         flat, known["grid"] = without_fixed(flat, grid)
+        if not known.get("heads") and is_moco_small(flat.get("encoder/positions"), known["grid"]):
+            known["heads"] = 12
         known["positions"] = "sincos" if had and "encoder/positions" not in flat else "none"
     params = unflatten_dict(flat, sep="/")
     about = describe(params, layout=layout, left_out=tuple(left_out), **known)
@@ -261,10 +263,15 @@ def without_fixed(flat: dict, grid: tuple[int, int] | None) -> tuple[dict, tuple
     return flat, grid
 
 
-def far_from_fixed(table: np.ndarray, grid: tuple[int, int]) -> float:
-    """max|difference| of a table (1, 1 + n, d) from MAE's."""
+def far_from_fixed(table: np.ndarray, grid: tuple[int, int], turn: int = 0) -> float:
+    """max|difference| of a table (1, 1 + n, d) from MAE's; by a turn of d / 2, rows first."""
     usual = table.shape[2] % 4 == 0 and table.shape[1] == 1 + grid[0] * grid[1]
-    return np.abs(table - sines(grid, table.shape[2])).max() if usual else np.inf
+    return np.abs(table - np.roll(sines(grid, table.shape[2]), turn, 2)).max() if usual else np.inf
+
+
+def is_moco_small(table: np.ndarray | None, grid: tuple[int, int]) -> bool:
+    """Whether positions are of MoCo v3's ViT-S, which has 12 heads, where all others have 6."""
+    return table is not None and table.shape[2] == 384 and far_from_fixed(table, grid, 192) <= FIXED
 
 
 def sines(grid: tuple[int, int], width: int) -> np.ndarray:
