@@ -3,6 +3,7 @@
 Models are tiny and random; norms and gains too, for at their initialisation they hide mistakes.
 """
 
+import argparse
 import functools
 import os
 import pickle
@@ -12,20 +13,23 @@ import jax
 import numpy as np
 import pytest
 
-from mim_jax import UserError
+from mim_jax import UserError, recipe
 from mim_jax.checkpoint import init_part
 from mim_jax.convert import __main__ as convert
 from mim_jax.convert import check, from_torch, to_torch
+from mim_jax.convert.files import load
 from mim_jax.convert.read import read
 from mim_jax.convert.states import sines
 from mim_jax.inspect import main as inspect
 from mim_jax.models.dvae import dvae
+from mim_jax.models.vit import vit
 from mim_jax.train import TrainState
 from tests.official import mae_shapes, to_params
 from tests.timm_models import timm_models
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+torch_models = pytest.importorskip("mim_jax.convert.torch_models")
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
 SHAPE |= dict(image_size=32, patch_size=8, layer_norm_eps=1e-6)
@@ -156,15 +160,19 @@ TIMMS = {
     "beit_own": ("beit.Beit", RELATIVE | dict(use_rel_pos_bias=True)),
     "beit_shared": ("beit.Beit", RELATIVE | dict(use_shared_rel_pos_bias=True)),
     "beit_absolute": ("beit.Beit", dict(global_pool="token")),
+    "hybrid": (  # of an odd number of rows
+        "vision_transformer_hybrid.vit_base_r50_s16_224",
+        dict(img_size=(48, 32), patch_size=1, depth=1),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", TIMMS)
-def test_timm_both_ways(name):
+def test_timm_both_ways(name, monkeypatch):
     kind, settings = TIMMS[name]
     module = randomize(attrgetter(kind)(timm_models())(**TIMM | settings))
-    state = module.state_dict()
-    params, about = from_torch({f"module.{key}": x for key, x in state.items()}, heads=4)
+    state, size = module.state_dict(), settings.get("img_size")
+    params, about = from_torch({f"module.{key}": x for key, x in state.items()}, heads=4, size=size)
     back = to_torch(params, about, layout="timm")
     assert_identical(back, {key: x.numpy() for key, x in state.items()})
     module, batch = module.double(), check.example(about)
@@ -175,9 +183,11 @@ def test_timm_both_ways(name):
         del answers["logits"]
     ours = check.run(exact(params), about, batch)
     assert_same_numbers(ours, {key: x.numpy() for key, x in answers.items()})
-    title, far = check.differences(params, about, "timm")  # what --check does
-    assert title.startswith("timm ")
-    assert max(far.values()) < check.TOLERANCE
+    for ran in ("timm ", "plain torch"):  # what --check does with timm, and without it
+        title, far = check.differences(params, about, "timm")
+        assert title.startswith(ran)
+        assert max(far.values()) < check.TOLERANCE
+        monkeypatch.setattr(torch_models, "of_timm", lambda *_: None)
 
 
 def official_mae() -> dict[str, np.ndarray]:
@@ -227,8 +237,56 @@ def test_the_official_beit():
     assert far["logits"] < check.TOLERANCE
 
 
-def test_a_linear_probe_and_a_projector():
-    """MAE's probe has BatchNorm before its head; MoCo v3 has a projector for a head."""
+def test_the_encoder_of_a_segmentation(tmp_path, capsys):
+    """Official and Hugging Face's: features are those of blocks, neck and heads stay behind."""
+    settings = SHAPE | dict(num_hidden_layers=4, use_relative_position_bias=True, num_labels=3)
+    settings |= dict(out_indices=[1, 2, 3, 4], pool_scales=[1, 2], auxiliary_channels=8)
+    module = transformers.BeitForSemanticSegmentation(transformers.BeitConfig(**settings))
+    state = written(randomize(module), tmp_path / "hf")
+    params, about = from_torch(state)
+    assert (about.layout, about.kind) == ("hf_beit", "encoder")
+    beside = {key for key in state if not key.startswith("beit.")}
+    assert {"fpn1.1.running_var", "fpn2.0.bias", "decode_head.classifier.bias"} < beside
+    assert set(about.left_out) == beside
+    again, _ = from_torch(module.state_dict())  # whose neck transformers 5 calls otherwise
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    alone = {key.removeprefix("beit."): x for key, x in state.items() if key not in beside}
+    assert_identical(to_torch(params, about, layout="hf"), alone)
+
+    batch = check.example(about)
+    images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        found = module.double()(images, output_hidden_states=True).hidden_states
+    with jax.enable_x64(True):
+        encoder = vit(**about.model | dict(dtype="float64"))
+        inner = {"params": exact(params)["encoder"]}
+        ours = encoder.apply(inner, batch["image"], layers=(0, 1, 2, 3))
+        assert_same_numbers(dict(enumerate(ours)), dict(enumerate(x.numpy() for x in found[1:])))
+
+    official = to_torch(params, about, layout="beit")
+    assert sum(key.endswith("relative_position_index") for key in official) == 4
+    whole = {f"backbone.{key}": x for key, x in official.items()}
+    whole |= {f"backbone.{key}" if "fpn" in key else key: state[key] for key in beside}
+    again, about = from_torch({"meta": {"epoch": 1}, "state_dict": whole})
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert about.layout == "beit_finetuned"
+    assert len(about.left_out) == len(beside) + 4
+    whole = {key: torch.tensor(x) for key, x in whole.items()}
+    torch.save({"state_dict": whole}, tmp_path / "a.pth")
+    for source, destination, to in (
+        ("a.pth", "run", "mim_jax"),
+        ("run", "alone", "hf"),
+        ("alone", "b.pth", "beit"),
+        ("b.pth", "c.pth", "timm"),
+    ):
+        arguments = [f"{tmp_path}/{source}", f"{tmp_path}/{destination}", f"--to={to}", "--check"]
+        assert convert.main(arguments) == 0
+        assert "no norm at its end" in capsys.readouterr().out
+    assert_identical(read(tmp_path / "b.pth")[0], official)
+
+
+def test_a_linear_probe():
+    """MAE's has BatchNorm before its head."""
     rng = np.random.default_rng(0)
     encoder = {k: x for k, x in official_mae().items() if "decoder" not in k and k != "mask_token"}
     probe = {
@@ -245,20 +303,58 @@ def test_a_linear_probe_and_a_projector():
         _, far = check.differences(params, about, layout)
         assert far["logits"] < check.TOLERANCE
 
-    def named(prefix):
-        return {f"{prefix}{k}": x for k, x in encoder.items()}
 
-    projector = {"head.0.weight": np.zeros((8, 32)), "head.1.running_mean": np.zeros(8)}
-    moco = named("module.base_encoder.") | {
-        f"module.base_encoder.{k}": x for k, x in projector.items()
-    }
-    dino = named("backbone.") | {"head.mlp.0.weight": np.zeros((8, 32))}
-    moco |= named("module.momentum_encoder.")
-    alone, _ = from_torch(encoder, heads=4)
-    for state in ({"state_dict": moco}, {"teacher": dino, "student": dino}):
-        found, about = from_torch(state, heads=4)
-        jax.tree.map(np.testing.assert_array_equal, found, alone)
-        assert about.left_out
+def moco_positions(side, width):
+    """As MoCo v3 builds them: what it calls the width is the row, for its grid is by [i, j]."""
+    omega = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
+    w, h = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    w, h = (torch.outer(axis.flatten(), omega) for axis in (w, h))
+    table = torch.cat([w.sin(), w.cos(), h.sin(), h.cos()], dim=1)
+    return torch.cat([torch.zeros(1, width), table])[None]
+
+
+@pytest.mark.parametrize(("code", "width", "heads"), [("dino", 384, 6), ("moco", 384, 12)])
+def test_dino_and_moco(code, width, heads, tmp_path):
+    """Checkpoints as their training writes them, of what they call vit_small."""
+    settings = TIMM | dict(embed_dim=width, num_heads=heads, depth=1, num_classes=0)
+    module = randomize(timm_models().vision_transformer.VisionTransformer(**settings))
+    if code == "moco":
+        module.pos_embed.data = moco_positions(4, width)
+    state, other = module.state_dict(), {k: x + 1 for k, x in module.state_dict().items()}
+    projector = {"0.weight": torch.ones(8, width), "1.running_mean": torch.ones(8)}
+
+    def named(prefix, arrays):
+        return {f"{prefix}{k}": x for k, x in arrays.items()}
+
+    if code == "dino":
+        head = named("head.mlp.", projector) | {"head.last_layer.weight_g": torch.ones(8, 1)}
+        student = named("module.", named("backbone.", other) | head)
+        whole = dict(student=student, teacher=named("backbone.", state) | head, epoch=1)
+        whole |= dict(
+            args=argparse.Namespace(arch="vit_small"), dino_loss={"center": torch.ones(8)}
+        )
+        files = [state, named("module.backbone.", state)]
+    else:
+        query = named("module.base_encoder.", state | named("head.", projector))
+        query |= named("module.momentum_encoder.", other | named("head.", projector))
+        query |= named("module.predictor.", projector)
+        whole, files = dict(epoch=1, arch="vit_small", state_dict=query), [named("module.", state)]
+    whole["optimizer"] = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    for number, content in enumerate([whole, *files]):
+        torch.save(content, tmp_path / "a.pth")
+        params, about, _ = load(tmp_path / "a.pth")
+        assert (about.kind, about.model["heads"], bool(about.left_out)) == (
+            *("encoder", heads),
+            number == 0,
+        )
+        assert_identical(
+            to_torch(params, about, layout="timm"), {k: x.numpy() for k, x in state.items()}
+        )
+    batch = check.example(about)
+    with torch.no_grad():
+        images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
+        tokens = module.double().forward_features(images).numpy()
+    assert_same_numbers(check.run(exact(params), about, batch), dict(tokens=tokens))
 
 
 def test_what_does_not_fit_is_listed():
@@ -276,6 +372,14 @@ def test_what_does_not_fit_is_listed():
     resnet = {"conv1.weight": np.zeros((64, 3, 7, 7)), "bn1.running_mean": np.zeros(64)}
     with pytest.raises(UserError, match=r"no layout has arrays of these names \(conv1.weight, bn1"):
         from_torch(resnet)
+    state = {k: x for k, x in official_mae().items() if "decoder" not in k and "norm." not in k}
+    del state["mask_token"]
+    from_torch(state)  # an encoder may end with a block, as in a segmentation
+    state |= {"head.weight": np.zeros((3, 32)), "head.bias": np.zeros(3)}
+    with pytest.raises(
+        UserError, match=r"decoder as we know it: 2 missing: norm\.bias, norm\.weight\."
+    ):
+        from_torch(state)
     state = official_mae() | {"patch_embed.proj.weight": np.zeros((32, 192))}
     with pytest.raises(UserError, match=r"patch_embed.proj.weight has the shape \(32, 192\)"):
         from_torch(state)
@@ -435,6 +539,29 @@ def test_images_of_another_size(tmp_path, capsys):
     table = "beit.encoder.layer.0.attention.attention.relative_position_bias."
     table = read(tmp_path / "beit" / "model.safetensors")[0][f"{table}relative_position_bias_table"]
     assert table.shape == (11 * 11 + 3, 4)
+
+
+def test_a_hybrid_begins_a_run(tmp_path, capsys):
+    """A file of timm becomes a run that init_from.encoder takes; no other code has its stem."""
+    kind, settings = TIMMS["hybrid"]
+    module = attrgetter(kind)(timm_models())(**TIMM | settings | dict(img_size=32))
+    torch.save(module.state_dict(), tmp_path / "a.pth")
+    assert convert.main([f"{tmp_path}/a.pth", f"{tmp_path}/run", "--to=mim_jax", "--heads=4"]) == 0
+    assert "4 heads, patches of 16 x 16 from a resnet50" in capsys.readouterr().out
+
+    model = recipe.load("configs/vit_hybrid_base.py").model.to_dict()
+    network = vit(**model | dict(width=32, depth=1, heads=4, dtype="float32"))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))["params"]
+    encoder = jax.tree.map(lambda x: jax.numpy.zeros(x.shape), shapes)
+    begun = init_part(TrainState(0, {"encoder": encoder}, {}, ()), "encoder", f"{tmp_path}/run")
+    params, _ = from_torch(module.state_dict(), heads=4)
+    jax.tree.map(np.testing.assert_array_equal, begun.params["encoder"], params["encoder"])
+
+    assert convert.main([f"{tmp_path}/run", f"{tmp_path}/b.pth", "--to=timm"]) == 0
+    assert_identical(read(tmp_path / "b.pth")[0], read(tmp_path / "a.pth")[0])
+    for to in ("mae", "beit", "hf"):
+        assert convert.main([f"{tmp_path}/run", f"{tmp_path}/c.pth", f"--to={to}"]) == 2
+        assert "a ResNet before the encoder is in timm's ViT alone" in capsys.readouterr().err
 
 
 def test_images_that_are_not_square(tmp_path, capsys):

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from mim_jax import UserError
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.dvae import dvae
+from mim_jax.models.stem import STRIDE
 from mim_jax.models.vit import SIZES, ViT, vit
 
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
@@ -73,6 +74,9 @@ def describe(
         raise UserError(
             "the weights have no embedding of patches of the shape (p*q*c, d)."
         ) from None
+    stem = flat.get("encoder/stem/conv/kernel")
+    if stem:  # patches are its features, whatever embeds them
+        patch = STRIDE, STRIDE
     if patch is None:
         side = math.isqrt(values // 3)
         if 3 * side**2 != values:
@@ -105,9 +109,10 @@ def describe(
             relative_bias=bias,
             layer_scale=0.1 if "encoder/block_0/gamma_1" in flat else 0.0,
             key_bias="encoder/block_0/q_bias" not in flat,
+            stem="resnet50" if stem else "none",
         ),
         grid=grid,
-        channels=values // math.prod(patch),
+        channels=stem[-2] if stem else values // math.prod(patch),
         decoder=decoder,
         **known,
     )
@@ -179,7 +184,8 @@ def expected(params: dict, about: About) -> dict[str, tuple[int, ...]]:
     images, options = jnp.zeros((1, rows * p, columns * q, about.channels)), {}
     if "mask_token" in params["encoder"]:
         options["masked"] = jnp.zeros((1, n), bool)
-    if "fc_norm" in params:  # which takes the place of the norm
+    bare = about.kind == "encoder" and "norm" not in params["encoder"]  # of a segmentation
+    if bare or "fc_norm" in params:  # which takes the place of the norm
         options["layers"] = (about.model["depth"] - 1,)
     found = {"encoder": jax.eval_shape(lambda: init(encoder, images, **options)["params"])}
     if about.kind == "mae":

@@ -69,9 +69,9 @@ def run(params: dict, about: About, batch: dict[str, np.ndarray]) -> dict[str, n
             logits = network.apply({"params": params}, images, masked, places)
             return {"logits": np.asarray(logits)}
         mean, depth = "fc_norm" in params, about.model["depth"]
-        options = dict(layers=(depth - 1,)) if mean else {}
-        tokens = encoder.apply({"params": params["encoder"]}, images, **options)
-        found = {"tokens": np.asarray(tokens[0] if mean else tokens)}
+        layers = () if "norm" in params["encoder"] else (depth - 1,)
+        tokens = encoder.apply({"params": params["encoder"]}, images, layers=layers)
+        found = {"tokens": np.asarray(tokens[0] if layers else tokens)}
         if "head" in params:
             statistics = params.get("batch_statistics")
             network = Classifier(

@@ -116,6 +116,7 @@ def story(params: dict, about: About) -> str:
         return f"{title}: {model['kind']} dVAE, {model['vocabulary']} tokens, {count:,} parameters"
     words = [f"width {model['width']}", f"{model['depth']} blocks"]
     words += [f"{model['heads'] or 'unknown'} heads", "patches of {} x {}".format(*about.patch)]
+    words[-1] += f" from a {model['stem']}" if model["stem"] != "none" else ""
     words += ["images of {} x {}".format(*about.size)] if about.grid else []
     words += [f"{model['positions']} positions"] if model["positions"] != "none" else []
     if model["relative_bias"] != "none":
@@ -124,6 +125,8 @@ def story(params: dict, about: About) -> str:
         words.append(
             "decoder of width {width}, {depth} blocks, {heads} heads".format(**about.decoder)
         )
+    if about.kind == "encoder" and not {"norm", "fc_norm"} & {*params, *params["encoder"]}:
+        words.append("no norm at its end")
     head = params.get("head", {}).get("bias")
     if head is not None:
         words.append(f"{len(head)} {'values a patch' if about.kind == 'beit' else 'classes'}")

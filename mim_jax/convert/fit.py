@@ -29,6 +29,12 @@ def fit(params: dict, about: About, to: str) -> tuple[str, dict]:
             f"--to={to}: relative positions beside a bias of the keys are in no other code; train "
             "with --config.model.key_bias=False, or keep it with --to=mim_jax."
         )
+    if model["stem"] != "none" and not (to == "timm" and model["key_bias"]):
+        instead = "timm" if model["key_bias"] else "mim_jax"
+        raise UserError(
+            f"--to={to}: a ResNet before the encoder is in timm's ViT alone, whose keys have a "
+            f"bias: say --to={instead}."
+        )
     if to == "timm":
         params = encoder_only(params, about)[0] if kind in ("mae", "beit", "encoder") else params
         return "timm_vit" if model["key_bias"] else "timm_beit", folded(params)
@@ -61,6 +67,8 @@ def fit(params: dict, about: About, to: str) -> tuple[str, dict]:
         )
     if model["layer_scale"]:
         raise UserError("--to=hf: Hugging Face's ViT has no LayerScale: say --to=timm.")
+    if "norm" not in params["encoder"]:
+        raise UserError("--to=hf: Hugging Face's ViT has a norm at its end: say --to=timm.")
     if kind == "beit":
         raise UserError(
             "--to=hf: Hugging Face's BEiT has no bias of the keys: say --to=timm for the encoder "

@@ -17,8 +17,12 @@ from mim_jax.convert.about import About, describe, expected, square
 from mim_jax.convert.fit import fit
 from mim_jax.convert.tables import BUFFERS, LAYOUTS, PREFIXES, SPELLINGS
 from mim_jax.models.patches import relative_index, sincos2d
+from mim_jax.models.stem import STRIDE
 
-HEADLESS = (r"(vit\.)?pooler\.dense\.\w+", r"head\.\d+\..*", r"(student|predictor)\..*")
+HEADLESS = (
+    *(r"(vit\.)?pooler\.dense\.\w+", r"head\.\d+\..*", r"(student|predictor)\..*"),
+    r"(fpn\d?|decode_head|auxiliary_head)\..*",  # of a segmentation
+)
 UPWARDS = r"decoder/layer_\d+/kernel"  # of the transposed convolutions
 EMBED = "encoder/embed/kernel"
 FIXED = 1e-5  # how far a table may be from sines and cosines; transformers computes it in float32
@@ -48,10 +52,13 @@ def from_torch(
         flat = {f"{half}/{path}": value for path, value in flat.items()}
     if EMBED in flat:
         kernel = next(v for name, v in named.items() if rename(name, layout) == EMBED)
-        known = {"patch": kernel.shape[-2:], **known}
+        patch = (STRIDE, STRIDE) if "encoder/stem/conv/kernel" in flat else kernel.shape[-2:]
+        known = {"patch": patch, **known}
         grid = known.get("grid") or grid_of(flat, known["patch"], size)
         had = "encoder/positions" in flat
         flat, known["grid"] = without_fixed(flat, grid)
+        if not known.get("heads") and is_moco_small(flat.get("encoder/positions"), known["grid"]):
+            known["heads"] = 12
         known["positions"] = "sincos" if had and "encoder/positions" not in flat else "none"
     params = unflatten_dict(flat, sep="/")
     about = describe(params, layout=layout, left_out=tuple(left_out), **known)
@@ -119,10 +126,10 @@ def recognize(state: dict[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray],
         key = r"layer\w*\.0\.attention\.(attention\.key|k_proj)\.bias"
         name = "vit" if any(re.search(key, k) for k in state) else "beit"
         state = {f"{name}.{k}": value for k, value in state.items()}
-    state = keep({k: k for k in state if k.rsplit(".", 1)[-1] not in BUFFERS})
     state = {spelled(k): value for k, value in state.items()}
     for name, layout in LAYOUTS.items():
         if all(sign in state for sign in layout.signs):
+            state = keep({k: k for k in state if k.rsplit(".", 1)[-1] not in BUFFERS})
             if name != "mae_linear":
                 state = keep({k: k for k in state if not re.fullmatch("|".join(HEADLESS), k)})
             return name, state, left_out
@@ -209,7 +216,7 @@ def our_value(path: str, name: str, value: np.ndarray) -> np.ndarray:
 def their_value(path: str, value: np.ndarray, about: About) -> np.ndarray:
     """Undoes `our_value`."""
     if path == EMBED:
-        p, q = about.patch
+        p, q = about.patch if about.model["stem"] == "none" else (1, 1)
         value = einops.rearrange(value, "(p q c) d -> d c p q", p=p, q=q)
     elif re.fullmatch(UPWARDS, path):
         value = einops.rearrange(value[::-1, ::-1], "p q i o -> i o p q")
@@ -256,10 +263,15 @@ def without_fixed(flat: dict, grid: tuple[int, int] | None) -> tuple[dict, tuple
     return flat, grid
 
 
-def far_from_fixed(table: np.ndarray, grid: tuple[int, int]) -> float:
-    """max|difference| of a table (1, 1 + n, d) from MAE's."""
+def far_from_fixed(table: np.ndarray, grid: tuple[int, int], turn: int = 0) -> float:
+    """max|difference| of a table (1, 1 + n, d) from MAE's; by a turn of d / 2, rows first."""
     usual = table.shape[2] % 4 == 0 and table.shape[1] == 1 + grid[0] * grid[1]
-    return np.abs(table - sines(grid, table.shape[2])).max() if usual else np.inf
+    return np.abs(table - np.roll(sines(grid, table.shape[2]), turn, 2)).max() if usual else np.inf
+
+
+def is_moco_small(table: np.ndarray | None, grid: tuple[int, int]) -> bool:
+    """Whether positions are of MoCo v3's ViT-S, which has 12 heads, where all others have 6."""
+    return table is not None and table.shape[2] == 384 and far_from_fixed(table, grid, 192) <= FIXED
 
 
 def sines(grid: tuple[int, int], width: int) -> np.ndarray:

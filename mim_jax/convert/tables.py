@@ -67,6 +67,20 @@ BEIT = {
     **block("blocks.{i}", "encoder/block_{i}", BEIT_BLOCK),
     "norm.*": "encoder/norm/*",
 }
+STEM = {  # of a hybrid
+    "patch_embed.backbone.stem.conv.*": "encoder/stem/conv/*",
+    "patch_embed.backbone.stem.norm.*": "encoder/stem/norm/*",
+    **block(
+        "patch_embed.backbone.stages.{s}.blocks.{i}",
+        "encoder/stem/stage_{s}_block_{i}",
+        {
+            "conv{j}.*": "conv{j}/*",
+            "norm{j}.*": "norm{j}/*",
+            "downsample.conv.*": "shortcut/*",
+            "downsample.norm.*": "shortcut_norm/*",
+        },
+    ),
+}
 DECODER = {
     "mask_token": "decoder/mask_token",
     "decoder_pos_embed": "decoder/positions",
@@ -186,6 +200,7 @@ LAYOUTS = {  # those with more signs before those with fewer
         {
             **VIT,
             **HEAD,
+            **STEM,
             "blocks.{i}.ls1.gamma": "encoder/block_{i}/gamma_1",
             "blocks.{i}.ls2.gamma": "encoder/block_{i}/gamma_2",
         },

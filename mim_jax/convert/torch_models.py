@@ -48,7 +48,8 @@ def of_transformers(state, about, layout, images, batch):
         [name] = config["architectures"]
         transformers.utils.logging.disable_progress_bar()
         options = dict(dtype=torch.float64, output_loading_info=True)
-        options |= dict(add_pooling_layer=False) if name == "ViTModel" else {}
+        unpooled = name == "BeitModel" and "pooler.layernorm.weight" not in state
+        options |= dict(add_pooling_layer=False) if name == "ViTModel" or unpooled else {}
         with contextlib.redirect_stderr(io.StringIO()):
             model, info = getattr(transformers, name).from_pretrained(folder, **options)
     wrong = [key for kind in info.values() for key in kind]
@@ -74,6 +75,7 @@ def of_timm(state, about, size):
         import timm
         from timm.models.beit import Beit
         from timm.models.vision_transformer import VisionTransformer
+        from timm.models.vision_transformer_hybrid import vit_base_r50_s16_224 as hybrid
     except (ImportError, RuntimeError):  # it needs a torchvision that fits torch
         return None
     model = about.model
@@ -90,8 +92,12 @@ def of_timm(state, about, size):
             use_rel_pos_bias=model["relative_bias"] == "own",
             use_shared_rel_pos_bias=model["relative_bias"] == "shared",
         )  # fmt: skip
+    elif model["stem"] != "none":
+        module = hybrid(**options | dict(patch_size=1))  # of features
     else:
         module = VisionTransformer(**options)
+    if options["global_pool"] == "token" and "norm.weight" not in state:
+        module.norm = torch.nn.Identity()  # of an encoder that a segmentation was trained with
     module = module.double().eval()
     loaded = module.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
     missing = [key for key in loaded.missing_keys if "relative_position_index" not in key]
@@ -106,11 +112,11 @@ def of_timm(state, about, size):
 
 
 def plain(state, about, images, batch):
-    """What the papers say, in the official names: MAE's and BEiT's."""
+    """What the papers say, in the official names: MAE's and BEiT's, and timm's of a hybrid."""
     grid = [side // p for side, p in zip(images.shape[2:], about.patch, strict=True)]
-    x = F.conv2d(
-        images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], about.patch
-    )
+    x = images if about.model["stem"] == "none" else stem(state, images)
+    kernel, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
+    x = F.conv2d(x, kernel, bias, stride=kernel.shape[2:])
     x = x.flatten(2).transpose(1, 2)  # (b, n, d)
     if "lm_head.weight" in state:
         masked = torch.tensor(batch["masked"])[..., None]
@@ -142,6 +148,34 @@ def plain(state, about, images, batch):
     elif "head.weight" in state:
         found["logits"] = F.linear(pooled, state["head.weight"], state["head.bias"])
     return found | dict(tokens=x)
+
+
+def stem(state, x):
+    """images (b, c, H, W) -> features (b, 1024, H/16, W/16) of timm's ResNet-50 of three stages."""
+    state = {key.removeprefix("patch_embed.backbone."): value for key, value in state.items()}
+
+    def same(x, side, stride):
+        """As TensorFlow pads: to ceil(n / stride) windows, an odd zero at the end."""
+        down, right = (max((-(-n // stride) - 1) * stride + side - n, 0) for n in x.shape[2:])
+        return F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
+
+    def conv(x, name, stride=1):
+        """A convolution with standardised kernels, and its group norm."""
+        kernel = state[f"{name.replace('*', 'conv')}.weight"]
+        variance, mean = torch.var_mean(kernel, (1, 2, 3), correction=0, keepdim=True)
+        kernel = (kernel - mean) * (variance + 1e-8).rsqrt()
+        x = F.conv2d(same(x, kernel.shape[-1], stride), kernel, stride=stride)
+        norm = name.replace("*", "norm")
+        return F.group_norm(x, 32, state[f"{norm}.weight"], state[f"{norm}.bias"])
+
+    x = F.max_pool2d(same(conv(x, "stem.*", 2).relu(), 3, 2), 3, 2)  # zeros lose, or draw
+    for stage, blocks in enumerate((3, 4, 9)):
+        for i in range(blocks):
+            name, stride = f"stages.{stage}.blocks.{i}", 2 if stage and i == 0 else 1
+            y = conv(conv(x, f"{name}.*1").relu(), f"{name}.*2", stride).relu()
+            shortcut = x if i else conv(x, f"{name}.downsample.*", stride)
+            x = (conv(y, f"{name}.*3") + shortcut).relu()
+    return x
 
 
 def decode(state, latent, order, heads):
