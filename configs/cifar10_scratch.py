@@ -1,0 +1,30 @@
+r"""A small ViT on 1000 images of CIFAR-10, from scratch: what pretraining is compared with.
+
+python -m mim_jax.main --config=configs/cifar10_scratch.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import emoji_scratch
+
+
+def get_config() -> ConfigDict:
+    config = emoji_scratch.get_config()
+    config.batch_size = 64
+    config.steps = 500
+    config.model.update(patch=4)
+    config.objective.update(
+        mixup_group=64, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), erasing=0.0
+    )
+    config.data.update(
+        name="cifar10",
+        split="train[:1000]",
+        evaluation_split="test",
+        size=32,
+        crop_scale=(0.4, 1.0),
+    )
+    config.optimizer.update(base_lr=4e-3, warmup_steps=50)
+    config.evaluate = dict(every_steps=100)
+    config.pictures = dict(every_steps=500)
+    config.save = dict(every_steps=500)
+    return config
