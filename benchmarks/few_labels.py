@@ -9,7 +9,7 @@ starts from must have been trained. For each of the two, every pair of a rate an
 tried once and measured on labelled images held out of the training split. The best pair runs with
 as many seeds as asked for and is measured on the evaluation split, which has chosen nothing. Runs
 lie in --runs; those that are there already are not run again. Printed are tables, and
---picture draws accuracy by step.
+--picture draws accuracy by step (pip install matplotlib).
 """
 
 import argparse
@@ -19,8 +19,6 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-
-import matplotlib.pyplot as plt
 
 KINDS = {"scratch": "from scratch", "finetune": "pretrained"}
 
@@ -85,7 +83,9 @@ def main() -> None:
 
 
 def draw(curves: dict[str, list], path: Path) -> None:
-    """A line a seed, the accuracy at its end beside it."""
+    """A line a seed, the mean accuracy at their end beside them."""
+    import matplotlib.pyplot as plt  # not a dependency: the tables do without
+
     figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
     for (kind, lines), color in zip(curves.items(), ("#888888", "#1f77b4"), strict=True):
         for line in lines:
