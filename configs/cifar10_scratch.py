@@ -11,7 +11,7 @@ from configs import emoji_scratch
 def get_config() -> ConfigDict:
     config = emoji_scratch.get_config()
     config.batch_size = 64
-    config.steps = 500
+    config.steps = 400
     config.model.update(patch=4)
     config.objective.update(
         mixup_group=64, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), erasing=0.0
@@ -23,8 +23,8 @@ def get_config() -> ConfigDict:
         size=32,
         crop_scale=(0.4, 1.0),
     )
-    config.optimizer.update(base_lr=4e-3, warmup_steps=50)
+    config.optimizer.update(base_lr=4e-3, warmup_steps=40)
     config.evaluate = dict(every_steps=100)
-    config.pictures = dict(every_steps=500)
-    config.save = dict(every_steps=500)
+    config.pictures = dict(every_steps=400)
+    config.save = dict(every_steps=400)
     return config
