@@ -1,4 +1,4 @@
-r"""BEiT, ablation: all tokens are told, not the hidden ones alone. ViT-B/16, 300 epochs.
+r"""BEiT, ablation: all tokens are predicted, not the hidden ones alone. ViT-B/16, 300 epochs.
 
     python -m mim_jax.main --config=configs/beit_base_ablation_all.py
 

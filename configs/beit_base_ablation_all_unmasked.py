@@ -1,4 +1,4 @@
-r"""BEiT, ablation: all visual tokens are told, and nothing is hidden. ViT-B/16, 300 epochs.
+r"""BEiT, ablation: all visual tokens are predicted, and nothing is hidden. ViT-B/16, 300 epochs.
 
     python -m mim_jax.main --config=configs/beit_base_ablation_all_unmasked.py
 

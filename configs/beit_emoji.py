@@ -4,8 +4,8 @@ First its tokenizer (configs/dvae_emoji.py), then
 
     python -m mim_jax.main --config=configs/beit_emoji.py
 
-Look at `evaluate/accuracy_not_blank`, the share of hidden tokens that are told where an emoji is
-more than one colour, and at what always telling the commonest one would give,
+Look at `evaluate/accuracy_not_blank`, the share of hidden tokens that are predicted correctly where
+an emoji is more than one colour, and at what always saying the commonest one would give,
 `evaluate/most_frequent_not_blank`.
 """
 

@@ -4,7 +4,7 @@ r"""DALL-E's tokenizer, 8192 codes (Ramesh et al., 2021, appendix A; what BEiT p
     python -m mim_jax.main --config=configs/dvae.py --smoke
 
 The paper trained on 250 million images of its own; this is its recipe on ImageNet. Ours: not yet
-run. Look at `perplexity`, `used` and `entropy` in the log: a codebook that collapses is told there.
+run. Look at `perplexity`, `used` and `entropy` in the log: a codebook that collapses shows there.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@ r"""A linear probe of the small MAE on 268 of the built-in emoji.
     python -m mim_jax.main --config=configs/mae_emoji.py
     python -m mim_jax.main --config=configs/emoji_linear.py
 
-The encoder is frozen. Of the validation split 51.9 % are told at the end, 32.5 % where it is one
+The encoder is frozen. Accuracy on the validation split at the end: 51.9 %, 32.5 % where it is one
 at random (--config.init_from.encoder=). One run each.
 """
 

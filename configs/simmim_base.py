@@ -2,9 +2,9 @@ r"""SimMIM, ViT-B/16, ImageNet-1k, 800 epochs (Xie et al., 2021; its code, vit_b
 
     python -m mim_jax.main --config=configs/simmim_base.py --workdir=runs/simmim_base
 
-BEiT without a tokenizer: squares of 32 x 32 pixels are hidden at random, their colours told by a
-linear head. The paper reports 83.8 % top-1 after fine-tuning (table 6). Ours: not yet run; the rate
-falls along a cosine here, in the code by ten at epoch 700.
+BEiT without a tokenizer: squares of 32 x 32 pixels are hidden at random, a linear head predicts
+their colours. The paper reports 83.8 % top-1 after fine-tuning (table 6). Ours: not yet run; the
+rate falls along a cosine here, in the code by ten at epoch 700.
 """
 
 from ml_collections import ConfigDict

@@ -106,7 +106,7 @@ def look_at_images(this: recipe.Run, config: ConfigDict, everything: bool) -> li
     for split, source in zip(splits, sources, strict=True):
         seconds = float("inf") if everything else SECONDS
         found = survey(source, given.channels, this.data.dtype, seconds)
-        say(f"images of {split}", *told(found, source, this.data.views["image"]))
+        say(f"images of {split}", *summary(found, source, this.data.views["image"]))
         looked_at = len(found.sizes) + len(found.bad)
         if len(found.bad) > given.max_bad_fraction * looked_at:
             problems.append(
@@ -146,7 +146,7 @@ def survey(source: Source, channels: int, dtype: str, seconds: float) -> Survey:
     return Survey(np.array(sizes).reshape(-1, 2), modes, labels, sorted(bad))
 
 
-def told(found: Survey, source: Source, view: tuple[int, int, int]) -> list[str]:
+def summary(found: Survey, source: Source, view: tuple[int, int, int]) -> list[str]:
     """A survey, for people."""
     count, bad = len(found.sizes), len(found.bad)
     lines = [f"{len(source.examples):,}, of which {count + bad:,} were decoded; {bad:,} are bad"]
@@ -282,7 +282,7 @@ def watch() -> optax.GradientTransformation:
 
 
 def memory() -> float:
-    """Bytes of this machine's memory that are free; infinite where Linux does not tell."""
+    """Bytes of this machine's memory that are free; infinite where Linux does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

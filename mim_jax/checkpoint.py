@@ -39,7 +39,7 @@ class Checkpoints:
     """The newest `keep` states of a run, under `workdir`/checkpoints, written while it goes on.
 
     `about` goes with each as its metadata. `latest` is the newest step that can be restored: newer
-    checkpoints that are broken are told and set aside. Raises UserError if another run has the
+    checkpoints that are broken are reported and set aside. Raises UserError if another run has the
     folder at this moment.
     """
 
@@ -132,7 +132,7 @@ def fault(folder: Path) -> str:
 def newest(folder: Path, set_aside: bool = False) -> int | None:
     """The newest step in a folder of checkpoints that is as it was written; None: none was begun.
 
-    The first process looks, for all. It tells of broken ones on stderr, and may rename them.
+    The first process looks, for all. It reports broken ones on stderr, and may rename them.
     Raises UserError if all are broken.
     """
     found, broken = -1, {}
@@ -144,10 +144,10 @@ def newest(folder: Path, set_aside: bool = False) -> int | None:
                 break
             broken[step] = reason
         for step, reason in broken.items() if found >= 0 else ():
-            told = (
+            warning = (
                 f"checkpoint {step} in {folder} is broken: {reason}. That of step {found} is used."
             )
-            print(told, file=sys.stderr)
+            print(warning, file=sys.stderr)
             if set_aside:
                 (folder / str(step)).rename(folder / f"{step}.broken-{time.time():.0f}")
     verdict = np.int32([found, len(broken)])
@@ -159,7 +159,7 @@ def newest(folder: Path, set_aside: bool = False) -> int | None:
 
 @contextlib.contextmanager
 def room(folder) -> Iterator[None]:
-    """A full disk as the OSError that it is: Orbax tells it otherwise, and at its next call."""
+    """A full disk as the OSError that it is: Orbax raises another, and at its next call."""
     try:
         yield
     except ValueError as error:
@@ -218,8 +218,8 @@ def init_part(state: TrainState, part: str, workdir: str) -> TrainState:
         )
     resized = [name for name, x in fitted.items() if name in saved and x.shape != saved[name].shape]
     changes = dict(resized=resized, new=new, ignored=ignored)
-    told = (f"; {what}: {', '.join(names)}" for what, names in changes.items() if names)
-    print(f"{part}: {len(fitted)} arrays from step {step} of {workdir}{''.join(told)}")
+    rest = (f"; {what}: {', '.join(names)}" for what, names in changes.items() if names)
+    print(f"{part}: {len(fitted)} arrays from step {step} of {workdir}{''.join(rest)}")
 
     def value(path, x):
         array = fitted.get(name_of(path))

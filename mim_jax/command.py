@@ -38,7 +38,7 @@ def parse(
 
 
 def exit_code(command: Callable[[], int], workdir: str) -> int:
-    """What a command returns: 0 done, 1 failed, 2 a mistake of its user, told in a sentence."""
+    """What a command returns: 0 done, 1 failed, 2 a mistake of its user, reported in a sentence."""
     try:
         return command()
     except UserError as error:

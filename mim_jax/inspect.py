@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from mim_jax.command import exit_code
 from mim_jax.convert.files import licence, load, story
 
-HIDDEN = ("config", "parts", "trajectory")  # told otherwise
+HIDDEN = ("config", "parts", "trajectory")  # shown otherwise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,10 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("source", help="a run, a .pth or .safetensors, a folder of Hugging Face")
     options = parser.parse_args(argv)
-    return exit_code(lambda: tell(options.source), options.source)
+    return exit_code(lambda: show(options.source), options.source)
 
 
-def tell(source: str) -> int:
+def show(source: str) -> int:
     """Prints what lies there: its network, parts, arrays, and what lay beside them."""
     params, about, beside = load(source)
     print(story(params, about))

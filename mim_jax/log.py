@@ -73,7 +73,7 @@ class Log:
         step, metrics, more, left = self.pending
         self.pending = None
         values = {name: float(value) for name, value in metrics.items()}
-        line, warning = told(values), self.warn(step, values)
+        line, warning = in_words(values), self.warn(step, values)
         values |= more
         self.write(step, values)
         self.say(
@@ -117,7 +117,7 @@ class Log:
             print(text, flush=True)
 
 
-def told(metrics: dict) -> str:
+def in_words(metrics: dict) -> str:
     """What an objective measures, on a line: the loss first."""
     rest = (f"{k} {float(v):.4g}" for k, v in metrics.items() if k not in ("loss", "grad_norm"))
     return "  ".join((f"loss {float(metrics['loss']):.4f}", *rest))

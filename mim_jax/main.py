@@ -5,8 +5,8 @@
     python -m mim_jax.main --config=configs/mae_base.py --smoke
 
 A run's folder holds config.json, metrics.jsonl, checkpoints/ and pictures/. Exit codes: 0 done,
-1 failed, 2 a mistake in what was asked for, told in one sentence, 130 and 143 stopped by a signal
-and saved.
+1 failed, 2 a mistake in what was asked for, in one sentence, 130 and 143 stopped by a signal and
+saved.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from mim_jax import UserError, recipe
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.command import Beginning, exit_code, make_folder, parse
-from mim_jax.log import Log, told
+from mim_jax.log import Log, in_words
 from mim_jax.pictures import draw_sheet
 from mim_jax.probe import Probe
 from mim_jax.sharding import replicated, to_global, whole
@@ -163,7 +163,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
             log.evaluation(step, probe(state))
         if due(config.pictures) and config.pictures.count:
             path = Path(workdir) / "pictures" / f"step_{step:07d}.png"
-            draw(this, state, config, path, f"step {step:,}  {told(metrics)}")
+            draw(this, state, config, path, f"step {step:,}  {in_words(metrics)}")
         if due(config.save) or stop.signal:
             log.flush()  # so that no record is missing if this is the last that is heard of it
             if not np.isfinite(metrics["loss"]):
@@ -214,7 +214,7 @@ def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path, sa
 class Stop:
     """Whether SIGINT or SIGTERM came; a second one ends the process at once.
 
-    Of several processes any may get SIGTERM: JAX tells the others, and all stop after one step.
+    Of several processes any may get SIGTERM: JAX notifies the others, and all stop after one step.
     """
 
     def __init__(self):

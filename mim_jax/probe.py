@@ -7,7 +7,7 @@ What to expect on ImageNet: of MAE's ViT-B after 100 epochs 46 % by a linear pro
 81 % fine-tuned (lightly's benchmarks); of BEiT's last layer some 20 % and 5 %, though it fine-tunes
 well. Few right neighbours are no fault: compare runs of one method.
 
-Shapes: n images to learn from, m to tell, d width, k classes.
+Shapes: n images to learn from, m to predict, d width, k classes.
 """
 
 from collections.abc import Callable

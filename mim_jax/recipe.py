@@ -388,12 +388,12 @@ def hidden(config: ConfigDict, height: int, width: int) -> str:
         return ""
     p, q = np.broadcast_to(config.model.patch, 2)
     patches = height // p * (width // q)
-    told = f"patches = {height} / {p} x {width} / {q} = {patches}"
+    text = f"patches = {height} / {p} x {width} / {q} = {patches}"
     if "mask_ratio" in config.objective:
         visible = int(patches * (1 - config.objective.mask_ratio))
         ratio = f"mask_ratio = {config.objective.mask_ratio:g}"
-        told += f", of them {patches - visible} hidden and {visible} visible ({ratio})"
-    return f"{told}\n"
+        text += f", of them {patches - visible} hidden and {visible} visible ({ratio})"
+    return f"{text}\n"
 
 
 def trajectory(config: ConfigDict, dataset: data.Data) -> dict[str, Any]:

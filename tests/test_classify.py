@@ -365,10 +365,13 @@ def test_a_frozen_part_changes_no_number():
 
 
 def test_everything_at_once_on_eight_devices():
-    """Erasing, mixing, smoothing, stochastic depth: the same step on one device and on eight."""
+    """Erasing, mixing, smoothing, stochastic depth: the same step on one device and on eight.
+
+    Without the keys' bias, whose true gradient is 0: AdamW makes steps of its rounding errors.
+    """
     objective = classify.objective(
-        MODEL | dict(drop_path=0.2), CLASSES, smoothing=0.1, mixup=0.8, cutmix=1.0, mixup_group=2,
-        erasing=0.5, head_std=0.1,
+        MODEL | dict(drop_path=0.2, key_bias=False), CLASSES, smoothing=0.1, mixup=0.8,
+        cutmix=1.0, mixup_group=2, erasing=0.5, head_std=0.1,
     )  # fmt: skip
     optimizer = optim.adamw(lambda step: 1e-3, layer_decay=0.75)
     same_on_one_and_eight(objective, optimizer)
@@ -383,7 +386,7 @@ def same_on_one_and_eight(objective, optimizer):
         jax.device_get(after_steps(objective, optimizer, a_batch(16), n)[1]) for n in (1, 8)
     )
     for a, b in zip(jax.tree.leaves(one[1:3]), jax.tree.leaves(eight[1:3]), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 # --- How it is judged. ---

@@ -325,12 +325,11 @@ def test_rematerialization_changes_memory_alone(remat):
         objective = tiny(model=dict(remat=remat))
         params, buffers = jax.jit(objective.init)(RNG, batch)
         loss = jax.jit(jax.grad(lambda params: objective.loss(params, buffers, batch, RNG, 0)[0]))
-        return loss(params), str(jax.make_jaxpr(loss)(params))
+        return loss(params), str(jax.make_jaxpr(loss)(params)).count("dot_general")
 
-    (kept, kept_program), (again, again_program) = gradient("none"), gradient(remat)
+    (kept, kept_products), (again, again_products) = gradient("none"), gradient(remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), kept, again)
-    assert "remat" in again_program
-    assert "remat" not in kept_program
+    assert again_products > kept_products
 
 
 def test_bfloat16_computes_in_bfloat16_and_compares_in_float32():

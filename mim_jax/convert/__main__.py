@@ -4,7 +4,7 @@
     python -m mim_jax.convert mae_pretrain_vit_base.pth runs/released --to=mim_jax
     python -m mim_jax.main --config=... --config.init_from.encoder=runs/released
 
-Exit codes: 0 done, 1 not the same numbers, 2 a mistake in what was asked for, told in one sentence.
+Exit codes: 0 done, 1 not the same numbers, 2 a mistake in what was asked for, in one sentence.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--image-size", type=size, default=None, help="384 or 256,384: interpolates positions"
     )
-    parser.add_argument("--heads", type=int, default=0, help="where nothing tells how many")
+    parser.add_argument("--heads", type=int, default=0, help="where they are not recorded")
     parser.add_argument("--decoder-heads", type=int, default=0, help="the same of MAE's decoder")
     options = parser.parse_args(argv)
     return exit_code(lambda: convert(options), options.destination)
@@ -54,7 +54,7 @@ def convert(options: argparse.Namespace) -> int:
     if options.encoder_only:
         params, about = encoder_only(params, about)
     if options.image_size and about.kind != "dvae":
-        if about.grid is None:  # told now: nothing is known to be of another size
+        if about.grid is None:  # said now: nothing is known to be of another size
             grid = [side // p for side, p in zip(options.image_size, about.patch, strict=True)]
             about = about._replace(grid=tuple(grid))
         elif options.image_size != about.size:

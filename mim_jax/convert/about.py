@@ -1,4 +1,4 @@
-"""What weights are of, told by their shapes, and which arrays a network of this kind must have."""
+"""What weights are of, by their shapes, and which arrays a network of this kind must have."""
 
 import contextlib
 import math
@@ -22,11 +22,11 @@ DECODER_HEADS = {512: 16}  # the official MAE's
 
 
 class About(NamedTuple):
-    """What the shapes of parameters tell of their network, and what lay beside them."""
+    """What the shapes of parameters say of their network, and what lay beside them."""
 
     kind: str  # mae, beit, classify, encoder, dvae
     model: dict[str, Any]  # keyword arguments of `vit`; of a dVAE, those of `dvae`
-    grid: tuple[int, int] | None = None  # rows and columns of patches; None: nothing tells
+    grid: tuple[int, int] | None = None  # rows and columns of patches; None: unknown
     channels: int = 3
     decoder: dict[str, int] | None = None  # MAE's: width, depth, heads
     layout: str = "mim_jax"  # a key of tables.LAYOUTS
@@ -40,9 +40,9 @@ class About(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of an image. Raises UserError where nothing tells."""
+        """Height and width of an image. Raises UserError where it is unknown."""
         if self.grid is None:
-            raise UserError("nothing tells the size of the images: say --image-size=224.")
+            raise UserError("the images' size is unknown: say --image-size=224.")
         return self.grid[0] * self.patch[0], self.grid[1] * self.patch[1]
 
     @property
@@ -50,7 +50,7 @@ class About(NamedTuple):
         """The network. Raises UserError where its number of heads is not known."""
         width = self.model["width"]
         if not self.model["heads"]:
-            raise UserError(f"nothing tells how many heads a width of {width} has: say --heads=N.")
+            raise UserError(f"the number of heads of a width of {width} is unknown: say --heads=N.")
         return vit(**self.model)
 
 
@@ -64,7 +64,7 @@ def describe(
     positions: str = "",
     **known: Any,
 ) -> About:
-    """What our parameters are of; what the arguments say stands over what shapes tell."""
+    """What our parameters are of; what the arguments say stands over what shapes say."""
     flat = {path: np.shape(x) for path, x in flatten_dict(params, sep="/").items()}
     if "encoder" not in params:
         return describe_dvae(flat, **known)

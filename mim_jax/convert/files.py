@@ -44,21 +44,21 @@ def load(path: str | Path, **known: Any) -> tuple[dict, About, dict[str, Any]]:
         params = halves[0] | halves[1]
         return params, describe(params, layout="dalle"), {}
     if path.is_dir():
-        arrays, told = read_folder(path), known_from(path)
-        params, about = from_torch(arrays, **told | known)
+        arrays, noted = read_folder(path), known_from(path)
+        params, about = from_torch(arrays, **noted | known)
         return params, about, {}
     arrays, metadata = read(path)
-    told = beside(metadata.pop("mim_jax", "{}"))
-    params, about = from_torch(arrays, **told | known)
+    noted = beside(metadata.pop("mim_jax", "{}"))
+    params, about = from_torch(arrays, **noted | known)
     return params, about, metadata
 
 
 def beside(text: str) -> dict[str, Any]:
     """What `save` noted in a file that has no other place for it."""
     try:
-        told = json.loads(text)
-        grid = {"grid": tuple(told["grid"])} if "grid" in told else {}
-        return {name: told[name] for name in NOTED if name in told} | grid
+        noted = json.loads(text)
+        grid = {"grid": tuple(noted["grid"])} if "grid" in noted else {}
+        return {name: noted[name] for name in NOTED if name in noted} | grid
     except (ValueError, TypeError):
         return {}
 
@@ -86,26 +86,26 @@ def load_run(path: Path, known: dict) -> tuple[dict, About, dict]:
     params, buffers, metadata = checkpoint.load(str(path))
     frozen = {name: buffers[name] for name in ("encoder", "batch_statistics") if name in buffers}
     whole = flatten_dict(frozen) | flatten_dict(params)
-    params, told = unflatten_dict(whole), metadata["config"]
-    facts = {name: told["objective"][name] for name in FACTS if name in told["objective"]}
-    facts |= {"crop_fraction": told["data"].get("crop_fraction", 0.875)}
+    params, noted = unflatten_dict(whole), metadata["config"]
+    facts = {name: noted["objective"][name] for name in FACTS if name in noted["objective"]}
+    facts |= {"crop_fraction": noted["data"].get("crop_fraction", 0.875)}
     if "encoder" not in params:
-        about, model = describe(params, facts=facts), told["tokenizer"]
+        about, model = describe(params, facts=facts), noted["tokenizer"]
         model = {k: v for k, v in model.items() if k != "dtype" and (v or k == "layers")}
         return params, about._replace(model=about.model | model), metadata
-    settings = {k: v for k, v in told["model"].items() if k in inspect.signature(vit).parameters}
+    settings = {k: v for k, v in noted["model"].items() if k in inspect.signature(vit).parameters}
     model = vit(**settings | dict(dtype="float32"))
-    size = told["data"]["size"]
+    size = noted["data"]["size"]
     size = (size, size) if isinstance(size, int) else size
-    told = dict(
+    noted = dict(
         patch=model.patch,
         grid=(size[0] // model.patch[0], size[1] // model.patch[1]),
         heads=model.heads,
-        decoder_heads=told["objective"].get("decoder_heads", 0),
+        decoder_heads=noted["objective"].get("decoder_heads", 0),
         positions=model.positions,
         facts=facts,
     )
-    return params, describe(params, **told | known), metadata
+    return params, describe(params, **noted | known), metadata
 
 
 def story(params: dict, about: About) -> str:

@@ -63,7 +63,7 @@ def config_of(state: dict[str, np.ndarray], about: About, layout: str) -> dict[s
             config["vocab_size"] = len(state["lm_head.bias"])
     if kind == "vit_mae":
         if not about.decoder["heads"]:
-            raise UserError("nothing tells how many heads the decoder has: say --decoder-heads=N.")
+            raise UserError("the number of the decoder's heads is unknown: say --decoder-heads=N.")
         config |= dict(
             decoder_hidden_size=about.decoder["width"],
             decoder_num_hidden_layers=about.decoder["depth"],
@@ -76,7 +76,7 @@ def config_of(state: dict[str, np.ndarray], about: About, layout: str) -> dict[s
 
 
 def known_from(folder: Path) -> dict[str, Any]:
-    """What config.json and preprocessor_config.json tell: the keywords of `describe`."""
+    """What config.json and preprocessor_config.json say: the keywords of `describe`."""
     try:
         entries = json.loads((folder / "config.json").read_text())
         processor = folder / "preprocessor_config.json"

@@ -69,7 +69,7 @@ def from_torch(
 def to_torch(params: dict, about: About | None = None, *, layout: str) -> dict[str, np.ndarray]:
     """Our parameters -> the arrays of a layout: "mae", "beit", "timm", "hf", or one of LAYOUTS.
 
-    `about` is what `from_torch` told of them; left out, their shapes must tell all. timm's have
+    `about` is what `from_torch` found out; without it the shapes must say everything. timm's have
     the encoder alone. Raises UserError where the layout cannot say what they are.
     """
     about = about or describe(params)
@@ -180,7 +180,7 @@ def fused(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             fused[f"{place}qkv.{leaf}"] = np.concatenate(whole)
         elif leaf == "bias" and "key" not in found:
             fused |= {f"{place}{part[0]}_bias": x for part, x in found.items()}
-        else:  # which no table has: told as too many
+        else:  # which no table has: reported as too many
             fused |= {f"{place}{part}.{leaf}": x for part, x in found.items()}
     return fused
 
@@ -242,7 +242,7 @@ def grid_of(flat: dict, patch: tuple[int, int], size: tuple[int, int] | None) ->
 
 
 def without_fixed(flat: dict, grid: tuple[int, int] | None) -> tuple[dict, tuple | None]:
-    """The arrays without tables of sines and cosines that are ours, and the grid they tell.
+    """The arrays without tables of sines and cosines that are ours, and the grid they are of.
 
     A table that differs is one that was learned: the encoder keeps it, MAE's decoder has none.
     """

@@ -29,7 +29,7 @@ class Data(NamedTuple):
     fingerprint: dict
     unread: Sequence[tuple[str, str]]  # name and reason of files that are no images
     # Iterators over this process's rows of the global batches, as dicts of numpy arrays. `on_bad`
-    # is told the name and the reason of each file that turns out to be unusable.
+    # gets the name and the reason of each file that turns out to be unusable.
     training_batches: Callable  # (batch_size, *, seed, start, stop, on_bad) -> steps start..stop
     # (batch_size, *, limit, of_training, on_bad) -> each example of the evaluation split once, or
     # of the training split in the same views, and padding.

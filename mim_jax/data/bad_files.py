@@ -34,7 +34,7 @@ class BadFiles:
         self.seen = set()
 
     def noted(self, batches: Iterable[dict], on_bad: Callable[[str, str], None]) -> Iterator[dict]:
-        """The batches without `bad`. `on_bad` is told the name and the reason of each file once."""
+        """The batches without `bad`. `on_bad` gets the name and the reason of each file once."""
         for batch in batches:
             for i in set(batch.pop("bad").tolist()) - self.seen - {-1}:
                 self.seen.add(i)
@@ -50,7 +50,7 @@ class BadFiles:
             yield batch
 
     def reason(self, i: int) -> str:
-        """Why example i cannot be used: it is tried again, here where it can be told."""
+        """Why example i cannot be used: it is tried again, here where it can be reported."""
         try:
             decode(self.source.examples[i]["image"], self.channels, self.dtype)
         except BadImageError as error:

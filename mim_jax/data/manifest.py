@@ -30,7 +30,7 @@ from mim_jax.data.decode import BadImageError, header
 FORMAT = [1, find_spec("tifffile") is not None]  # of what is kept; of another, nothing is believed
 ROW = [("tar", "i4"), ("offset", "i8"), ("bytes", "i8"), ("changed", "i8")]
 ROW = np.dtype([*ROW, ("width", "i4"), ("height", "i4"), ("mode", "i2")])
-HEAD = 2**18  # bytes of a tar's member: enough to tell size and mode of nearly all
+HEAD = 2**18  # bytes of a tar's member: enough to read size and mode of nearly all
 THREADS = 32  # they wait for disks, most of the time
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 SPLITS = {"train": "train", "validation": "validation", "val": "validation"}

@@ -15,7 +15,7 @@ read by --config.data.name=imagenet2012 --config.data.data_dir=/data/tfds.
 With --beam (pip install -e '.[beam]') Apache Beam writes the shards, or what TFDS has for Beam; its
 own options follow, as --runner=FlinkRunner. All its workers must see the same folders.
 
-Exit codes: 0 done, 2 a mistake in what was asked for, told in one sentence.
+Exit codes: 0 done, 2 a mistake in what was asked for, reported in one sentence.
 """
 
 import argparse

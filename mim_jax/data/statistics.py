@@ -4,7 +4,7 @@
 
 In the unit of objective.mean and std: integers as shares of their type's range, floats as they are.
 Every image counts the same, whatever its size. Exit codes: 0 done, 2 a mistake in what was asked
-for, told in one sentence.
+for, reported in one sentence.
 """
 
 import argparse

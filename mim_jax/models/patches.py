@@ -43,7 +43,7 @@ def busy(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
 def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
     """Fixed 2-D sine-cosine positions (1, n, d) in float64, as MAE's checkpoints have them.
 
-    The first half of the width tells the column, the second the row; sines before cosines.
+    The first half of the width encodes the column, the second the row; sines before cosines.
     """
     if width % 4:
         raise UserError(f"sine-cosine positions need a width that 4 divides, not {width}.")

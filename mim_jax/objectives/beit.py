@@ -1,4 +1,4 @@
-"""BEiT (Bao et al., 2021): tell the visual tokens of hidden patches from all the others.
+"""BEiT (Bao et al., 2021): predict the visual tokens of hidden patches.
 
 With pixels for tokens it is SimMIM (Xie et al., 2021), and what lies between in BEiT's table 4.
 
@@ -110,7 +110,7 @@ def objective(
         sums = jax.tree.map(lambda x: (x * weight).sum(1), found) | {"count": weight.sum(1)}
         if not asked.vocabulary:
             return sums
-        # Much of a drawing is blank, which is easy to tell: how well is all else told?
+        # Much of a drawing is blank, which is easy to predict: how well is the rest?
         lively = busy(unit(batch["image"]), encoder.patch)
         lively = weight & jnp.take_along_axis(lively, places, axis=1)
         tokens = jax.nn.one_hot(wanted[..., 0], asked.vocabulary)
@@ -131,11 +131,11 @@ def objective(
     def pictures(params, buffers, batch, rng):
         images, masked, places, weight, answers, predicted = forward(params, buffers, batch, rng)
         n, grid = masked.shape[1], encoder.grid(images)
-        told = jnp.where(weight, places, n)  # there is no place n: what is not wanted is not put
+        shown = jnp.where(weight, places, n)  # there is no place n: what is not wanted is not put
         blank = targets.blank(images, encoder.patch, jnp.where(masked, jnp.arange(n), n))
         return OrderedDict(
             masked=denormalize(blank, mean, std),
-            **asked.paint(buffers, predicted, answers, told, grid),
+            **asked.paint(buffers, predicted, answers, shown, grid),
             original=denormalize(images, mean, std),
         )
 

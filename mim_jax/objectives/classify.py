@@ -119,7 +119,7 @@ def objective(
     """
     encoder = vit(**model)
     if num_labels < 2:
-        raise UserError("classify needs images with labels: this data set has none to tell apart.")
+        raise UserError("classify needs images with labels: this data set has no labels.")
     if tuned_blocks != -1 and (tuned_blocks % 0.5 or not 0 <= tuned_blocks <= encoder.depth):
         raise UserError(
             f"objective.tuned_blocks = {tuned_blocks:g}: say 0, 0.5, 1, 1.5, ... of the "
