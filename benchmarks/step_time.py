@@ -11,7 +11,6 @@ a disturbance that lasts slows both of a round.
 """
 
 import argparse
-import functools
 import os
 import platform
 import statistics
@@ -30,7 +29,7 @@ from mim_jax.models.vit import SIZES
 from mim_jax.objectives import mae
 from mim_jax.optim import adamw
 from mim_jax.sharding import make_mesh
-from mim_jax.train import initialize, train_step
+from mim_jax.train import initialize, jit_step
 
 ADAMW = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
 PATCH = 16
@@ -47,10 +46,8 @@ def ours(size: str, images: np.ndarray) -> tuple[Callable[[], None], float | Non
     example = {name: x[:1] for name, x in batch.items()}
     rng = jax.random.key(0)
     state = jax.jit(lambda: initialize(objective, optimizer, example, seed=0))()
-    function = functools.partial(
-        train_step, objective=objective, optimizer=optimizer, accumulate=1, mesh=make_mesh()
-    )
-    compiled = jax.jit(function, donate_argnums=0).lower(state, batch, rng).compile()
+    compiled = jit_step(objective, optimizer, state, mesh=make_mesh()).lower(state, batch, rng)
+    compiled = compiled.compile()
 
     def step():
         nonlocal state

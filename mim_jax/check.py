@@ -10,7 +10,6 @@ codes: 0 the run would start, 1 it would fail, 2 a mistake in what was asked for
 
 import argparse
 import copy
-import functools
 import io
 import shutil
 import sys
@@ -35,7 +34,7 @@ from mim_jax.data.sources import Source, open_sources
 from mim_jax.objectives import unit
 from mim_jax.pictures import draw_sheet
 from mim_jax.sharding import to_global
-from mim_jax.train import TrainState, train, train_step
+from mim_jax.train import TrainState, jit_step, train
 
 SECONDS = 8  # in which images of a split are decoded
 ON_A_CPU = 5e8  # parameters x images, of which a step takes some seconds
@@ -190,8 +189,8 @@ def trace_step(this: recipe.Run, beginning: Beginning, config: ConfigDict) -> No
         name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
         for name, x in this.example.items()
     }
-    step = functools.partial(
-        train_step, objective=this.objective, optimizer=this.optimizer, mesh=this.mesh,
+    step = jit_step(
+        this.objective, this.optimizer, beginning.like, mesh=this.mesh,
         accumulate=config.accumulate, ema=config.ema,
     )  # fmt: skip
     jax.eval_shape(step, beginning.like, batch, jax.random.key(config.seed))

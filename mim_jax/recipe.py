@@ -294,12 +294,13 @@ def in_steps(block: Mapping, what: str, steps_per_epoch: float) -> int:
     return block[f"{what}_steps"] or round(block[f"{what}_epochs"] * steps_per_epoch)
 
 
-def build(config: ConfigDict) -> Run:
-    """The objects of a run. Nothing is compiled; data sets are opened.
+def build(config: ConfigDict, devices: list | None = None) -> Run:
+    """The objects of a run, on all devices there are or on these. Nothing is compiled; data sets
+    are opened.
 
     Raises UserError where the config cannot be run on these devices.
     """
-    mesh = make_mesh(fsdp=config.fsdp)
+    mesh = make_mesh(devices, fsdp=config.fsdp)
     batch_size, accumulate = config.batch_size, config.accumulate
     if batch_size < 1 or accumulate < 1 or batch_size % (mesh.size * accumulate):
         raise UserError(
@@ -361,7 +362,7 @@ def build(config: ConfigDict) -> Run:
         f"steps = {steps / steps_per_epoch:.1f} epochs x {dataset.examples:,} / {batch_size} = "
         f"{steps:,}, of them {warmup:,} warm-up\n"
         f"lr = {'' if config.optimizer.lr else base}{lr:g}\n"
-        f"batch = {mesh.size} devices ({jax.devices()[0].device_kind}) x {accumulate} parts x "
+        f"batch = {mesh.size} devices ({mesh.devices.flat[0].device_kind}) x {accumulate} parts x "
         f"{batch_size // mesh.size // accumulate} images, computed in {network['dtype']}"
     )
     if mesh.shape["fsdp"] > 1:

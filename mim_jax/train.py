@@ -62,6 +62,17 @@ def train_step(
     return TrainState(state.step + 1, params, buffers, opt_state, average), metrics
 
 
+def jit_step(objective, optimizer, state: TrainState, *, mesh: Mesh, accumulate=1, ema=0.0):
+    """`train_step` for jit, its state donated and left where `state` (or its shapes) is placed."""
+    settings = dict(objective=objective, optimizer=optimizer, mesh=mesh)
+    settings |= dict(accumulate=accumulate, ema=ema)
+    return jax.jit(
+        functools.partial(train_step, **settings),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
+    )
+
+
 def train(
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -80,13 +91,7 @@ def train(
     state is good until the next one is asked for: its memory is then used again.
     """
     rng = jax.random.key(seed)
-    settings = dict(objective=objective, optimizer=optimizer, mesh=mesh)
-    settings |= dict(accumulate=accumulate, ema=ema)
-    step_fn = jax.jit(
-        functools.partial(train_step, **settings),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
-    )
+    step_fn = jit_step(objective, optimizer, state, mesh=mesh, accumulate=accumulate, ema=ema)
     start, before = int(state.step), None
     batches = (to_global(batch, mesh) for batch in batches_from(start))
     batch = next(batches)
