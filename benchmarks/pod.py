@@ -20,9 +20,6 @@ import re
 import sys
 import time
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # no chip is looked for
-os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # nor is one kept from others
-
 import jax
 from jax.experimental import topologies
 
@@ -92,7 +89,9 @@ def chips(topology: str) -> list:
     kind, _, shape = topology.partition(":")
     count = math.prod(int(side) for side in shape.split("x") if side.isdigit())
     name = {"v5e": "v5litepod"}.get(kind, kind)
-    os.environ |= {"TPU_ACCELERATOR_TYPE": f"{name}-{count}", "TPU_WORKER_HOSTNAMES": "localhost"}
+    jax.config.update("jax_platforms", "cpu")  # no chip is looked for, nor kept from others
+    os.environ |= dict(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    os.environ |= dict(TPU_ACCELERATOR_TYPE=f"{name}-{count}", TPU_WORKER_HOSTNAMES="localhost")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # of many kinds, by what is amiss
