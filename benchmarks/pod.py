@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 def report(path: str, overrides: list[str], topology: str) -> int:
     """Compiles the step and prints what the compiler says of it."""
     devices = chips(topology)
-    rest = ["init_from.tokenizer=random", "steps=10000", "model.dtype=bfloat16"]
+    rest = ["init_from.tokenizer=random", "steps=10000"]
     config = recipe.load(path, [*(f"data.{word}" for word in DATA), *rest, *overrides])
     this = recipe.build(config, devices)
     beginning = command.Beginning(this, config)

@@ -301,6 +301,7 @@ def build(config: ConfigDict, devices: list | None = None) -> Run:
     Raises UserError where the config cannot be run on these devices.
     """
     mesh = make_mesh(devices, fsdp=config.fsdp)
+    device = mesh.devices.flat[0]
     batch_size, accumulate = config.batch_size, config.accumulate
     if batch_size < 1 or accumulate < 1 or batch_size % (mesh.size * accumulate):
         raise UserError(
@@ -315,7 +316,7 @@ def build(config: ConfigDict, devices: list | None = None) -> Run:
     networks = {name: config[name].to_dict() for name in NETWORKS if name in config}
     for name, network in networks.items():
         if choose(f"{name}.dtype", network["dtype"], DTYPES) == "auto":
-            network["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            network["dtype"] = "float32" if device.platform == "cpu" else "bfloat16"
     settings = {name: value for name, value in config.objective.to_dict().items() if name != "name"}
     objective = functions(config)["objective"]
     if "num_labels" in inspect.signature(objective).parameters:
@@ -362,8 +363,9 @@ def build(config: ConfigDict, devices: list | None = None) -> Run:
         f"steps = {steps / steps_per_epoch:.1f} epochs x {dataset.examples:,} / {batch_size} = "
         f"{steps:,}, of them {warmup:,} warm-up\n"
         f"lr = {'' if config.optimizer.lr else base}{lr:g}\n"
-        f"batch = {mesh.size} devices ({mesh.devices.flat[0].device_kind}) x {accumulate} parts x "
-        f"{batch_size // mesh.size // accumulate} images, computed in {network['dtype']}"
+        f"batch = {mesh.size} devices ({device.device_kind}) x {accumulate} parts x "
+        f"{batch_size // mesh.size // accumulate} images, computed in "
+        f"{next(iter(networks.values()))['dtype']}"
     )
     if mesh.shape["fsdp"] > 1:
         story += f"\nparameters and optimizer state are split over {mesh.shape['fsdp']} devices"
