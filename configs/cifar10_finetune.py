@@ -11,5 +11,6 @@ from configs import cifar10_scratch
 
 def get_config() -> ConfigDict:
     config = cifar10_scratch.get_config()
+    config.optimizer.update(base_lr=6e-3, layer_decay=0.75)
     config.init_from = dict(encoder="runs/mae_cifar10")
     return config

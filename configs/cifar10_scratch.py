@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         size=32,
         crop_scale=(0.4, 1.0),
     )
-    config.optimizer.update(base_lr=4e-3, warmup_steps=40)
+    config.optimizer.update(base_lr=2e-3, layer_decay=1.0, warmup_steps=40)
     config.evaluate = dict(every_steps=100)
     config.pictures = dict(every_steps=400)
     config.save = dict(every_steps=400)

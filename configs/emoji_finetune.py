@@ -3,7 +3,7 @@ r"""Fine-tuning the small MAE on 268 of the built-in emoji.
     python -m mim_jax.main --config=configs/mae_emoji.py
     python -m mim_jax.main --config=configs/emoji_finetune.py
 
-Of the validation split 60.2 % are told at the end, 54.9 % from scratch: everything else is as in
+Accuracy on the validation split at the end: 60.2 %, from scratch 54.9 %; everything else is as in
 emoji_scratch.py. One run each.
 """
 
