@@ -1,10 +1,8 @@
 """The loop: the same run on any devices, in any parts, after any stop."""
 
-import collections
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import shutil
@@ -15,11 +13,12 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.pod import collectives
 from mim_jax import UserError, optim
 from mim_jax.checkpoint import Checkpoints, abstract, init_part, newest
 from mim_jax.objectives import Objective, mae, per_example
 from mim_jax.sharding import by_row, make_mesh, place, replicated
-from mim_jax.train import evaluate, initialize, train, train_step
+from mim_jax.train import evaluate, initialize, jit_step, train
 
 SIZE, ROWS = 16, 16
 EXAMPLE = {
@@ -83,57 +82,52 @@ def test_devices_and_parts_change_nothing(reference, devices, fsdp, accumulate):
 
 def compiled(mesh, accumulate):
     """The compiled step as text."""
-    settings = dict(objective=OBJECTIVE, optimizer=OPTIMIZER, accumulate=accumulate, mesh=mesh)
+    state = start(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((64, *x.shape[1:]), x.dtype, sharding=by_row(mesh))
         for name, x in EXAMPLE.items()
     }
-    step = jax.jit(functools.partial(train_step, **settings), donate_argnums=0)
-    return step.lower(start(mesh), batch, jax.random.key(0)).compile().as_text()
+    step = jit_step(OBJECTIVE, OPTIMIZER, state, mesh=mesh, accumulate=accumulate)
+    return step.lower(state, batch, jax.random.key(0)).compile().as_text()
 
 
-def collectives(text):
-    """[(kind, bytes of its results), ...] of all places where devices meet."""
-    found = re.findall(
-        r" = (.*?) (all-\w+|reduce-scatter|collective-\w+|ragged-\w+)(?:-start)?\(", text
-    )
-    sizes = {"f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
-    return [
-        (
-            kind,
-            sum(
-                sizes[dtype] * math.prod(map(int, filter(None, sides.split(","))))
-                for dtype, sides in re.findall(r"(\w+)\[([\d,]*)\]", result)
-            ),
-        )
-        for result, kind in found
-    ]
+def entry(text):
+    """What a program does once, in no loop."""
+    return text[text.index("\nENTRY ") :]
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_gradients_leave_a_device_once_a_step(accumulate):
     """The compiled step has one collective, an all-reduce, and not in the loop over the parts."""
     text = compiled(make_mesh(), accumulate)
-    assert [kind for kind, _ in collectives(text)] == ["all-reduce"]
-    assert " all-reduce(" in text[text.index("\nENTRY ") :]
+    assert set(collectives(text)) == {"all-reduce f32"}
+    assert text.count(" all-reduce(") == entry(text).count(" all-reduce(") == 1
 
 
 @pytest.mark.parametrize(("fsdp", "accumulate"), [(8, 1), (8, 4), (4, 1)])
 def test_fsdp_moves_what_theory_says(fsdp, accumulate):
-    """Parameters gathered at most twice, gradients scattered once, activations never."""
+    """Parameters gathered at most twice, gradients scattered once, nothing in the loop."""
     mesh = make_mesh(fsdp=fsdp)
     text = compiled(mesh, accumulate)
     total = sum(x.nbytes for x in jax.tree.leaves(start(mesh).params))
-    moved = collections.Counter()
-    for kind, size in collectives(text):
-        moved[kind] += size * (fsdp if kind == "reduce-scatter" else 1)
-    assert set(moved) == {"all-gather", "reduce-scatter", "all-reduce"}
-    assert 0.9 * total < moved["all-gather"] < 1.1 * 2 * total
-    assert 0.9 * total < moved["reduce-scatter"] < 1.1 * total
+    moved = {kind: size for kind, (_, size) in collectives(text).items()}
+    assert set(moved) == {"all-gather f32", "reduce-scatter f32", "all-reduce f32"}
+    assert 0.9 * total < moved["all-gather f32"] < 1.1 * 2 * total
+    assert 0.9 * total < moved["reduce-scatter f32"] < 1.1 * total
     copies = 8 // fsdp  # a device's part of the gradient is added over these; and vectors, sums
-    assert moved["all-reduce"] < (0.1 + (copies > 1) / fsdp) * total
-    entry = text[text.index("\nENTRY ") :]
-    assert len(collectives(entry)) == len(collectives(text))
+    assert moved["all-reduce f32"] < (0.1 + (copies > 1) / fsdp) * total
+    assert collectives(entry(text)) == collectives(text)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_fsdp_gathers_no_activations(accumulate):
+    """All that is gathered has the shape of a parameter: activations would be few bytes here."""
+    mesh = make_mesh(fsdp=8)
+    gathered = re.findall(r" = (.*?) all-gather(?:-done)?\(", compiled(mesh, accumulate))
+    shapes = {sides for result in gathered for sides in re.findall(r"\[([\d,]+)\]", result)}
+    params = jax.tree.leaves(start(mesh).params)
+    assert shapes
+    assert shapes <= {",".join(map(str, x.shape)) for x in params}
 
 
 @pytest.mark.parametrize("fsdp", [2, 8])
