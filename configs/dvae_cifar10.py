@@ -1,11 +1,14 @@
-r"""A tokenizer of CIFAR-10, 1024 codes, 8 x 8 tokens an image: two minutes of one core's time.
+r"""A tokenizer of CIFAR-10, 1024 codes, 8 x 8 tokens an image: 13 minutes of one core's time.
 
     python -m mim_jax.main --config=configs/dvae_cifar10.py --workdir=runs/dvae_cifar10 \
         --config.data.name=folder:/data/cifar10
+    python -m mim_jax.evaluate --config=runs/dvae_cifar10
 
-On 1000 test images: perplexity 545, all but 4 codes in use, squared error 0.0158 with hard tokens,
-0.0138 with soft ones (cells' mean colours: 0.0112). So short a run leaves the codes uncertain
-(`kl` is 1.7 of ln 1024 = 6.9 nats): these tokens are diverse, not yet good.
+On the 10,000 test images; cells painted with their mean colours have a squared error of 0.0111:
+
+    steps, those of the temperature    perplexity    codes used    error: hard tokens, soft ones
+    6000, 4000                         1011 of 1024  all           0.0043, 0.0048
+    1100, 500 (1000 images)             545          1020          0.0158, 0.0138
 """
 
 from ml_collections import ConfigDict
@@ -15,9 +18,9 @@ from configs import dvae_emoji
 
 def get_config() -> ConfigDict:
     config = dvae_emoji.get_config()
-    config.steps = 1100
+    config.steps = 6000
     config.tokenizer.update(vocabulary=1024, width=128, stem=4)
-    config.objective.update(temperature=0.5, temperature_steps=500, kl_weight=0.0, balance=0.5)
+    config.objective.update(temperature=0.5, temperature_steps=4000, kl_weight=0.0, balance=0.5)
     config.data.update(name="cifar10", evaluation_split="test", size=32)
-    config.evaluate = dict(every_steps=1100)
+    config.evaluate = dict(every_steps=2000, limit=1000)
     return config
