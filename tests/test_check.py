@@ -85,7 +85,8 @@ def test_a_mistake_ends_with_code_2_and_a_sentence(tmp_path, capsys):
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
-    run = dict(trajectory={"seed": 1})
+    config = dict(batch_size=4, objective=dict(name="mae"), optimizer=dict(name="adamw"))
+    run = dict(config=config, trajectory={"seed": 1})
     (tmp_path / "config.json").write_text(json.dumps(run))
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 2
     assert "holds a run that goes another way" in capsys.readouterr().err
