@@ -9,7 +9,7 @@ import optax
 import pytest
 from PIL import Image
 
-from mim_jax import check
+from mim_jax import check, recipe
 
 TINY = [
     "--config=configs/mae_emoji.py",
@@ -85,12 +85,12 @@ def test_a_mistake_ends_with_code_2_and_a_sentence(tmp_path, capsys):
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
-    config = dict(batch_size=4, objective=dict(name="mae"), optimizer=dict(name="adamw"))
-    run = dict(config=config, trajectory={"seed": 1})
-    (tmp_path / "config.json").write_text(json.dumps(run))
+    config = recipe.load("configs/mae_emoji.py", []).to_dict()
+    run = json.dumps(dict(config=config, trajectory={"seed": 1}))
+    (tmp_path / "config.json").write_text(run)
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 2
     assert "holds a run that goes another way" in capsys.readouterr().err
-    assert json.loads((tmp_path / "config.json").read_text()) == run
+    assert (tmp_path / "config.json").read_text() == run
 
 
 def test_the_step_is_looked_at_in_its_full_size(tmp_path, capsys):
