@@ -45,7 +45,8 @@ def main() -> None:
             *overrides,
             *(f"--config.{key.replace('__', '.')}={value}" for key, value in keys.items()),
         ]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+        if code := subprocess.run(command, stdout=sys.stderr).returncode:
+            sys.exit(code)  # it has said why
         lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
         return [(m["step"], m["evaluate/accuracy"]) for m in lines if "evaluate/accuracy" in m]
 

@@ -24,8 +24,6 @@ import jax
 from jax.experimental import topologies
 
 from mim_jax import UserError, command, recipe
-from mim_jax.sharding import by_row, replicated
-from mim_jax.train import jit_step
 
 DATA = ("name=emoji", "split=train", "evaluation_split=validation", "data_dir=", "labels=")
 GB = 1e9
@@ -50,21 +48,9 @@ def report(path: str, overrides: list[str], topology: str) -> int:
     beginning = command.Beginning(this, config)
     print(f"{beginning.parameters:,} parameters\n{this.story}", flush=True)
 
-    batch = {
-        name: jax.ShapeDtypeStruct(
-            (config.batch_size, *x.shape[1:]), x.dtype, sharding=by_row(this.mesh)
-        )
-        for name, x in this.example.items()
-    }
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(this.mesh))
-    step = jit_step(
-        this.objective, this.optimizer, beginning.like, mesh=this.mesh,
-        accumulate=config.accumulate, ema=config.ema,
-    )  # fmt: skip
     start = time.perf_counter()
     try:
-        compiled = step.lower(beginning.like, batch, key).compile()
+        compiled = command.trace_step(this, beginning, config).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"the step does not compile: {str(error).splitlines()[0]}") from None
     print(f"compiled in {time.perf_counter() - start:.0f} s")
@@ -108,7 +94,7 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     one gather that runs beside other work stands in several fusions, under the same chain_id; and
     an all-reduce of which a chip keeps its part stands in a computation all-reduce-scatter.
     """
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    kinds = "all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-[a-z]+"
     found, seen, computation = collections.defaultdict(lambda: (0, 0)), set(), ""
     for line in text.splitlines():
         if header := re.match(r"(?:ENTRY )?%([\w.-]+) \(.*\{$", line):
@@ -126,8 +112,8 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             parts = int(group[2] or group[1].count(",") + 1)
         if computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
-        for dtype, bits, sides in re.findall(r"\b([a-z]+(\d+))\[([\d,]*)\]", result):
-            size = int(bits) // 8 * math.prod(int(side) for side in sides.split(",") if side)
+        for dtype, bits, sides in re.findall(r"\b(pred|[a-z]+(\d+))\[([\d,]*)\]", result):
+            size = int(bits or 8) // 8 * math.prod(int(side) for side in sides.split(",") if side)
             count, total = found[f"{kind} {dtype}"]
             found[f"{kind} {dtype}"] = count + 1, total + parts * size
     return dict(found)

@@ -28,13 +28,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mim_jax import recipe
-from mim_jax.command import Beginning, exit_code, make_folder, parse
+from mim_jax.command import Beginning, exit_code, make_folder, parse, trace_step
 from mim_jax.data.decode import BadImageError, decode, header
 from mim_jax.data.sources import Source, open_sources
 from mim_jax.objectives import unit
 from mim_jax.pictures import draw_sheet
 from mim_jax.sharding import to_global
-from mim_jax.train import TrainState, jit_step, train
+from mim_jax.train import TrainState, train
 
 SECONDS = 8  # in which images of a split are decoded
 ON_A_CPU = 5e8  # parameters x images, of which a step takes some seconds
@@ -181,19 +181,6 @@ def look_at_disk(state_bytes: int, keep: int, workdir: str) -> list[str]:
         f"{workdir} has {gib(free)} free",
     )
     return [] if needed <= free else [f"{workdir} has no room for {keep + 1} checkpoints."]
-
-
-def trace_step(this: recipe.Run, beginning: Beginning, config: ConfigDict) -> None:
-    """Goes through the run's own step in shapes alone. Raises the UserErrors that it would."""
-    batch = {
-        name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
-        for name, x in this.example.items()
-    }
-    step = jit_step(
-        this.objective, this.optimizer, beginning.like, mesh=this.mesh,
-        accumulate=config.accumulate, ema=config.ema,
-    )  # fmt: skip
-    jax.eval_shape(step, beginning.like, batch, jax.random.key(config.seed))
 
 
 def look_at_steps(config: ConfigDict, beginning: Beginning, path: Path) -> list[str]:

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from mim_jax import UserError, recipe
 from mim_jax.checkpoint import abstract, init_part
-from mim_jax.sharding import place
-from mim_jax.train import TrainState, initialize
+from mim_jax.sharding import by_row, place, replicated
+from mim_jax.train import TrainState, initialize, jit_step
 
 NO_ROOM = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EPERM)
 
@@ -102,6 +102,24 @@ class Beginning:
             for part in recipe.PARTS[name] if source not in ("", "random") else ():
                 state = init_part(state, part, source)
         return state
+
+
+def trace_step(this: recipe.Run, beginning: Beginning, config: ConfigDict):
+    """The run's own step in shapes alone, traced: as `.lower().compile()` goes on from it.
+
+    Raises the UserErrors that the step would.
+    """
+    batch = {
+        name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
+        for name, x in this.example.items()
+    }
+    batch = {name: abstract(x, by_row(this.mesh)) for name, x in batch.items()}
+    rng = abstract(jax.eval_shape(lambda: jax.random.key(0)), replicated(this.mesh))
+    step = jit_step(
+        this.objective, this.optimizer, beginning.like, mesh=this.mesh,
+        accumulate=config.accumulate, ema=config.ema,
+    )  # fmt: skip
+    return step.trace(beginning.like, batch, rng)
 
 
 def make_folder(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) -> dict:

@@ -11,6 +11,7 @@ done, 2 a mistake in what was asked for.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +24,10 @@ import tensorflow_datasets as tfds
 from mim_jax import UserError, command, recipe
 from mim_jax.convert import files
 from mim_jax.data.records import shard_path, write_info, write_shard
-from mim_jax.objectives import whole_images
+from mim_jax.objectives import MEAN, STD, whole_images
 from mim_jax.sharding import replicated, to_global
 
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+IMAGENET = dict(mean=MEAN, std=STD)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,7 +115,7 @@ def save_records(folder: Path, rows: Iterator[dict], split: str) -> tuple[int, i
 
     def examples() -> Iterator[dict]:
         nonlocal count
-        for part in (batch, *rows):
+        for part in itertools.chain([batch], rows):
             for values in zip(*part.values(), strict=True):
                 yield dict(zip(part, values, strict=True))
                 count += 1

@@ -10,7 +10,7 @@ from mim_jax import UserError
 
 
 def warmup_cosine(
-    lr: float, *, min_lr: float, warmup_steps: int, steps: int, code: Literal["mae", "beit"] = "mae"
+    lr: float, *, min_lr: float, warmup_steps: int, steps: int, code: Literal["mae", "beit"]
 ) -> optax.Schedule:
     """Step (0, 1, ...) -> learning rate: linear from 0 to `lr`, then half a cosine to `min_lr`.
 

@@ -134,7 +134,9 @@ def test_straight_through_begins_after_soft_steps():
 def run(devices, *, accumulate=1, steps=3, lr=1e-2, **settings):
     """-> state, and the metrics of each step."""
     objective = dvae.objective(TOKENIZER, **settings)
-    optimizer = optim.adamw(optim.warmup_cosine(lr, min_lr=0.0, warmup_steps=1, steps=steps))
+    optimizer = optim.adamw(
+        optim.warmup_cosine(lr, min_lr=0.0, warmup_steps=1, steps=steps, code="mae")
+    )
     mesh = make_mesh(jax.devices()[:devices])
     begin = jax.jit(
         lambda: initialize(objective, optimizer, EXAMPLE, 0), out_shardings=replicated(mesh)

@@ -256,7 +256,7 @@ def test_learning_rate():
     """The official code's rates in the paper's recipe, here with two steps an epoch."""
     golden = {0: 0.0, 0.5: 3e-5, 20: 0.0012, 40: 0.0024, 41: 0.002399989748}
     golden |= {100: 0.002363280319, 400: 0.001299095215, 420: 0.0012, 799: 1.0252344e-8}
-    schedule = warmup_cosine(2.4e-3, min_lr=0.0, warmup_steps=2 * 40, steps=2 * 800)
+    schedule = warmup_cosine(2.4e-3, min_lr=0.0, warmup_steps=2 * 40, steps=2 * 800, code="mae")
     with jax.enable_x64(True):
         rates = {epoch: float(schedule(jnp.array(2.0 * epoch))) for epoch in golden}
     assert rates == pytest.approx(golden, abs=1e-12)
@@ -279,7 +279,7 @@ def test_ten_steps_of_adamw(accumulate):
     ]
     adamw_of_torch = torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
-    schedule = warmup_cosine(lr, min_lr=0.0, warmup_steps=warmup, steps=steps)
+    schedule = warmup_cosine(lr, min_lr=0.0, warmup_steps=warmup, steps=steps, code="mae")
     optimizer = adamw(
         lambda step: schedule(step.astype(float)),  # the rate of an integer has float32's digits
         b1=0.9,

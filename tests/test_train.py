@@ -28,7 +28,9 @@ EXAMPLE = {
 STEPS = 5
 DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
 OBJECTIVE = mae.objective(dict(width=16, depth=1, heads=2, patch=4), **DECODER)
-OPTIMIZER = optim.adamw(optim.warmup_cosine(1e-2, min_lr=0.0, warmup_steps=1, steps=STEPS))
+OPTIMIZER = optim.adamw(
+    optim.warmup_cosine(1e-2, min_lr=0.0, warmup_steps=1, steps=STEPS, code="mae")
+)
 
 
 def batches_from(step):
@@ -359,7 +361,9 @@ def test_init_part_refuses_another_model(tmp_path):
 
 def test_learning_rates_are_the_recipes():
     """The golden values of the reference at 312 steps an epoch, 800 epochs, 40 of warm-up."""
-    schedule = optim.warmup_cosine(2.4e-3, min_lr=0.0, warmup_steps=40 * 312, steps=800 * 312)
+    schedule = optim.warmup_cosine(
+        2.4e-3, min_lr=0.0, warmup_steps=40 * 312, steps=800 * 312, code="mae"
+    )
     with jax.enable_x64(True):
         for epoch, lr in {
             0: 0.0,
@@ -374,7 +378,7 @@ def test_learning_rates_are_the_recipes():
         }.items():
             assert float(schedule(jnp.float64(epoch * 312))) == pytest.approx(lr, rel=1e-6)
     with pytest.raises(UserError, match="does not end before"):
-        optim.warmup_cosine(1.0, min_lr=0.0, warmup_steps=5, steps=5)
+        optim.warmup_cosine(1.0, min_lr=0.0, warmup_steps=5, steps=5, code="mae")
 
 
 def test_learning_rates_are_beit_s():

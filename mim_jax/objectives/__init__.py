@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from mim_jax import UserError
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
 
 class Objective(NamedTuple):
     """What to learn, as pure functions: what optax.GradientTransformation is for how to step.

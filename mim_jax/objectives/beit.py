@@ -18,7 +18,7 @@ from mim_jax.masking import Sampling, corrupt, sample
 from mim_jax.models.patches import busy, patchify, take, unpatchify
 from mim_jax.models.transformer import INITS, Dense
 from mim_jax.models.vit import ViT, vit
-from mim_jax.objectives import Objective, denormalize, normalize, per_example, unit
+from mim_jax.objectives import MEAN, STD, Objective, denormalize, normalize, per_example, unit
 
 
 class BEiT(nn.Module):
@@ -49,8 +49,8 @@ def objective(
     recover: Literal["hidden", "all"] = "hidden",
     target: targets.Name = "tokens",
     error: targets.Error = "squared",
-    mean: tuple = (0.485, 0.456, 0.406),
-    std: tuple = (0.229, 0.224, 0.225),
+    mean: tuple = MEAN,
+    std: tuple = STD,
 ) -> Objective:
     """BEiT: of the patches of an image `num_masked` at most are hidden, in blocks of `min_block`.
 

@@ -19,7 +19,7 @@ from mim_jax import UserError
 from mim_jax.augment import erase, mix, smooth
 from mim_jax.models.transformer import LayerNorm
 from mim_jax.models.vit import ViT, vit
-from mim_jax.objectives import Objective, denormalize, normalize, per_example
+from mim_jax.objectives import MEAN, STD, Objective, denormalize, normalize, per_example
 
 MLP = ("norm2", "fc1", "fc2", "gamma_2")  # the second half of a block
 
@@ -101,8 +101,8 @@ def objective(
     cutmix: float = 0.0,
     mixup_group: int = 128,
     erasing: float = 0.0,
-    mean: tuple = (0.485, 0.456, 0.406),
-    std: tuple = (0.229, 0.224, 0.225),
+    mean: tuple = MEAN,
+    std: tuple = STD,
 ) -> Objective:
     """Which of `num_labels` classes an image is of.
 

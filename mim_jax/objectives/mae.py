@@ -16,7 +16,7 @@ from mim_jax.masking import hide
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.patches import take
 from mim_jax.models.vit import ViT, vit
-from mim_jax.objectives import Objective, denormalize, normalize, per_example
+from mim_jax.objectives import MEAN, STD, Objective, denormalize, normalize, per_example
 
 
 class MAE(nn.Module):
@@ -59,8 +59,8 @@ def objective(
     decoder_width: int = 512,
     decoder_depth: int = 8,
     decoder_heads: int = 16,
-    mean: tuple = (0.485, 0.456, 0.406),
-    std: tuple = (0.229, 0.224, 0.225),
+    mean: tuple = MEAN,
+    std: tuple = STD,
 ) -> Objective:
     """MAE; mean and std are the data's.
 
