@@ -5,6 +5,7 @@ import io
 import sys
 
 import numpy as np
+import PIL
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image, ImageEnhance
@@ -270,6 +271,19 @@ def test_the_faster_resizer_is_pillows_but_for_single_pixels(interpolation, mode
         difference = abs(ours - pillows)
         assert difference.mean() < 0.05
         assert difference.max() <= 2
+
+
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="took the width first always")
+@pytest.mark.parametrize("shape", [(605, 179), (588, 417), (400, 300), (179, 605), (100, 90)])
+def test_the_faster_resizer_takes_pillows_side_first(shape):
+    """Of noise, where the other side first would differ by 0.3 in the mean."""
+    pytest.importorskip("cykooz_resizer")
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    ours, pillows = (
+        resize(Image.fromarray(pixels), (224, 200), "bicubic", resizer).astype(int)
+        for resizer in ("simd", "pillow")
+    )
+    assert abs(ours - pillows).mean() < 0.02
 
 
 def test_resizers_that_cannot_be(monkeypatch):

@@ -79,7 +79,8 @@ def random_crop_box(size, rng: np.random.Generator, scale, clip=False, ratio=(3 
 def resize_simd(image: Image.Image, size, interpolation: str) -> Image.Image:
     """As Pillow's in a third of the time, but for pixels that differ by one, some in a hundred.
 
-    One side after the other, the width first: so did Pillow always, and does mostly.
+    One side after the other: the width first, unless the height loses more than twice as much, as
+    Pillow 13 has it (older ones took the width first always).
     """
     import cykooz_resizer as simd
 
@@ -87,8 +88,10 @@ def resize_simd(image: Image.Image, size, interpolation: str) -> Image.Image:
     kind = simd.FilterType[filters.get(interpolation, interpolation)]
     options = simd.ResizeOptions(resize_alg=simd.ResizeAlg.convolution(kind))
     resizer = simd.Resizer()
-    for height in (image.height, size[0]):
-        target = Image.new(image.mode, (size[1], height), None)
+    height, width = size
+    tall = image.height - height > max(0, 2 * (image.width - width))
+    for shape in ((image.width, height) if tall else (width, image.height), (width, height)):
+        target = Image.new(image.mode, shape, None)
         resizer.resize_pil(image, target, options)
         image = target
     return image
