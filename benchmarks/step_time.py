@@ -1,13 +1,15 @@
-"""The time of a training step of MAE, ours and Hugging Face's, on this machine's CPU.
+"""The time of a training step of MAE, ours and Hugging Face's, on this machine's CPU or GPU.
 
     python -m benchmarks.step_time [--size=B] [--batch=16] [--rounds=7]
+    python -m benchmarks.step_time --batch=256 --steps=20 [--compile]       # on a GPU
 
-Both take the same images of 224 x 224 from memory and do a whole step in float32, forward,
-backward and AdamW, on all cores: ours the `train_step` of `mim_jax.train` compiled, its state
-donated; theirs `ViTMAEForPreTraining` in eager PyTorch, with the faster of its two AdamW. The
-decoder is the default of both, 8 blocks of width 512. After two steps of each to warm up, every
-round times one step of ours, then one of theirs. What counts is the median of the rounds' ratios:
-a disturbance that lasts slows both of a round.
+Both take the same images of 224 x 224 from memory and do a whole step, forward, backward and
+AdamW: ours the `train_step` of `mim_jax.train` compiled, its state donated; theirs
+`ViTMAEForPreTraining` in PyTorch, eager or by torch.compile, with the faster of its two AdamW. The
+decoder is the default of both, 8 blocks of width 512. On a CPU all is in float32, on all cores; on
+a GPU in bfloat16 with float32 parameters, theirs by autocast. After three steps of each to warm
+up, every round times some steps of ours, then as many of theirs. What counts is the median of the
+rounds' ratios: a disturbance that lasts slows both of a round.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +36,14 @@ from mim_jax.sharding import make_mesh
 from mim_jax.train import initialize, jit_step
 
 ADAMW = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
-PATCH = 16
+PATCH = {"H": 14}  # 16 for all others
 
 
-def ours(size: str, images: np.ndarray) -> tuple[Callable[[], None], float | None]:
-    """-> a function that does one step, and the FLOPs in it as XLA counts them."""
-    objective = mae.objective(dict(size=size, patch=PATCH))
+def ours(size: str, images: np.ndarray, dtype: str, remat: str) -> tuple[Callable, float, float]:
+    """-> a function that does so many steps; the FLOPs in one, as XLA counts them; the memory
+    (GB) that one takes at its peak, as XLA plans it."""
+    model = dict(size=size, patch=PATCH.get(size, 16), dtype=dtype, remat=remat)
+    objective = mae.objective(model)
     b1, b2 = ADAMW["betas"]
     optimizer = adamw(
         optax.constant_schedule(ADAMW["lr"]), b1=b1, b2=b2, weight_decay=ADAMW["weight_decay"]
@@ -46,24 +52,27 @@ def ours(size: str, images: np.ndarray) -> tuple[Callable[[], None], float | Non
     example = {name: x[:1] for name, x in batch.items()}
     rng = jax.random.key(0)
     state = jax.jit(lambda: initialize(objective, optimizer, example, seed=0))()
-    compiled = jit_step(objective, optimizer, state, mesh=make_mesh()).lower(state, batch, rng)
-    compiled = compiled.compile()
+    lowered = jit_step(objective, optimizer, state, mesh=make_mesh()).lower(state, batch, rng)
+    compiled = lowered.compile()
 
-    def step():
+    def run(steps: int):
         nonlocal state
-        state, metrics = compiled(state, batch, rng)
+        for _ in range(steps):
+            state, metrics = compiled(state, batch, rng)
         jax.block_until_ready((state, metrics))
 
-    return step, (compiled.cost_analysis() or {}).get("flops")
+    peak = compiled.memory_analysis().peak_memory_in_bytes / 1e9
+    return run, lowered.cost_analysis()["flops"], peak
 
 
-def theirs(size: str, images: np.ndarray) -> tuple[Callable[[], None], str]:
-    """-> a function that does one step, and which of PyTorch's AdamW it uses."""
+def theirs(size: str, images: np.ndarray, dtype: str, compiled: bool) -> tuple[Callable, str]:
+    """-> a function that does so many steps, and which of PyTorch's AdamW it uses."""
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     encoder = SIZES[size]
     model = ViTMAEForPreTraining(
         ViTMAEConfig(
             image_size=images.shape[1],
-            patch_size=PATCH,
+            patch_size=PATCH.get(size, 16),
             hidden_size=encoder["width"],
             num_hidden_layers=encoder["depth"],
             num_attention_heads=encoder["heads"],
@@ -71,37 +80,51 @@ def theirs(size: str, images: np.ndarray) -> tuple[Callable[[], None], str]:
             norm_pix_loss=True,
             layer_norm_eps=1e-6,
         )
-    ).train()
+    )
+    model = model.to(device).train()
     trained = [x for x in model.parameters() if x.requires_grad]
     groups = [  # as ours: what has one axis does not decay
         dict(params=[x for x in trained if x.ndim > 1]),
         dict(params=[x for x in trained if x.ndim == 1], weight_decay=0.0),
     ]
-    pixels = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
+    pixels = torch.tensor(images).permute(0, 3, 1, 2).contiguous().to(device)
+    forward = torch.compile(model) if compiled else model
 
     def backward():
         model.zero_grad()
-        model(pixels).loss.backward()
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+            loss = forward(pixels).loss
+        loss.backward()
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def update(optimizer):
+        optimizer.step()
+        wait()
 
     backward()
     times = {}
     for kind in ("foreach", "fused"):
         optimizer = torch.optim.AdamW(groups, **ADAMW, **{kind: True})
-        optimizer.step()  # makes the moments
-        times[kind] = min(seconds(optimizer.step) for _ in range(3))
+        update(optimizer)  # makes the moments
+        times[kind] = min(seconds(lambda: update(optimizer)) for _ in range(3))  # noqa: B023
     kind = min(times, key=times.get)
     optimizer = torch.optim.AdamW(groups, **ADAMW, **{kind: True})
 
-    def step():
-        backward()
-        optimizer.step()
+    def run(steps: int):
+        for _ in range(steps):
+            backward()
+            optimizer.step()
+        wait()
 
-    return step, kind
+    return run, kind
 
 
-def seconds(step: Callable) -> float:
+def seconds(function: Callable) -> float:
     start = time.perf_counter()
-    step()
+    function()
     return time.perf_counter() - start
 
 
@@ -112,33 +135,43 @@ def main():
     parser.add_argument("--size", default="B", choices=SIZES, help="of the encoder")
     parser.add_argument("--batch", type=int, default=16, metavar="IMAGES")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=1, help="in a round, of each")
+    parser.add_argument("--remat", default="none", help="ours: none, full or a policy's name")
+    parser.add_argument("--compile", action="store_true", help="theirs by torch.compile")
     flags = parser.parse_args()
 
     torch.set_num_threads(os.cpu_count())
     names = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
     print(", ".join(f"{name} {version(name)}" for name in names))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads each")
+    device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    dtype = "float32" if on_cpu else "bfloat16"
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads each"
+    print(cpu if on_cpu else device.device_kind)
 
     rng = np.random.default_rng(0)
     images = rng.random((flags.batch, 224, 224, 3), dtype=np.float32)
-    our_step, flops = ours(flags.size, images)
-    their_step, kind = theirs(flags.size, images)
-    print(f"MAE ViT-{flags.size}/{PATCH}, batch {flags.batch}, float32; theirs with AdamW {kind}")
-    if flops:
-        print(f"our step: {flops / 1e9:.1f} GFLOPs by XLA's count")
-    for _ in range(2):
-        our_step()
-        their_step()
+    our_steps, flops, peak = ours(flags.size, images, dtype, flags.remat)
+    their_steps, kind = theirs(flags.size, images, dtype, flags.compile)
+    how = "torch.compile" if flags.compile else "eager"
+    print(f"MAE ViT-{flags.size}, batch {flags.batch}, {dtype}; theirs {how}, AdamW {kind}")
+    print(f"our step: {flops / 1e9:.1f} GFLOPs by XLA's count, at most {peak:.2f} GB")
+    our_steps(3)
+    their_steps(3)
 
     speeds, ratios = {"ours": [], "theirs": []}, []
     for i in range(flags.rounds):
-        a, b = seconds(our_step), seconds(their_step)
+        a = seconds(lambda: our_steps(flags.steps)) / flags.steps
+        b = seconds(lambda: their_steps(flags.steps)) / flags.steps
         speeds["ours"].append(flags.batch / a)
         speeds["theirs"].append(flags.batch / b)
         ratios.append(b / a)
-        print(f"round {i + 1}: ours {a:.3f} s, theirs {b:.3f} s, ratio {b / a:.3f}", flush=True)
+        print(f"round {i + 1}: ours {a:.4f} s, theirs {b:.4f} s, ratio {b / a:.3f}", flush=True)
     for name, values in speeds.items():
-        print(f"{name}: {statistics.median(values):.3f} images/s (median)")
+        rate = statistics.median(values)
+        print(
+            f"{name}: {rate:.3f} images/s (median), {rate / flags.batch * flops / 1e12:.2f} TFLOP/s"
+        )
     print(
         f"ours / theirs: {statistics.median(ratios):.3f} "
         f"({min(ratios):.3f} to {max(ratios):.3f}), median and range of {flags.rounds} rounds"
