@@ -31,7 +31,7 @@ from mim_jax import recipe
 from mim_jax.command import Beginning, exit_code, make_folder, parse, trace_step
 from mim_jax.data.decode import BadImageError, decode, header
 from mim_jax.data.sources import Source, open_sources
-from mim_jax.objectives import unit
+from mim_jax.normalize import unit
 from mim_jax.pictures import draw_sheet
 from mim_jax.sharding import to_global
 from mim_jax.train import TrainState, train

@@ -24,7 +24,8 @@ import tensorflow_datasets as tfds
 from mim_jax import UserError, command, recipe
 from mim_jax.convert import files
 from mim_jax.data.records import shard_path, write_info, write_shard
-from mim_jax.objectives import MEAN, STD, whole_images
+from mim_jax.normalize import MEAN, STD
+from mim_jax.objectives import whole_images
 from mim_jax.sharding import replicated, to_global
 
 IMAGENET = dict(mean=MEAN, std=STD)

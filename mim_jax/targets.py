@@ -13,7 +13,7 @@ import optax
 from mim_jax import UserError
 from mim_jax.models.dvae import DVAE, dvae
 from mim_jax.models.patches import patchify, take, unpatchify
-from mim_jax.objectives import denormalize, unit
+from mim_jax.normalize import denormalize, unit
 
 Name = Literal["pixels", "normalized_pixels", "tokens"]
 Error = Literal["squared", "absolute", "huber"]

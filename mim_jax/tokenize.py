@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from mim_jax import UserError, command, recipe
 from mim_jax.checkpoint import abstract, init_part
 from mim_jax.models.dvae import dvae
-from mim_jax.objectives import unit
+from mim_jax.normalize import unit
 from mim_jax.sharding import replicated, to_global
 from mim_jax.train import TrainState
 

@@ -11,7 +11,8 @@ from mim_jax.models.decoder import Decoder
 from mim_jax.models.patches import patchify, sincos2d, unpatchify
 from mim_jax.models.transformer import Block
 from mim_jax.models.vit import SIZES, vit
-from mim_jax.objectives import denormalize, mae, normalize, per_example
+from mim_jax.normalize import denormalize, normalize
+from mim_jax.objectives import mae, per_example
 from mim_jax.targets import statistics
 from tests.official import golden_state, mae_shapes, to_params
 

@@ -18,7 +18,8 @@ from mim_jax.masking import Sampling, corrupt, sample
 from mim_jax.models.patches import busy, patchify, take, unpatchify
 from mim_jax.models.transformer import INITS, Dense
 from mim_jax.models.vit import ViT, vit
-from mim_jax.objectives import MEAN, STD, Objective, denormalize, normalize, per_example, unit
+from mim_jax.normalize import MEAN, STD, denormalize, normalize, unit
+from mim_jax.objectives import Objective, per_example
 
 
 class BEiT(nn.Module):

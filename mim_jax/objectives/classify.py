@@ -19,7 +19,8 @@ from mim_jax import UserError
 from mim_jax.augment import erase, mix, smooth
 from mim_jax.models.transformer import LayerNorm
 from mim_jax.models.vit import ViT, vit
-from mim_jax.objectives import MEAN, STD, Objective, denormalize, normalize, per_example
+from mim_jax.normalize import MEAN, STD, denormalize, normalize
+from mim_jax.objectives import Objective, per_example
 
 MLP = ("norm2", "fc1", "fc2", "gamma_2")  # the second half of a block
 

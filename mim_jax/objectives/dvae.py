@@ -20,7 +20,8 @@ import numpy as np
 from mim_jax import UserError
 from mim_jax.models.dvae import dvae
 from mim_jax.models.patches import busy, patchify
-from mim_jax.objectives import Objective, per_example, unit
+from mim_jax.normalize import unit
+from mim_jax.objectives import Objective, per_example
 
 
 def logit_laplace(x: jax.Array, painted: jax.Array) -> jax.Array:

@@ -16,7 +16,8 @@ from mim_jax.masking import hide
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.patches import take
 from mim_jax.models.vit import ViT, vit
-from mim_jax.objectives import MEAN, STD, Objective, denormalize, normalize, per_example
+from mim_jax.normalize import MEAN, STD, denormalize, normalize
+from mim_jax.objectives import Objective, per_example
 
 
 class MAE(nn.Module):
