@@ -109,7 +109,10 @@ def load(path: str, overrides: Sequence[str] = (), smoke: bool = False) -> Confi
     for key, text in changes:
         if key in ("objective.name", "optimizer.name"):  # which decide what other keys there are
             given[key.split(".")[0]]["name"] = text
-    config = complete(given)
+    try:
+        config = complete(given)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if smoke:
         shrink(config)
     for key, text in changes:

@@ -218,6 +218,7 @@ def test_config_files_that_cannot_be(tmp_path):
     ]:
         with pytest.raises(UserError) as error:
             load(body.format("mae_emoji", "mae_emoji", line))
+        assert f"{tmp_path}/configs/mine.py: " in str(error.value)
         assert sentence in str(error.value)
     for body in ("", "def get_config(): return 3"):
         with pytest.raises(UserError, match=r"get_config\(\)"):
