@@ -96,9 +96,9 @@ def draw(curves: dict[str, list], path: Path) -> None:
         axes.annotate(
             f"{KINDS[kind]}, {100 * last:.1f}",
             (steps[-1], 100 * last),
-            xytext=(-4, 8),
+            xytext=(8, 0),
             textcoords="offset points",
-            ha="right",
+            va="center",
             color=color,
         )
     axes.set(xlabel="step", ylabel="accuracy, %")

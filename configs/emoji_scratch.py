@@ -2,8 +2,9 @@ r"""A small ViT on 268 of the built-in emoji, from scratch: what pretraining is 
 
     python -m mim_jax.main --config=configs/emoji_scratch.py
 
-Which of nine categories is it? Accuracy on the validation split at the end: 54.9 %, 60.2 % by
-emoji_finetune.py, where all else is the same; the commonest category is 21.4 %.
+Which of nine categories is it? Accuracy on the validation split at the end: 55.1 %, the mean of five
+seeds, 61.4 % by emoji_finetune.py; the commonest category is 21.4 %. The rate is the best of six
+settings that benchmarks/few_labels.py tried for each.
 """
 
 from ml_collections import ConfigDict
@@ -47,7 +48,6 @@ def get_config() -> ConfigDict:
         base_lr=4e-3,
         weight_decay=0.05,
         undecayed=("cls_token", "positions"),
-        layer_decay=0.75,
         warmup_steps=60,
     )
     config.evaluate = dict(every_steps=100)
