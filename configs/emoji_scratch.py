@@ -2,9 +2,9 @@ r"""A small ViT on 268 of the built-in emoji, from scratch: what pretraining is 
 
     python -m mim_jax.main --config=configs/emoji_scratch.py
 
-Which of nine categories is it? Accuracy on the validation split at the end: 55.1 %, the mean of five
-seeds, 61.4 % by emoji_finetune.py; the commonest category is 21.4 %. The rate is the best of six
-settings that benchmarks/few_labels.py tried for each.
+Which of nine categories is it? Accuracy on the validation split at the end: 55.1 %, the mean of
+five seeds, 61.4 % by emoji_finetune.py; the commonest category is 21.4 %. The rate is the best of
+six settings that benchmarks/few_labels.py tried for each.
 """
 
 from ml_collections import ConfigDict
