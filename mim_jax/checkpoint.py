@@ -1,4 +1,4 @@
-"""What outlives a process: Orbax behind one class, and parts of one run that start another.
+"""What outlives a process: Orbax behind one class.
 
 A checkpoint is a folder, `checkpoints/STEP`: `state`, by Orbax, which any number of devices and
 processes can read; `metadata`, a JSON object that says what is in it and how it came about;
@@ -21,18 +21,14 @@ from pathlib import Path
 from typing import IO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mim_jax import UserError
-from mim_jax.models.resize import RELATIVE, fit
 from mim_jax.train import TrainState
 
 UNSIGNED = ("digests.json", "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them last
-# Of an encoder, what a run that starts from it may have or not: a head may bring its own norm.
-OPTIONAL = ("mask_token", "norm/bias", "norm/scale")
 
 
 class Checkpoints:
@@ -189,50 +185,6 @@ def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
     return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
-def init_part(state: TrainState, part: str, workdir: str) -> TrainState:
-    """`state` with one part as it is in the newest checkpoint of a run, fitted to this model.
-
-    A part may lie among the params (or their moving average), the buffers, or, where some of it is
-    frozen, both. Says what is resized, new and ignored. Raises UserError for another model.
-    """
-    trees = {field: getattr(state, field).get(part, {}) for field in ("params", "buffers")}
-    wanted = {name: x for tree in trees.values() for name, x in flat(tree).items()}
-    if not wanted:
-        there = ", ".join(sorted(state.params.keys() | state.buffers))
-        raise UserError(f"init_from: this objective has no {part}; it has {there}.")
-    saved, step = read_part(workdir, part)
-    fitted = fit(saved, {name: x.shape for name, x in wanted.items()}, fixed_grid(workdir))
-    new, ignored = sorted(wanted.keys() - fitted), sorted(saved.keys() - wanted - {RELATIVE})
-    different = [name for name, x in fitted.items() if x.shape != wanted[name].shape]
-    different += [name for name in new if name not in OPTIONAL and not name.endswith(RELATIVE)]
-    different += [name for name in ignored if name not in OPTIONAL]
-    if RELATIVE in saved and not any(name.endswith(RELATIVE) for name in wanted):
-        different.append(RELATIVE)
-    if different:
-        first = min(different, key=lambda name: (not name.startswith("embed"), name))
-        here = wanted[first].shape if first in wanted else None
-        raise UserError(
-            f"init_from: {part} of {workdir} is of another model: {len(different)} arrays "
-            f"differ, first {first}: here {here}, "
-            f"there {saved[first].shape if first in saved else None}."
-        )
-    resized = [name for name, x in fitted.items() if name in saved and x.shape != saved[name].shape]
-    changes = dict(resized=resized, new=new, ignored=ignored)
-    rest = (f"; {what}: {', '.join(names)}" for what, names in changes.items() if names)
-    print(f"{part}: {len(fitted)} arrays from step {step} of {workdir}{''.join(rest)}")
-
-    def value(path, x):
-        array = fitted.get(name_of(path))
-        return x if array is None else jax.device_put(array.astype(x.dtype), x.sharding)
-
-    for field, tree in trees.items():
-        if tree:
-            tree = jax.tree.map_with_path(value, tree)
-            state = state._replace(**{field: getattr(state, field) | {part: tree}})
-    # A copy: the step may write its new average over the old one, but never over the parameters.
-    return state if state.ema is None else state._replace(ema=jax.tree.map(jnp.copy, state.params))
-
-
 def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
     """-> a run's checkpoints, to be read, and the newest step; `key` is what named the run."""
     folder = Path(workdir) / "checkpoints"
@@ -242,17 +194,6 @@ def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
     if step is None:
         raise UserError(f"{key}: the run in {workdir} has not saved a checkpoint yet.")
     return manager_of(workdir, create=False), step
-
-
-def read_part(workdir: str, part: str) -> tuple[dict[str, np.ndarray], int]:
-    """-> {name: array} of a part in the newest checkpoint of a run, whole, and the step."""
-    manager, step = open_run(workdir, "init_from")
-    there = manager.item_metadata(step)["state"].tree
-    fields = ("buffers", "ema" if there.get("ema") else "params")
-    like = {field: {part: there[field][part]} for field in fields if part in there[field]}
-    found = arrays(manager, step, like) if like else {}
-    manager.close()
-    return {name: x for tree in found.values() for name, x in flat(tree[part]).items()}, step
 
 
 def arrays(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
@@ -280,18 +221,6 @@ def peek(workdir: str, like: TrainState) -> TrainState:
     found = restore(manager, step, wanted)
     manager.close()
     return TrainState(**found, opt_state=())
-
-
-def fixed_grid(workdir: str) -> tuple[int, int] | None:
-    """Rows and columns of patches in a run whose encoder has fixed positions."""
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        return None
-    config = json.loads(path.read_text())["config"]
-    if "model" not in config or config["model"]["positions"] != "sincos":
-        return None
-    height, width = np.broadcast_to(config["data"]["size"], 2) // config["model"]["patch"]
-    return int(height), int(width)
 
 
 def load(workdir: str) -> tuple[dict, dict, dict]:

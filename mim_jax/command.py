@@ -14,9 +14,10 @@ import jax
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, recipe
-from mim_jax.checkpoint import abstract, init_part
+from mim_jax.checkpoint import abstract
 from mim_jax.sharding import by_row, place, replicated
 from mim_jax.train import TrainState, initialize, jit_step
+from mim_jax.transfer import begin_from
 
 NO_ROOM = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EPERM)
 
@@ -71,7 +72,7 @@ class Beginning:
     def __init__(self, this: recipe.Run, config: ConfigDict):
         if not jax.config.jax_compilation_cache_dir:  # the environment's word goes first
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
-        self.init_from = config.init_from
+        self.config = config
         self.begin = functools.partial(
             initialize, this.objective, this.optimizer, this.example, config.seed, config.ema > 0
         )
@@ -88,20 +89,40 @@ class Beginning:
         """Of the state, which are a checkpoint's too."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.like))
 
-    def state(self) -> TrainState:
-        """At random, or in parts from other runs, as the config's init_from says."""
-        for name, source in self.init_from.items():  # before anything is compiled
-            if source not in ("", "random") and not (Path(source) / "checkpoints").is_dir():
-                first = ", as by configs/dvae.py or dvae_emoji.py" if name == "tokenizer" else ""
+    def state(self, entire: bool = False) -> TrainState:
+        """At random, or in parts from other runs, as the config's init_from says.
+
+        Raises UserError where an `entire` state is asked for, and something would be at random.
+        """
+        sources = {k: x for k, x in self.config.init_from.items() if x not in ("", "random")}
+        for key, source in sources.items():  # before anything is compiled
+            if not (Path(source) / "checkpoints").is_dir():
                 raise UserError(
-                    f"init_from.{name} = {source} is not the folder of a run: train it first"
-                    f"{first}, or say --config.init_from.{name}=RUN."
+                    f"init_from.{key} = {source} is not the folder of a run: {how_to(key, source)}"
                 )
         state = jax.jit(self.begin, out_shardings=self.placed)()
-        for name, source in self.init_from.items():
-            for part in recipe.PARTS[name] if source not in ("", "random") else ():
-                state = init_part(state, part, source)
+        for key, source in sources.items():
+            state = begin_from(state, key, source, self.config, entire)
         return state
+
+
+def how_to(key: str, source: str) -> str:
+    """What to do where init_from's `source` is not a run."""
+    path = Path(source)
+    if path.is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        return f"make one of it by python -m mim_jax.convert {source} RUN --to=mim_jax."
+    first = "train it first" + (
+        ", as by configs/dvae.py or dvae_emoji.py" if key == "tokenizer" else ""
+    )
+    return f"{first}, or say --config.init_from.{key}=RUN."
+
+
+def trained(path: str, config: ConfigDict, key: str) -> str:
+    """The run whose weights are meant: --config itself, or what init_from's `key` names."""
+    run = path if Path(path).is_dir() else config.init_from[key]
+    if run in ("", "random"):
+        raise UserError(f"{path} is no run: say --config.init_from.{key}=RUN, which one is meant.")
+    return run
 
 
 def trace_step(this: recipe.Run, beginning: Beginning, config: ConfigDict):

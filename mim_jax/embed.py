@@ -3,7 +3,8 @@ r"""Writes what a trained encoder makes of a data set: features for whatever com
     python -m mim_jax.embed --config=runs/mae_base --to=features.npz
     python -m mim_jax.embed --config=runs/mae_base --to=train --config.data.evaluation_split=train
 
---config is the folder of a run. Written are, for the evaluation views of its evaluation split,
+--config is the folder of a run, or a config file, whose data are meant, with
+--config.init_from.encoder=RUN. Written are, for the evaluation views of its evaluation split,
 nothing hidden: `cls` (images, d), the class token; `mean` (images, d), of the patches; `index`
 (images,), their places in the split; `label`, where there are labels. --to is an .npz, or a folder:
 there they lie in an array_record file, which `tfds.builder_from_directory` reads. Exit codes: 0
@@ -23,6 +24,7 @@ import tensorflow_datasets as tfds
 
 from mim_jax import UserError, command, recipe
 from mim_jax.convert import files
+from mim_jax.convert.fit import encoder_only, resized
 from mim_jax.data.records import shard_path, write_info, write_shard
 from mim_jax.normalize import MEAN, STD
 from mim_jax.objectives import whole_images
@@ -36,14 +38,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mim_jax.embed", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, help="the folder of a run")
+    parser.add_argument("--config", required=True, help="the folder of a run, or a config file")
     parser.add_argument("--to", required=True, help="the .npz or the folder to write")
     options, overrides = command.parse(parser, argv)
     return command.exit_code(lambda: write(options.config, overrides, options.to), options.to)
 
 
 def load(
-    source: str | Path, *, mean: tuple = (), std: tuple = (), heads: int = 0
+    source: str | Path,
+    *,
+    mean: tuple = (),
+    std: tuple = (),
+    heads: int = 0,
+    image_size: int | tuple = 0,
 ) -> tuple[Callable, dict]:
     """The encoder of a run, a file of weights or a folder of Hugging Face.
 
@@ -51,6 +58,8 @@ def load(
     integers in their type's range or floats in [0, 1]. Tokens are normalised where the encoder has
     a last norm; one that was fine-tuned with the mean of the patches has none. What the source does
     not say can be given: mean and std of the images (otherwise ImageNet's), the number of heads.
+    Images are of the size that the source was trained on, or, of another, of the `image_size` that
+    its positions are interpolated to.
 
         encoder, params = load("runs/mae_base")
     """
@@ -62,14 +71,29 @@ def load(
     if missing := [name for name in IMAGENET if name not in (about.facts | said)]:
         unknown = " and ".join(missing)
         print(f"{source} does not say its images' {unknown}: ImageNet's are used", file=sys.stderr)
-    encoder = whole_images(about.encoder, **statistics)
+    if image_size:
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        params, about = resized(*encoder_only(params, about), size)
+    encode, network = whole_images(about.encoder, **statistics), about.encoder
+    anywhere = network.positions == network.relative_bias == "none"
+
+    def encoder(params: dict, images: jax.Array) -> jax.Array:
+        if not anywhere and about.grid not in (None, network.grid(images)):
+            height, width = images.shape[1:3]
+            raise UserError(
+                f"the encoder of {source} is for images of {about.size[0]} x {about.size[1]}, "
+                f"these are {height} x {width}: say load(..., image_size=({height}, {width}))."
+            )
+        return encode(params, images)
+
     return encoder, jax.tree.map(jnp.asarray, params["encoder"])
 
 
 def write(run: str, overrides: list[str], to: str) -> int:
     """Writes the features of the evaluation split."""
     config = recipe.load(run, overrides)
-    this, (encoder, params) = recipe.build(config), load(run)
+    this = recipe.build(config)
+    encoder, params = load(command.trained(run, config, "encoder"))
     params = jax.device_put(params, replicated(this.mesh))
 
     def pooled(images):
@@ -80,7 +104,7 @@ def write(run: str, overrides: list[str], to: str) -> int:
 
     def rows() -> Iterator[dict[str, np.ndarray]]:
         """Batch after batch, those that count."""
-        for batch in this.data.evaluation_batches(config.batch_size):
+        for batch in this.data.evaluation_batches(this.rows):
             images = to_global({"image": batch["image"]}, this.mesh)["image"]
             features = jax.tree.map(np.asarray, pooled(images))
             notes = {name: batch[name] for name in ("index", "label") if name in batch}

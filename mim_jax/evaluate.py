@@ -3,8 +3,10 @@ r"""Measures what a run has learned, on each example of its evaluation split or 
     python -m mim_jax.evaluate --config=runs/mae_base_finetune
     python -m mim_jax.evaluate --config=runs/mae_base_finetune --config.data.evaluation_split=test
 
---config is the folder of a run. What is printed can also be written: --to=FILE.json. Of a
-classifier there is a table by class. Exit codes: 0 done, 2 a mistake in what was asked for.
+--config is the folder of a run, or a config file with --config.init_from.encoder=RUN, a classifier
+as that config describes, whether trained or converted. What is printed can also be written:
+--to=FILE.json. Of a classifier there is a table by class. Exit codes: 0 done, 2 a mistake in what
+was asked for.
 """
 
 import argparse
@@ -24,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mim_jax.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, help="the folder of a run")
+    parser.add_argument("--config", required=True, help="the folder of a run, or a config file")
     parser.add_argument("--to", default="", help="a .json to write")
     options, overrides = command.parse(parser, argv)
     return command.exit_code(lambda: measure(options.config, overrides, options.to), options.to)
@@ -34,8 +36,12 @@ def measure(run: str, overrides: list[str], to: str) -> int:
     """Prints and writes the means over the evaluation split."""
     config = recipe.load(run, overrides)
     this = recipe.build(config)
-    state = peek(run, command.Beginning(this, config).like)
-    batches = this.data.evaluation_batches(config.batch_size)
+    beginning = command.Beginning(this, config)
+    if command.trained(run, config, "encoder") == run:
+        state = peek(run, beginning.like)
+    else:
+        state = beginning.state(entire=True)
+    batches = this.data.evaluation_batches(this.rows)
     means = evaluate(this.objective, state, batches, mesh=this.mesh, seed=config.seed)
     numbers = {name: np.asarray(value).tolist() for name, value in means.items()}
     print(f"{run}, step {int(state.step):,}, split {config.data.evaluation_split}")

@@ -101,7 +101,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     trace = Trace(profile, workdir)
     probe = None
     if config.probe.images:
-        rows = dict(batch_size=config.batch_size, images=config.probe.images)
+        rows = dict(batch_size=this.rows, images=config.probe.images)
         probe = Probe(recipe.encoder(config), this.data, this.mesh, **rows)
     about = claim(config, this, workdir, beginning.bytes)
     checkpoints = Checkpoints(workdir, config.save.keep, about)
@@ -153,7 +153,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
         )  # fmt: skip
         if due(config.evaluate):
             batches = this.data.evaluation_batches(
-                config.batch_size, limit=config.evaluate.limit, on_bad=log.bad_file
+                this.rows, limit=config.evaluate.limit, on_bad=log.bad_file
             )
             means = evaluate(this.objective, state, batches, mesh=this.mesh, seed=config.seed)
             log.flush()

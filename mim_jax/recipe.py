@@ -57,18 +57,17 @@ DEFAULTS = dict(  # a type stands for a value of that type that each config must
     probe=dict(every_epochs=0.0, every_steps=0, images=0),  # images of each split, 0: no probe
     save=dict(every_epochs=0.0, every_steps=0, keep=3),
 )
-PARTS = {"encoder": ("encoder",), "tokenizer": ("tokenizer", "decoder")}  # by key of init_from
 NETWORKS = {"model": vit, "tokenizer": dvae}  # an objective has those that it takes
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 # Arguments that no config gives.
-SUPPLIED = (*NETWORKS, "num_labels", "learning_rate", "process", "processes")
+SUPPLIED = (*NETWORKS, "num_labels", "learning_rate", "labelled", "process", "processes")
 # What may change while a run goes on; all else is compared with what it was begun with.
 FREE = (
     *("accumulate", "fsdp", "compile_cache", "model.remat"),
     *("log", "evaluate", "pictures", "probe", "save"),
     *("data.name", "data.data_dir", "data.labels"),  # what is in it decides, its fingerprint
     *("data.threads", "data.workers", "data.evaluation_split", "data.max_bad_fraction"),
-    "data.crop_fraction",
+    *("data.crop_fraction", "data.evaluation_interpolation"),
 )
 
 
@@ -82,6 +81,7 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
     steps: int
     steps_per_epoch: float
+    rows: int  # images computed at once, over all devices: a batch, or a part of it
     story: str  # the arithmetic, for people
 
     @property
@@ -127,7 +127,13 @@ def read(path: str) -> dict:
     """
     file = Path(path)
     if (file / "config.json").is_file():
-        return json.loads((file / "config.json").read_text())["config"]
+        record = json.loads((file / "config.json").read_text())
+        if "converted from" in record["trajectory"]:
+            raise UserError(
+                f"{path} holds converted weights, and no word of data: say a config file, and "
+                f"--config.init_from.encoder={path}, or tokenizer."
+            )
+        return record["config"]
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.py")], 1)
         hint = f": did you mean {file.parent / near[0]}?" if near else "."
@@ -254,7 +260,7 @@ def shrink(config: ConfigDict) -> None:
     else:
         p = q = config.tokenizer.stem * 2**config.tokenizer.layers
     devices = jax.device_count()
-    rows, there = -(-16 // devices), flatten(config)  # a device's
+    rows, there = max(2, -(-16 // devices)), flatten(config)  # a device's
     small = {
         "model": dict(size="", width=64, depth=2, heads=2),
         "tokenizer": dict(vocabulary=64, width=8, blocks=1, codebook=8),
@@ -313,16 +319,18 @@ def build(config: ConfigDict, devices: list | None = None) -> Run:
         )
     if config.save.keep < 1:
         raise UserError(f"save.keep = {config.save.keep}: keep one checkpoint at least.")
+    objective = functions(config)["objective"]
+    labelled = "num_labels" in inspect.signature(objective).parameters
     dataset = data.make(
-        **config.data.to_dict(), process=jax.process_index(), processes=jax.process_count()
-    )
+        **config.data.to_dict(), labelled=labelled,
+        process=jax.process_index(), processes=jax.process_count(),
+    )  # fmt: skip
     networks = {name: config[name].to_dict() for name in NETWORKS if name in config}
     for name, network in networks.items():
         if choose(f"{name}.dtype", network["dtype"], DTYPES) == "auto":
             network["dtype"] = "float32" if device.platform == "cpu" else "bfloat16"
     settings = {name: value for name, value in config.objective.to_dict().items() if name != "name"}
-    objective = functions(config)["objective"]
-    if "num_labels" in inspect.signature(objective).parameters:
+    if labelled:
         settings["num_labels"] = dataset.num_labels
     objective = objective(**networks, **settings)
     for part in objective.needs:
@@ -372,7 +380,8 @@ def build(config: ConfigDict, devices: list | None = None) -> Run:
     )
     if mesh.shape["fsdp"] > 1:
         story += f"\nparameters and optimizer state are split over {mesh.shape['fsdp']} devices"
-    return Run(objective, optimizer, schedule, dataset, mesh, steps, steps_per_epoch, story)
+    rows = batch_size // accumulate
+    return Run(objective, optimizer, schedule, dataset, mesh, steps, steps_per_epoch, rows, story)
 
 
 def encoder(config: ConfigDict) -> Callable:

@@ -20,11 +20,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, command, recipe
-from mim_jax.checkpoint import abstract, init_part
+from mim_jax.checkpoint import abstract
 from mim_jax.models.dvae import dvae
 from mim_jax.normalize import unit
 from mim_jax.sharding import replicated, to_global
 from mim_jax.train import TrainState
+from mim_jax.transfer import begin_from
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def write(run: str, overrides: list[str], to: str) -> int:
         raise UserError(f"{run} is no run of the dVAE, but of {config.objective.name}.")
     Path(to).parent.mkdir(parents=True, exist_ok=True)
     with open(to, "wb") as file:  # before the work, which is lost if this cannot be
-        found = tokens(config, run)
+        found = tokens(config, command.trained(run, config, "tokenizer"))
         np.savez_compressed(file, **found, vocabulary=config.tokenizer.vocabulary)
     images, per_image = len(found["tokens"]), found["tokens"][0].size
     used, codes = len(np.unique(found["tokens"])), config.tokenizer.vocabulary
@@ -60,14 +61,14 @@ def tokens(config: ConfigDict, run: str) -> dict[str, np.ndarray]:
     image = unit(jnp.zeros(this.example["image"].shape, this.example["image"].dtype))
     everywhere = functools.partial(abstract, sharding=replicated(this.mesh))
     params = jax.tree.map(everywhere, jax.eval_shape(network.init, jax.random.key(0), image))
-    state = init_part(TrainState(0, params, {}, None), "tokenizer", run)
+    state = begin_from(TrainState(0, params, {}, None), "tokenizer", run, config)
     tokens_of = jax.jit(
         lambda images: network.tokens(state.params["tokenizer"], unit(images)),
         out_shardings=replicated(this.mesh),
     )
     names = ("tokens", "index", "label") if this.data.num_labels else ("tokens", "index")
     rows = []
-    for batch in this.data.evaluation_batches(config.batch_size):
+    for batch in this.data.evaluation_batches(this.rows):
         images = to_global({"image": batch["image"]}, this.mesh)["image"]
         batch["tokens"] = np.asarray(tokens_of(images))
         rows.append({name: batch[name][batch["mask"] > 0] for name in names})

@@ -7,9 +7,11 @@ import pytest
 import tensorflow_datasets as tfds
 
 import mim_jax
-from mim_jax import embed, evaluate, main, recipe
+from mim_jax import UserError, embed, evaluate, main, recipe
 from mim_jax.convert.files import load, save
 from mim_jax.convert.read import read
+from mim_jax.models.patches import sincos2d
+from mim_jax.models.resize import resize_positions
 
 SMALL = ["--config.steps=3", "--config.evaluate.limit=0", "--config.pictures.count=0"]
 SMALL += ["--config.data.evaluation_split=validation[:30]"]
@@ -38,6 +40,53 @@ def test_a_run_is_evaluated_again(runs, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "step 3, split validation[:30]" in said
     assert "class  of all  accuracy" in said
+
+
+def test_a_part_of_a_batch_is_evaluated_at_once(runs, monkeypatch, capsys):
+    """As many images as a step takes at once: there may be no memory for more."""
+    rows = []
+
+    def spy(objective, state, batches, **options):
+        batches = list(batches)
+        rows.append([len(batch["image"]) for batch in batches])
+        return measure(objective, state, batches, **options)
+
+    measure = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", spy)
+    for parts in (1, 2):
+        run = f"--config={runs / 'mae_base_finetune'}"
+        assert evaluate.main([run, f"--config.accumulate={parts}"]) == 0
+    whole, parts = rows
+    assert [whole[0] / 2] * 2 == parts[:2]
+    first, second = capsys.readouterr().out.split("mae_base_finetune, step")[1:]
+    assert first.split()[:20] == second.split()[:20]
+
+
+def test_a_converted_classifier_is_evaluated(runs, tmp_path, capsys):
+    """By a config file that says of what data, and a run that says which weights."""
+    run, converted = runs / "mae_base_finetune", tmp_path / "converted"
+    assert evaluate.main([f"--config={run}"]) == 0
+    expected = capsys.readouterr().out.split("\n", 1)[1]
+    save(converted, *load(run)[:2], "mim_jax")
+    settings = json.loads((run / "config.json").read_text())["config"]
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({settings!r})\n"
+    )
+    assert evaluate.main([f"--config={converted}"]) == 2
+    assert "holds converted weights, and no word of data" in capsys.readouterr().err
+    assert evaluate.main([f"--config={config}"]) == 2
+    assert "config.py is no run: say --config.init_from.encoder=RUN" in capsys.readouterr().err
+    given = [f"--config={config}", f"--config.init_from.encoder={converted}"]
+    assert evaluate.main(given) == 0
+    assert capsys.readouterr().out.endswith(expected)
+    assert evaluate.main([*given[:1], f"--config.init_from.encoder={runs / 'mae_base'}"]) == 2
+    assert "has no fc_norm/bias, which this model has" in capsys.readouterr().err
+    for source, name in (([f"--config={run}"], "a.npz"), (given, "b.npz")):
+        assert embed.main([*source, f"--to={tmp_path / name}"]) == 0
+    a, b = (np.load(tmp_path / name)["mean"] for name in ("a.npz", "b.npz"))
+    np.testing.assert_array_equal(a, b)
 
 
 def test_evaluation_needs_the_labels_of_training(runs, monkeypatch, capsys):
@@ -102,6 +151,18 @@ def test_encoders_of_files(runs, tmp_path, capsys):
     encoder, params = mim_jax.load(tmp_path / "bare.safetensors", heads=2, mean=(0.5,))
     assert "does not say its images' std: ImageNet's are used" in capsys.readouterr().err
     assert encoder(params, images).shape == expected.shape
+
+
+def test_an_encoder_for_images_of_another_size(runs):
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
+    encoder, params = mim_jax.load(runs / "mae_base")
+    with pytest.raises(UserError, match=r"for images of 64 x 64, these are 32 x 48: .*image_size="):
+        encoder(params, images)
+    encoder, params = mim_jax.load(runs / "mae_base", image_size=(32, 48))
+    assert encoder(params, images).shape == (2, 1 + 2 * 3, 64)
+    fixed = np.pad(sincos2d((4, 4), 64)[0], ((1, 0), (0, 0)))[None]
+    expected = resize_positions(fixed, (4, 4), (2, 3))
+    np.testing.assert_allclose(params["positions"], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("command", [evaluate, embed])

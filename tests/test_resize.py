@@ -1,25 +1,11 @@
-"""Starting from another run: what is resized, copied, new, ignored, refused."""
-
-import functools
-import json
+"""Positions and relative position bias for another grid of patches."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
-from mim_jax import UserError, optim
-from mim_jax.checkpoint import Checkpoints, init_part
-from mim_jax.models.patches import sincos2d
+from mim_jax import UserError
 from mim_jax.models.resize import fit, resize_positions, resize_relative
-from mim_jax.objectives import beit, classify, mae
-from mim_jax.train import initialize
-
-MODEL = dict(width=16, depth=2, heads=2, patch=4)
-DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
-OPTIMIZER = optim.adamw(lambda step: 1e-3)
-BEIT = dict(positions="none", key_bias=False, layer_scale=0.1)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +19,7 @@ BEIT = dict(positions="none", key_bias=False, layer_scale=0.1)
 def test_positions_are_resized_by_pytorchs_bicubic(side, first_row):
     table = np.concatenate([[7.0], np.arange(16) ** 1.5]).reshape(1, 17, 1)
     with jax.enable_x64(True):
-        resized = resize_positions(table, 1 + side**2)
+        resized = resize_positions(table, (4, 4), (side, side))
     np.testing.assert_allclose(resized[0, 1 : side + 1, 0], first_row, atol=1e-6)
     assert resized[0, 0, 0] == 7
 
@@ -48,7 +34,7 @@ def test_positions_are_resized_by_pytorchs_bicubic(side, first_row):
 def test_relative_bias_is_resized_as_beits(side, rows, expected):
     """The reference's numbers: 14 x 14 patches to the grids of images of 384 and 512 pixels."""
     table = np.stack([np.sin(0.01 * np.arange(732)), np.zeros(732)], axis=1).astype(np.float32)
-    resized = resize_relative(table, (2 * side - 1) ** 2 + 3)
+    resized = resize_relative(table, (14, 14), (side, side))
     assert resized.shape == (rows, 2)
     for row, value in expected.items():
         assert resized[row, 0] == pytest.approx(value, abs=2e-6)
@@ -58,112 +44,34 @@ def test_relative_bias_is_resized_as_beits(side, rows, expected):
     assert not resized[:, 1].any()
 
 
-def test_other_than_squares_are_refused():
-    with pytest.raises(UserError, match="square images alone"):
-        resize_positions(np.zeros((1, 7, 4)), 17)
+@pytest.mark.parametrize(("before", "after"), [((3, 5), (4, 6)), ((2, 8), (4, 4))])
+def test_positions_of_images_that_are_not_square(before, after):
+    torch = pytest.importorskip("torch")
+    table = np.random.default_rng(0).normal(size=(1, 1 + before[0] * before[1], 2))
+    image = torch.tensor(table[:, 1:]).reshape(1, *before, 2).permute(0, 3, 1, 2)
+    image = torch.nn.functional.interpolate(image, size=after, mode="bicubic", align_corners=False)
+    with jax.enable_x64(True):
+        resized = resize_positions(table, before, after)
+        fitted = fit({"positions": table}, {"positions": resized.shape}, before=before, after=after)
+    expected = image.permute(0, 2, 3, 1).reshape(1, -1, 2)
+    np.testing.assert_allclose(resized[:, 1:], expected, atol=1e-6)
+    assert (fitted["positions"] == resized).all()
+
+
+def test_each_side_of_a_relative_bias_is_resized_for_itself():
+    """What depends on the rows alone is, on any grid, what it is on a square one."""
+    profile = np.random.default_rng(0).normal(size=27)
+    table = np.append(np.repeat(profile, 27), [7.0, 8.0, 9.0])[:, None]
+    square = resize_relative(table, (14, 14), (20, 20))[:-3].reshape(39, 39)
+    oblong = resize_relative(table, (14, 14), (20, 24))[:-3].reshape(39, 47)
+    np.testing.assert_allclose(oblong, np.repeat(square[:, :1], 47, axis=1), atol=1e-9)
+    same = resize_relative(table, (14, 14), (14, 24))[:-3].reshape(27, 47)
+    np.testing.assert_allclose(same, np.repeat(profile[:, None], 47, axis=1), atol=1e-9)
+
+
+def test_an_unknown_grid_is_kept_or_refused():
     kept = np.ones((1, 7, 4))
-    assert (fit({"positions": kept}, {"positions": (1, 7, 4)})["positions"] == kept).all()
-
-
-def begin(objective, size=16, seed=0, ema=False):
-    example = {
-        "image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8),
-        "index": jax.ShapeDtypeStruct((1,), jnp.int32),
-    }
-    return jax.jit(lambda: initialize(objective, OPTIMIZER, example, seed, ema))()
-
-
-def run_of(objective, folder, size=16, seed=1, **model):
-    """A run that saved its first state. -> its folder, the state"""
-    checkpoints = Checkpoints(folder, keep=1)
-    state = begin(objective, size, seed)
-    checkpoints.save(state)
-    checkpoints.close()
-    record = {"model": {"positions": "sincos", "patch": 4} | model, "data": {"size": size}}
-    (folder / "config.json").write_text(json.dumps({"config": record}))
-    return folder, state
-
-
-def encoder_of(state) -> dict:
-    parts = (
-        flatten_dict(tree.get("encoder", {}), sep="/") for tree in (state.buffers, state.params)
-    )
-    return functools.reduce(dict.__or__, parts)
-
-
-def same(begun, source, but=()):
-    a, b = encoder_of(begun), encoder_of(source)
-    return all((a[name] == b[name]).all() for name in a.keys() & b if name not in but)
-
-
-@pytest.mark.parametrize("size", [16, 24])
-def test_fine_tuning_begins_at_maes_positions(size, tmp_path, capsys):
-    folder, source = run_of(mae.objective(MODEL, **DECODER), tmp_path)
-    tuned = classify.objective(MODEL | dict(positions="learned"), 5)
-    begun = init_part(begin(tuned, size, ema=True), "encoder", folder)
-    said = capsys.readouterr().out
-    assert "encoder: 28 arrays from step 0" in said
-    assert "ignored: norm/bias, norm/scale" in said
-    assert same(begun, source)
-    table = np.pad(sincos2d((4, 4), 16)[0], ((1, 0), (0, 0)))[None]
-    if size != 16:
-        table = resize_positions(table, 37)
-    np.testing.assert_allclose(begun.params["encoder"]["positions"], table, atol=1e-6)
-    assert (begun.ema["encoder"]["positions"] == begun.params["encoder"]["positions"]).all()
-
-
-def test_a_shared_bias_is_copied_to_each_block(tmp_path, capsys):
-    tokenizer = dict(kind="small", vocabulary=8, width=8, layers=2, codebook=4)
-    objective = beit.objective(
-        MODEL | BEIT | dict(relative_bias="shared"), tokenizer, target="pixels", min_block=2,
-        num_masked=6,
-    )  # fmt: skip
-    folder, source = run_of(objective, tmp_path, positions="none")
-    table = jax.random.normal(jax.random.key(0), (52, 2))
-    changed = source.params["encoder"] | {"relative_position_bias": {"table": table}}
-    checkpoints = Checkpoints(folder, keep=1)
-    checkpoints.save(
-        source._replace(step=jnp.int32(1), params=source.params | {"encoder": changed})
-    )
-    checkpoints.close()
-    own = classify.objective(MODEL | BEIT | dict(relative_bias="own"), 5)
-    for size, expected in ((16, table), (24, resize_relative(np.asarray(table), 124))):
-        begun = init_part(begin(own, size), "encoder", folder)
-        for i in range(2):
-            found = begun.params["encoder"][f"block_{i}"]["relative_position_bias"]["table"]
-            np.testing.assert_array_equal(found, expected)
-        assert same(begun, source)
-    said = capsys.readouterr().out
-    assert "ignored: mask_token, norm/bias, norm/scale" in said
-    with pytest.raises(UserError, match=r"another model: .* first relative_position_bias/table"):
-        init_part(begin(classify.objective(MODEL | BEIT, 5)), "encoder", folder)
-
-
-@pytest.mark.parametrize("blocks", [0.0, 1.0, 1.5])
-def test_a_frozen_part_is_loaded_too_and_goes_on(blocks, tmp_path):
-    """From MAE to a probe or partial fine-tuning, and from there to whatever comes next."""
-    folder, source = run_of(mae.objective(MODEL, **DECODER), tmp_path / "mae")
-    probe = classify.objective(MODEL, 5, pooling="cls", tuned_blocks=blocks)
-    begun = init_part(begin(probe), "encoder", folder)
-    assert same(begun, source)
-    checkpoints = Checkpoints(tmp_path / "probe", keep=1)
-    checkpoints.save(begun)
-    checkpoints.close()
-    after = init_part(begin(mae.objective(MODEL, **DECODER)), "encoder", tmp_path / "probe")
-    assert same(after, source)
-
-
-@pytest.mark.parametrize(
-    ("model", "sentence"),
-    [
-        (dict(width=32), r"first embed/bias: here \(32,\), there \(16,\)"),
-        (dict(patch=8), r"first embed/kernel: here \(192, 16\), there \(48, 16\)"),
-        (dict(depth=3), r"12 arrays differ, first block_2/fc1/bias: here \(64,\), there None"),
-        (dict(depth=1), r"12 arrays differ, first block_1/fc1/bias: here None, there \(64,\)"),
-        (dict(layer_scale=0.1), "4 arrays differ, first block_0/gamma_1"),
-    ],
-)
-def test_another_model_is_refused(model, sentence, tmp_path):
-    folder, _ = run_of(mae.objective(MODEL, **DECODER), tmp_path)
-    with pytest.raises(UserError, match=sentence):
-        init_part(begin(classify.objective(MODEL | model, 5)), "encoder", folder)
+    found = fit({"positions": kept}, {"positions": (1, 7, 4)}, before=None, after=(2, 3))
+    assert (found["positions"] == kept).all()
+    with pytest.raises(UserError, match="positions cannot be resized: the images' size"):
+        fit({"positions": kept}, {"positions": (1, 17, 4)}, before=None, after=(4, 4))

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.pod import collectives
 from mim_jax import UserError, optim
-from mim_jax.checkpoint import Checkpoints, abstract, init_part, newest
+from mim_jax.checkpoint import Checkpoints, abstract, newest
 from mim_jax.objectives import Objective, mae, per_example
 from mim_jax.sharding import by_row, make_mesh, place, replicated
 from mim_jax.train import evaluate, initialize, jit_step, train
@@ -326,34 +326,6 @@ def test_evaluation_counts_each_example_once(devices, rows):
     assert means["mean"] == 6.0
     assert means["pair"].tolist() == [6.0, 12.0]
     assert means["more"] == 1.0
-
-
-def test_init_part_takes_the_encoder_and_nothing_else(tmp_path, capsys):
-    mesh = make_mesh(jax.devices()[:1])
-    source, state = start(mesh, seed=1), start(mesh, seed=2)
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(source)
-    checkpoints.close()
-    begun = init_part(state, "encoder", tmp_path)
-    assert "arrays from step 0" in capsys.readouterr().out
-    for part, same_as in (("encoder", source), ("decoder", state)):
-        same = jax.tree.map(lambda a, b: (a == b).all(), begun.params[part], same_as.params[part])
-        assert all(jax.tree.leaves(same))
-    assert begun.step == 0
-
-
-def test_init_part_refuses_another_model(tmp_path):
-    mesh = make_mesh(jax.devices()[:1])
-    checkpoints = Checkpoints(tmp_path / "run", keep=1)
-    checkpoints.save(start(mesh))
-    checkpoints.close()
-    deeper = mae.objective(dict(width=16, depth=2, heads=2, patch=4), **DECODER)
-    with pytest.raises(UserError, match=r"another model: 12 arrays differ, first block_1/fc1/bias"):
-        init_part(start(mesh, deeper), "encoder", tmp_path / "run")
-    with pytest.raises(UserError, match="has no checkpoints"):
-        init_part(start(mesh), "encoder", tmp_path)
-    with pytest.raises(UserError, match="has no head; it has decoder, encoder"):
-        init_part(start(mesh), "head", tmp_path / "run")
 
 
 # --- How to step. ---

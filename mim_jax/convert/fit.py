@@ -119,8 +119,8 @@ def resized(params: dict, about: About, size: tuple[int, int]) -> tuple[dict, Ab
         for path, shape in expected(params, larger).items()
         if path.startswith("encoder/")
     }
-    before = about.size and about.grid if fixed else None
-    encoder = resize.fit(flatten_dict(params["encoder"], sep="/"), shapes, before)
+    grids = dict(before=about.size and about.grid, after=larger.grid)
+    encoder = resize.fit(flatten_dict(params["encoder"], sep="/"), shapes, **grids, fixed=fixed)
     return params | {"encoder": unflatten_dict(encoder, sep="/")}, larger
 
 

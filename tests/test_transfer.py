@@ -1,0 +1,256 @@
+"""Starting from another run: what is taken, resized, copied, new, ignored, refused."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from mim_jax import UserError, optim
+from mim_jax.checkpoint import Checkpoints
+from mim_jax.models.patches import sincos2d
+from mim_jax.models.resize import resize_positions, resize_relative
+from mim_jax.objectives import beit, classify, dvae, mae
+from mim_jax.train import initialize
+from mim_jax.transfer import begin_from
+
+MODEL = dict(width=16, depth=2, heads=2, patch=4, positions="sincos")
+DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
+OPTIMIZER = optim.adamw(lambda step: 1e-3)
+BEIT = dict(positions="none", key_bias=False, layer_scale=0.1)
+TOKENIZER = dict(kind="small", vocabulary=8, width=8, layers=2, codebook=4)
+OBJECTIVES = dict(mae=mae, beit=beit, classify=classify, dvae=dvae)
+
+
+def config_of(name, model=None, size=16, **objective) -> dict:
+    """What a run's config says."""
+    networks = {"model": MODEL | (model or {})} if name != "dvae" else {}
+    if name in ("beit", "dvae") or objective.get("target") == "tokens":
+        networks["tokenizer"] = TOKENIZER
+    return networks | {"objective": {"name": name} | objective, "data": {"size": size}}
+
+
+def begin(config, seed=0, ema=False, num_labels=5):
+    """The state that a run of this config begins with."""
+    settings = dict(config["objective"])
+    module = OBJECTIVES[settings.pop("name")]
+    if module is classify:
+        settings["num_labels"] = num_labels
+    networks = {name: config[name] for name in ("model", "tokenizer") if name in config}
+    sides = np.broadcast_to(config["data"]["size"], 2)
+    names = ("image", "tokenizer_image") if "tokenizer" in networks else ("image",)
+    example = {name: jax.ShapeDtypeStruct((1, *sides, 3), jnp.uint8) for name in names}
+    example["index"] = jax.ShapeDtypeStruct((1,), jnp.int32)
+    objective = module.objective(**networks, **settings)
+    return jax.jit(lambda: initialize(objective, OPTIMIZER, example, seed, ema))()
+
+
+def save(folder, config, state):
+    """A run that saved this state. -> its folder"""
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(state)
+    checkpoints.close()
+    (folder / "config.json").write_text(json.dumps({"config": config}))
+    return folder
+
+
+def run_of(folder, config, **options):
+    """A run that saved its first state. -> its folder, the state"""
+    state = begin(config, seed=1, **options)
+    return save(folder, config, state), state
+
+
+def encoder_of(state) -> dict:
+    parts = (
+        flatten_dict(tree.get("encoder", {}), sep="/") for tree in (state.buffers, state.params)
+    )
+    return functools.reduce(dict.__or__, parts)
+
+
+def same(begun, source, but=()):
+    a, b = encoder_of(begun), encoder_of(source)
+    return all((a[name] == b[name]).all() for name in a.keys() & b if name not in but)
+
+
+def equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: (x == y).all(), a, b)))
+
+
+MAE = config_of("mae", **DECODER)
+
+
+def test_an_encoder_is_taken_and_nothing_else(tmp_path, capsys):
+    folder, source = run_of(tmp_path, MAE)
+    state = begin(MAE)
+    begun = begin_from(state, "encoder", folder, MAE)
+    assert "arrays from step 0" in capsys.readouterr().out
+    assert equal(begun.params["encoder"], source.params["encoder"])
+    assert equal(begun.params["decoder"], state.params["decoder"])
+    assert begun.step == 0
+
+
+@pytest.mark.parametrize("size", [16, 24, (16, 24)])
+def test_fine_tuning_begins_at_maes_positions(size, tmp_path, capsys):
+    folder, source = run_of(tmp_path, MAE)
+    tuned = config_of("classify", dict(positions="learned"), size)
+    begun = begin_from(begin(tuned, ema=True), "encoder", folder, tuned)
+    said = capsys.readouterr().out
+    assert "encoder: 28 arrays from step 0" in said
+    assert ("resized: positions" in said) == (size != 16)
+    assert "ignored: norm/bias, norm/scale" in said
+    assert same(begun, source)
+    table = np.pad(sincos2d((4, 4), 16)[0], ((1, 0), (0, 0)))[None]
+    if size != 16:
+        table = resize_positions(table, (4, 4), (np.broadcast_to(size, 2) // 4).tolist())
+    np.testing.assert_allclose(begun.params["encoder"]["positions"], table, atol=1e-6)
+    assert (begun.ema["encoder"]["positions"] == begun.params["encoder"]["positions"]).all()
+
+
+def test_learned_positions_keep_their_places(tmp_path):
+    """8 x 2 patches and 4 x 4 are as many: the arrays have the same shape."""
+    folder, source = run_of(tmp_path, config_of("mae", dict(positions="learned"), (32, 8)))
+    tuned = config_of("classify", dict(positions="learned"))
+    begun = begin_from(begin(tuned), "encoder", folder, tuned)
+    table = np.asarray(source.params["encoder"]["positions"])
+    expected = resize_positions(table, (8, 2), (4, 4))
+    np.testing.assert_array_equal(begun.params["encoder"]["positions"], expected)
+
+
+def test_a_shared_bias_is_copied_to_each_block(tmp_path, capsys):
+    config = config_of(
+        "beit", BEIT | dict(relative_bias="shared"), target="pixels", min_block=2, num_masked=6
+    )
+    source = begin(config, seed=1)
+    table = jax.random.normal(jax.random.key(0), (52, 2))
+    changed = source.params["encoder"] | {"relative_position_bias": {"table": table}}
+    folder = save(tmp_path, config, source._replace(params=source.params | {"encoder": changed}))
+    resized = resize_relative(np.asarray(table), (4, 4), (6, 6))
+    for size, expected in ((16, table), (24, resized)):
+        own = config_of("classify", BEIT | dict(relative_bias="own"), size)
+        begun = begin_from(begin(own), "encoder", folder, own)
+        for i in range(2):
+            found = begun.params["encoder"][f"block_{i}"]["relative_position_bias"]["table"]
+            np.testing.assert_array_equal(found, expected)
+        assert same(begun, source)
+    said = capsys.readouterr().out
+    assert "ignored: mask_token, norm/bias, norm/scale" in said
+    assert "head" not in said
+    without = config_of("classify", BEIT)
+    with pytest.raises(UserError, match=r"another model: .* first relative_position_bias/table"):
+        begin_from(begin(without), "encoder", folder, without)
+
+
+@pytest.mark.parametrize("blocks", [0.0, 1.0, 1.5])
+def test_a_frozen_part_is_loaded_too_and_goes_on(blocks, tmp_path):
+    """From MAE to a probe or partial fine-tuning, and from there to whatever comes next."""
+    folder, source = run_of(tmp_path / "mae", MAE)
+    probe = config_of("classify", pooling="cls", tuned_blocks=blocks)
+    begun = begin_from(begin(probe), "encoder", folder, probe)
+    assert same(begun, source)
+    after = begin_from(begin(MAE), "encoder", save(tmp_path / "probe", probe, begun), MAE)
+    assert same(after, source)
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels", "taken"),
+    [
+        (dict(), 5, "fc_norm/bias, fc_norm/scale, head/bias, head/kernel"),
+        (dict(), 6, "fc_norm/bias, fc_norm/scale"),
+        (dict(pooling="cls"), 5, "new"),
+    ],
+)
+def test_a_classifiers_head_comes_along(settings, labels, taken, tmp_path, capsys):
+    """As in BEiT's code: it is left where its shape differs, its norm never."""
+    config = config_of("classify")
+    state = begin(config, seed=1)
+    folder = save(
+        tmp_path, config, state._replace(params=jax.tree.map(lambda x: x + 1, state.params))
+    )
+    tuned = config_of("classify", **settings)
+    begun = begin_from(begin(tuned, num_labels=labels), "encoder", folder, tuned)
+    assert f"its head: {taken}\n" in capsys.readouterr().out
+    assert ("fc_norm" in taken) == (
+        "fc_norm" in begun.params and (begun.params["fc_norm"]["scale"] == 2).all()
+    )
+    assert ("head" in taken) == (begun.params["head"]["bias"] == 1).all()
+
+
+def test_a_probes_head_comes_with_its_statistics(tmp_path):
+    """A linear probe is whole, as it must be to be measured; what lacks anything is not."""
+    probe = config_of("classify", pooling="cls", tuned_blocks=0.0, batch_norm=2, head_std=1.0)
+    folder, source = run_of(tmp_path / "probe", probe)
+    begun = begin_from(begin(probe), "encoder", folder, probe, entire=True)
+    assert equal((begun.params, begun.buffers), (source.params, source.buffers))
+    folder, _ = run_of(tmp_path / "mae", MAE)
+    with pytest.raises(UserError, match="has no batch_statistics/head_norm/mean, which this model"):
+        begin_from(begin(probe), "encoder", folder, probe, entire=True)
+
+
+def test_a_tokenizer_is_found_beside_maes_own_decoder(tmp_path):
+    """Both have a part called decoder. From a tokenizer's run, and from one MAE to another."""
+    tokens = config_of("mae", **DECODER, target="tokens")
+    folder, source = run_of(tmp_path / "dvae", config_of("dvae"))
+    state = begin(tokens)
+    begun = begin_from(state, "tokenizer", folder, tokens)
+    assert equal(begun.buffers, source.params)
+    assert equal(begun.params, state.params)
+    again = begin_from(state, "tokenizer", save(tmp_path / "mae", tokens, begun), tokens)
+    assert equal(again.buffers, source.params)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (dict(width=32), r"first embed/bias: here \(32,\), there \(16,\)"),
+        (dict(patch=8), r"first embed/kernel: here \(192, 16\), there \(48, 16\)"),
+        (dict(patch=(2, 8)), r"its model.patch is \(4, 4\), here it is \(2, 8\)"),
+        (dict(depth=3), r"12 arrays differ, first block_2/fc1/bias: here \(64,\), there None"),
+        (dict(depth=1), r"12 arrays differ, first block_1/fc1/bias: here None, there \(64,\)"),
+        (dict(layer_scale=0.1), "4 arrays differ, first block_0/gamma_1"),
+        (dict(heads=4), "its model.heads is 2, here it is 4"),
+        (dict(positions="none"), "its model.positions is 'sincos', here it is 'none'"),
+    ],
+)
+def test_another_model_is_refused(model, sentence, tmp_path):
+    folder, _ = run_of(tmp_path, MAE)
+    config = config_of("classify", model)
+    with pytest.raises(UserError, match=sentence):
+        begin_from(begin(config), "encoder", folder, config)
+
+
+def test_fixed_positions_are_for_one_grid(tmp_path):
+    """MAE's code interpolates the table; the fixed one of another grid is another."""
+    folder, _ = run_of(tmp_path, MAE)
+    config = config_of("classify", size=24, tuned_blocks=0.0)
+    with pytest.raises(UserError, match=r"fixed positions of 4 x 4 patches, .*positions=learned"):
+        begin_from(begin(config), "encoder", folder, config)
+
+
+def test_the_wrong_run_is_named(tmp_path):
+    tokenizer, _ = run_of(tmp_path / "dvae", config_of("dvae"))
+    encoder, _ = run_of(tmp_path / "mae", MAE)
+    with pytest.raises(
+        UserError, match=r"init_from.encoder: .* no encoder; it has decoder, .*tokenizer"
+    ):
+        begin_from(begin(MAE), "encoder", tokenizer, MAE)
+    tokens = config_of("mae", **DECODER, target="tokens")
+    with pytest.raises(UserError, match=r"init_from.tokenizer: .* it has decoder, encoder\."):
+        begin_from(begin(tokens), "tokenizer", encoder, tokens)
+    with pytest.raises(UserError, match="this objective has no tokenizer; it has decoder, encoder"):
+        begin_from(begin(MAE), "tokenizer", tokenizer, MAE)
+    with pytest.raises(UserError, match="has no checkpoints"):
+        begin_from(begin(MAE), "encoder", tmp_path, MAE)
+
+
+def test_other_statistics_of_the_images_are_said(tmp_path, capsys):
+    saw = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    folder, _ = run_of(tmp_path, MAE | {"objective": MAE["objective"] | saw})
+    config = config_of("classify", dict(positions="learned"), **saw)
+    begin_from(begin(config), "encoder", folder, config)
+    assert not capsys.readouterr().err
+    config["objective"]["std"] = (0.2, 0.2, 0.2)
+    begin_from(begin(config), "encoder", folder, config)
+    assert "saw images less (0.5, 0.5, 0.5), by (0.5, 0.5, 0.5); here" in capsys.readouterr().err
