@@ -1,6 +1,6 @@
 r"""MAE, ViT-L/16, ImageNet-1k, 800 epochs, plain pixels: the baseline of table 1's ablations.
 
-    python -m mim_jax.main --config=configs/mae_large_800_pixels.py --workdir=runs/mae_pixels
+    python -m mim_jax.main --config=configs/mae_large_800_pixels.py
     python -m mim_jax.main --config=configs/mae_large_800_pixels.py --smoke
 
 The paper reports 84.9 % top-1 after fine-tuning, 73.5 % by linear probe. Ours: not yet run.

@@ -107,6 +107,29 @@ def test_evaluation_sees_each_example_once(processes, limit):
     assert len(mask) == -(-count // 64) * 64
 
 
+def test_evaluation_is_bicubic_whatever_training_is():
+    """As in BEiT's linear probe, unless another is asked for."""
+
+    def first(**settings):
+        return next(emoji(crop_fraction=0.9, **settings).evaluation_batches(4))["image"]
+
+    assert (first(interpolation="bilinear") == first()).all()
+    assert (first(evaluation_interpolation="bilinear") != first()).any()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_labels_that_there_are_none_of_end_training_by_labels_alone(labelled, monkeypatch):
+    sources = data.open_sources
+    fewer = lambda *given, **how: [x._replace(num_labels=5) for x in sources(*given, **how)]  # noqa: E731
+    monkeypatch.setattr(data, "open_sources", fewer)
+    batches = emoji(labelled=labelled).training_batches(64, seed=0, start=0, stop=1)
+    if not labelled:
+        next(batches)
+        return
+    with pytest.raises(UserError, match=r"an image of train has the label 8, none of 0 to 4"):
+        next(batches)
+
+
 def test_worker_processes_make_the_same_stream():
     assert digests(stream(0, 5, workers=2)) == digests(stream(0, 5))
 
@@ -286,9 +309,7 @@ def test_the_faster_resizer_takes_pillows_side_first(shape):
     assert abs(ours - pillows).mean() < 0.02
 
 
-def test_resizers_that_cannot_be(monkeypatch):
-    with pytest.raises(UserError, match="there are pillow and simd"):
-        emoji(resizer="nearest")
+def test_a_resizer_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("mim_jax.data.transforms.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs cykooz-resizer: pip install"):
         emoji(resizer="simd")

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -16,7 +16,7 @@ from mim_jax import UserError
 from mim_jax.data.bad_files import BadFiles, usable
 from mim_jax.data.decode import channels_of, suits, type_of
 from mim_jax.data.sources import open_sources
-from mim_jax.data.transforms import EvaluationView, TrainingView
+from mim_jax.data.transforms import EvaluationView, Interpolation, TrainingView
 
 
 class Data(NamedTuple):
@@ -52,12 +52,14 @@ def make(
     color_jitter: float = 0.0,
     randaugment: tuple = (),
     fill: tuple = (124, 116, 104),
-    interpolation: str = "bicubic",
-    resizer: str = "pillow",
+    interpolation: Interpolation = "bicubic",
+    evaluation_interpolation: Interpolation = "bicubic",
+    resizer: Literal["pillow", "simd"] = "pillow",
     crop_fraction: float = 0.875,
     max_bad_fraction: float = 0.05,
     threads: int = 0,
     workers: int = 0,
+    labelled: bool = False,
     process: int = 0,
     processes: int = 1,
 ) -> Data:
@@ -65,7 +67,8 @@ def make(
 
     An image that cannot be used is replaced by the next one in training, and does not count in
     evaluation; if there are more of them than `max_bad_fraction` of a split, batches end in a
-    UserError.
+    UserError. So they do, in training, where the data is `labelled` and a label is none of the data
+    set's.
 
     Training views are random resized crops of `crop_scale` of the area (with `clip_crop` not drawn
     again where they do not fit), flipped half of the time, of images whose brightness, contrast and
@@ -82,9 +85,10 @@ def make(
         raise UserError(f"data.channels = {channels}: say 3, or how many the images have.")
     sizes = [(s, s) if isinstance(s, int) else s for s in (size, tokenizer_size)]
     how = dict(size=sizes[0], tokenizer_size=sizes[1] if tokenizer_size else None)
-    how |= dict(channels=channels, interpolation=interpolation, resizer=resizer)
+    how |= dict(channels=channels, resizer=resizer)
     augment = TrainingView(
         **how,
+        interpolation=interpolation,
         crop_scale=crop_scale,
         clip_crop=clip_crop,
         flip=flip,
@@ -92,7 +96,9 @@ def make(
         randaugment=randaugment,
         fill=fill,
     )
-    view = EvaluationView(**how, crop_fraction=crop_fraction)
+    view = EvaluationView(
+        **how, interpolation=evaluation_interpolation, crop_fraction=crop_fraction
+    )
     splits = (split, evaluation_split)
     train, evaluation = open_sources(name, splits, data_dir=data_dir, labels=labels)
     if not suits(train.mode, channels):
@@ -132,7 +138,8 @@ def make(
         dataset = dataset.random_map(row)
         dataset = dataset.map_with_index(lambda i, row: row | {"index": np.int32(i % batch_size)})
         batches = stream(dataset, start, stop - start, batch_size)
-        return bad_in_training.noted(batches, on_bad)
+        batches = bad_in_training.noted(batches, on_bad)
+        return known(batches, split, train.num_labels) if labelled else batches
 
     def evaluation_batches(
         batch_size: int, *, limit: int = 0, of_training: bool = False, on_bad: Callable = ignore
@@ -161,6 +168,18 @@ def make(
         training_batches=training_batches,
         evaluation_batches=evaluation_batches,
     )
+
+
+def known(batches: Iterator[dict], split: str, num_labels: int) -> Iterator[dict]:
+    """The batches, whose labels are none but 0 to num_labels - 1."""
+    for batch in batches:
+        for label in (batch["label"].min(), batch["label"].max()) if num_labels else ():
+            if not 0 <= label < num_labels:
+                raise UserError(
+                    f"an image of {split} has the label {label}, none of 0 to {num_labels - 1}: "
+                    "choose another data.split; some have no labels."
+                )
+        yield batch
 
 
 def ignore(name: str, reason: str) -> None:

@@ -6,6 +6,7 @@ Sizes are (height, width), boxes (left, top, right, bottom). Views take keyword 
 import dataclasses
 import math
 from importlib.util import find_spec
+from typing import Literal, get_args
 
 import grain
 import numpy as np
@@ -15,9 +16,8 @@ from mim_jax import UserError
 from mim_jax.data.decode import decode
 from mim_jax.data.randaugment import rand_augment
 
-INTERPOLATIONS = {
-    name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")
-}
+Interpolation = Literal["bilinear", "bicubic", "lanczos"]
+INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in get_args(Interpolation)}
 LONGEST = 16  # times a view's aspect: of a longer image evaluation sees a part so long
 
 
@@ -117,7 +117,7 @@ class View:
     size: tuple[int, int]
     channels: int
     dtype: str = "uint8"
-    interpolation: str
+    interpolation: Interpolation
     resizer: str
     tokenizer_size: tuple[int, int] | None
 
@@ -129,15 +129,6 @@ class View:
         return views
 
     def __post_init__(self):
-        if self.interpolation not in INTERPOLATIONS:
-            raise UserError(
-                f"data.interpolation = {self.interpolation!r} is unknown; there are "
-                f"{', '.join(INTERPOLATIONS)}."
-            )
-        if self.resizer not in ("pillow", "simd"):
-            raise UserError(
-                f"data.resizer = {self.resizer!r} is unknown; there are pillow and simd."
-            )
         if self.resizer == "simd" and not find_spec("cykooz_resizer"):
             raise UserError("data.resizer = 'simd' needs cykooz-resizer: pip install -e '.[simd]'.")
 
