@@ -190,7 +190,8 @@ def look_at_steps(config: ConfigDict, beginning: Beginning, path: Path) -> list[
         needed, free = beginning.bytes + 8 * beginning.parameters, memory()
         if needed > free:
             return [f"two steps take more than {gib(needed)} of memory; {gib(free)} are free."]
-        config = for_a_cpu(config, beginning.parameters)
+        frozen = sum(x.size for x in jax.tree.leaves(beginning.like.buffers))
+        config = for_a_cpu(config, beginning.parameters + frozen)
     this, count = recipe.build(config), config.batch_size
     this = this._replace(optimizer=optax.chain(watch(), this.optimizer))
     state, losses, times = Beginning(this, config).state(), [], [time.perf_counter()]
@@ -229,11 +230,12 @@ def look_at_steps(config: ConfigDict, beginning: Beginning, path: Path) -> list[
 def for_a_cpu(config: ConfigDict, parameters: int) -> ConfigDict:
     """The config with a batch, taken at once, that a CPU does in some seconds."""
     config, devices = copy.deepcopy(config), jax.device_count()
-    most = int(ON_A_CPU / parameters) // devices
-    each = max(1, min(config.batch_size // devices, most))
+    most = max(2, int(ON_A_CPU / parameters) // devices // 2 * 2)  # even, as mixup has it
+    each = min(config.batch_size // devices, most)
     config.update(batch_size=each * devices, accumulate=1)
-    if "mixup_group" in config.objective:
-        config.objective.mixup_group = each
+    for name in ("mixup_group", "batch_norm"):  # of what is computed at once
+        if config.objective.get(name):
+            config.objective[name] = each
     return config
 
 

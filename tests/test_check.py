@@ -13,7 +13,7 @@ from mim_jax import check, recipe
 
 TINY = [
     "--config=configs/mae_emoji.py",
-    *(f"--config.model.{key}" for key in ("width=32", "depth=1", "heads=2", "patch=16")),
+    *(f"--config.model.{key}" for key in ("size=", "width=32", "depth=1", "heads=2", "patch=16")),
     *(f"--config.objective.decoder_{key}" for key in ("width=16", "depth=1", "heads=2")),
     "--config.batch_size=8",
 ]
@@ -99,6 +99,15 @@ def test_the_step_is_looked_at_in_its_full_size(tmp_path, capsys):
     group = ["--config.objective.mixup_group=24", f"--workdir={tmp_path}"]
     assert check.main([*config, *group]) == 2
     assert "mixup_group = 24 does not divide the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["emoji_scratch", "emoji_linear"])
+def test_fewer_images_are_tried_in_groups_that_fit(name, tmp_path, capsys, monkeypatch):
+    """Of mixup, and of a linear probe's normalisation: its encoder, too, takes time."""
+    config = [f"--config=configs/{name}.py", "--config.init_from.encoder=", *TINY[1:6]]
+    monkeypatch.setattr(check, "ON_A_CPU", 1e5)
+    assert check.main([*config, "--config.batch_size=256", f"--workdir={tmp_path}"]) == 0
+    assert "of 16 images, the run's have 256" in capsys.readouterr().out  # two on each of 8 devices
 
 
 def test_what_gets_no_gradient_is_noticed():

@@ -6,6 +6,7 @@ Shapes: b images, n patches, d width, k classes, l layers.
 """
 
 from collections import OrderedDict
+from math import inf
 from typing import Literal
 
 import flax.linen as nn
@@ -126,6 +127,20 @@ def objective(
             f"objective.tuned_blocks = {tuned_blocks:g}: say 0, 0.5, 1, 1.5, ... of the "
             f"{encoder.depth} blocks, or -1 for the whole encoder."
         )
+    if (mixup or cutmix) and (mixup_group < 2 or mixup_group % 2):
+        raise UserError(
+            f"objective.mixup_group = {mixup_group}: images are mixed in pairs, say an even number."
+        )
+    if batch_norm < 0 or batch_norm == 1:
+        raise UserError(f"objective.batch_norm = {batch_norm}: say 0, or 2 images at least.")
+    ranges = dict(
+        mixup=(mixup, inf), cutmix=(cutmix, inf), head_std=(head_std, inf),
+        smoothing=(smoothing, 1.0), erasing=(erasing, 1.0),
+    )  # fmt: skip
+    for name, (value, most) in ranges.items():
+        if not 0 <= value <= most:
+            upto = f" to {most:g}" if most < inf else " or more"
+            raise UserError(f"objective.{name} = {value:g}: say 0{upto}.")
     network = Classifier(encoder, num_labels, pooling, batch_norm, head_std)
 
     def tuned(path: tuple[str, ...]) -> bool:
