@@ -146,13 +146,15 @@ def trace_step(this: recipe.Run, beginning: Beginning, config: ConfigDict):
 def make_folder(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) -> dict:
     """Makes a run's folder, if it is free or this very run's. -> the run's trajectory.
 
-    Raises UserError if it is another run's, or has no room for two checkpoints.
+    A run that never saved leaves its folder free. Raises UserError if it is another run's, or has
+    no room for two checkpoints.
     """
     if "://" in workdir:
         raise UserError(f"--workdir={workdir}: a run's folder must be local, or mounted.")
     path = Path(workdir) / "config.json"
     trajectory = json.loads(json.dumps(recipe.trajectory(config, this.data)))
-    if path.exists():
+    saved = any(step.name.isdigit() for step in path.parent.glob("checkpoints/*"))
+    if saved and path.exists():
         begun = json.loads(path.read_text())["trajectory"]
         if "converted from" in begun:
             raise UserError(

@@ -103,9 +103,11 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     if config.probe.images:
         rows = dict(batch_size=this.rows, images=config.probe.images)
         probe = Probe(recipe.encoder(config), this.data, this.mesh, **rows)
-    about = claim(config, this, workdir, beginning.bytes)
+    about = record(config, this, make_folder(config, this, workdir, beginning.bytes))
     checkpoints = Checkpoints(workdir, config.save.keep, about)
     start = checkpoints.latest or 0
+    state = checkpoints.restore(beginning.like) if start else beginning.state()
+    note(about, workdir)  # now that the folder is ours, and the run can begin
     log = Log(
         workdir, step=start, steps=this.steps, batch_size=config.batch_size,
         tensorboard=config.log.tensorboard, wandb=config.log.wandb, warn=this.objective.warn,
@@ -116,10 +118,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
         log.say(f"{workdir} is done: it stands at step {start:,} of {this.steps:,}.")
         return 0
     if start:
-        state = checkpoints.restore(beginning.like)
         log.say(f"going on after step {start:,}")
-    else:
-        state = beginning.state()
 
     def due(block: ConfigDict) -> bool:
         every = recipe.in_steps(block, "every", this.steps_per_epoch)
@@ -180,21 +179,23 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     return 0
 
 
-def claim(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) -> dict:
-    """Makes the run's folder, if it is free or this very run's. -> what its config.json says."""
-    trajectory = make_folder(config, this, workdir, state_bytes)
-    path = Path(workdir) / "config.json"
-    record = dict(
+def record(config: ConfigDict, this: recipe.Run, trajectory: dict) -> dict:
+    """What a run's config.json says, and its checkpoints."""
+    return dict(
         config=config.to_dict(),
         trajectory=trajectory,
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         devices=f"{this.mesh.size} x {jax.devices()[0].device_kind}",
     )
+
+
+def note(about: dict, workdir: str) -> None:
+    """Writes config.json."""
     if jax.process_index() == 0:
+        path = Path(workdir) / "config.json"
         part = path.with_suffix(".part")  # the other processes read it at any moment
-        part.write_text(json.dumps(record, indent=2) + "\n")
+        part.write_text(json.dumps(about, indent=2) + "\n")
         part.replace(path)
-    return record
 
 
 def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path, said: str) -> None:

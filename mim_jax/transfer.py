@@ -21,6 +21,7 @@ from mim_jax.train import TrainState
 PARTS = {"encoder": ("encoder",), "tokenizer": ("tokenizer", "decoder")}
 # Of an encoder, what a run that starts from it may have or not: a head may bring its own norm.
 OPTIONAL = ("mask_token", "norm/bias", "norm/scale")
+HEAD = ("fc_norm", "head", "batch_statistics")  # how a classifier's other parts begin
 
 
 class Facts(NamedTuple):
@@ -149,9 +150,9 @@ def head_of(saved: dict, here: dict) -> dict[str, np.ndarray]:
 
     def norm_and_head(trees: dict) -> tuple[dict, dict]:
         whole = {name: x for tree in trees.values() for name, x in flat(tree).items()}
-        norm = {name: x for name, x in whole.items() if name.startswith("fc_norm/")}
-        rest = {k: x for k, x in whole.items() if k.startswith(("head", "batch_statistics/"))}
-        return norm, rest
+        parts = {name: x for name, x in whole.items() if name.startswith(HEAD)}
+        norm = {name: x for name, x in parts.items() if name.startswith("fc_norm")}
+        return norm, {name: x for name, x in parts.items() if name not in norm}
 
     (our_norm, our_head), (norm, head) = norm_and_head(here), norm_and_head(saved)
 
@@ -172,18 +173,20 @@ def read(workdir: str, key: str) -> tuple[dict[str, dict], int]:
     manager, step = open_run(workdir, f"init_from.{key}")
     there = manager.item_metadata(step)["state"].tree
     fields = {"buffers": "buffers", "params": "ema" if there.get("ema") else "params"}
-    holds = [name for name, field in fields.items() if PARTS[key][0] in there[field]]
+    trees = {name: there[field] for name, field in fields.items()}
+    holds = [name for name, tree in trees.items() if PARTS[key][0] in tree]
     if not holds:
-        parts = ", ".join(sorted({part for field in fields.values() for part in there[field]}))
-        raise UserError(f"init_from.{key}: {workdir} has no {key}; it has {parts}.")
+        parts = {p for tree in trees.values() for p, x in tree.items() if isinstance(x, dict)}
+        has = ", ".join(sorted(parts))
+        raise UserError(f"init_from.{key}: {workdir} has no {key}; it has {has}.")
+
+    def asked(name: str, part: str) -> bool:
+        beside = key == "encoder" and part.startswith(HEAD)
+        return beside or (name in holds and part in PARTS[key])
+
     like = {
-        fields[name]: {
-            part: tree
-            for part, tree in there[fields[name]].items()
-            if (part in PARTS[key] and name in holds)
-            or (key == "encoder" and part.startswith(("fc_norm", "head", "batch_statistics")))
-        }
-        for name in fields
+        fields[name]: {part: x for part, x in tree.items() if asked(name, part)}
+        for name, tree in trees.items()
     }
     found = arrays(manager, step, {field: tree for field, tree in like.items() if tree})
     manager.close()

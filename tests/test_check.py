@@ -88,6 +88,8 @@ def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
     config = recipe.load("configs/mae_emoji.py", []).to_dict()
     run = json.dumps(dict(config=config, trajectory={"seed": 1}))
     (tmp_path / "config.json").write_text(run)
+    assert check.main([*TINY, f"--workdir={tmp_path}"]) == 0  # it never saved: nothing goes on
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 2
     assert "holds a run that goes another way" in capsys.readouterr().err
     assert (tmp_path / "config.json").read_text() == run

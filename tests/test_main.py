@@ -171,6 +171,18 @@ def test_init_from_a_run(finished, tmp_path, command):
     assert losses(tmp_path)[1] != losses(finished[0])[1]
 
 
+def test_a_run_that_could_not_begin_leaves_its_folder_free(finished, tmp_path, capsys):
+    """Where something else must be said, another folder need not be."""
+    arguments = ["--config.steps=3", f"--config.init_from.encoder={finished[0]}"]
+    heads = ["--config.model.heads=4"]
+    assert main.main([*smoke(tmp_path, *arguments, *heads)[1:]]) == 2
+    assert "its model.heads is 2, here it is 4" in capsys.readouterr().err
+    assert not (tmp_path / "config.json").exists()
+    assert main.main([*smoke(tmp_path, *arguments)[1:]]) == 0
+    assert main.main([*smoke(tmp_path, *arguments, *heads)[1:]]) == 2
+    assert "goes another way: model.heads is 4, was 2" in capsys.readouterr().err
+
+
 def test_training_imports_neither_tensorflow_nor_torch(tmp_path, command):
     code = (
         "import sys; from mim_jax.main import main; "

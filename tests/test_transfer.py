@@ -233,7 +233,7 @@ def test_the_wrong_run_is_named(tmp_path):
     tokenizer, _ = run_of(tmp_path / "dvae", config_of("dvae"))
     encoder, _ = run_of(tmp_path / "mae", MAE)
     with pytest.raises(
-        UserError, match=r"init_from.encoder: .* no encoder; it has decoder, .*tokenizer"
+        UserError, match=r"init_from.encoder: .* no encoder; it has decoder, tokenizer"
     ):
         begin_from(begin(MAE), "encoder", tokenizer, MAE)
     tokens = config_of("mae", **DECODER, target="tokens")
