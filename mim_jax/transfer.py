@@ -82,8 +82,12 @@ def begin_from(
         here = {"params": state.params, "buffers": state.buffers}
         found |= (head := head_of(saved, here))
         print(f"its head: {', '.join(head) or 'new'}")
-    if entire and (new := sorted(names_of(state) - found.keys())):
-        raise UserError(f"{workdir} has no {new[0]}, which this model has: nothing to be measured.")
+    whole = flat(state.params) | flat(state.buffers)
+    if entire and (missing := sorted(whole.keys() - found)):
+        raise UserError(
+            f"{workdir} has no {missing[0]}, which the model of this config has: there is not "
+            "all of it to be measured."
+        )
 
     def value(path, x):
         array = found.get(jax.tree_util.keystr(path, simple=True, separator="/"))
@@ -134,12 +138,13 @@ def compare(here: Facts, there: Facts, workdir: str) -> None:
             f"{there.grid[1]} patches, here there are {here.grid[0]} x {here.grid[1]}: say "
             "--config.model.positions=learned, which begin as these, interpolated."
         )
-    if (here.mean, here.std) != (there.mean or here.mean, there.std or here.std):
-        print(
-            f"warning: {workdir} saw images less {there.mean}, by {there.std}; here it is "
-            f"{here.mean} and {here.std}: see objective.mean and objective.std.",
-            file=sys.stderr,
-        )
+    for name in ("mean", "std"):
+        ours, theirs = getattr(here, name), getattr(there, name)
+        if ours and theirs and ours != theirs:
+            print(
+                f"warning: objective.{name} of {workdir} is {theirs}, here it is {ours}",
+                file=sys.stderr,
+            )
 
 
 def head_of(saved: dict, here: dict) -> dict[str, np.ndarray]:
@@ -202,7 +207,3 @@ def config_of(workdir: str) -> dict:
 def of_part(tree: dict, part: str) -> list[tuple[str, Any]]:
     """[("block_0/qkv/kernel", array), ...]"""
     return list(flat(tree.get(part, {})).items())
-
-
-def names_of(state: TrainState) -> set[str]:
-    return flat(state.params).keys() | flat(state.buffers)

@@ -82,7 +82,7 @@ def test_a_converted_classifier_is_evaluated(runs, tmp_path, capsys):
     assert evaluate.main(given) == 0
     assert capsys.readouterr().out.endswith(expected)
     assert evaluate.main([*given[:1], f"--config.init_from.encoder={runs / 'mae_base'}"]) == 2
-    assert "has no fc_norm/bias, which this model has" in capsys.readouterr().err
+    assert "has no fc_norm/bias, which the model of this config has" in capsys.readouterr().err
     for source, name in (([f"--config={run}"], "a.npz"), (given, "b.npz")):
         assert embed.main([*source, f"--to={tmp_path / name}"]) == 0
     a, b = (np.load(tmp_path / name)["mean"] for name in ("a.npz", "b.npz"))
