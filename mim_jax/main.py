@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mim_jax import UserError, recipe
+from mim_jax import UserError, __version__, recipe
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.command import Beginning, exit_code, make_folder, parse
 from mim_jax.log import Log, in_words
@@ -35,7 +35,7 @@ from mim_jax.probe import Probe
 from mim_jax.sharding import replicated, to_global, whole
 from mim_jax.train import TrainState, evaluate, train
 
-PACKAGES = ("mim-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,7 +184,8 @@ def record(config: ConfigDict, this: recipe.Run, trajectory: dict) -> dict:
     return dict(
         config=config.to_dict(),
         trajectory=trajectory,
-        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        versions={"python": platform.python_version(), "mim-jax": __version__}
+        | {name: version(name) for name in PACKAGES},
         devices=f"{this.mesh.size} x {jax.devices()[0].device_kind}",
     )
 

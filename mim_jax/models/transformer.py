@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mim_jax import UserError
+from mim_jax.models.attention import attention
 from mim_jax.models.patches import relative_index
 
 
@@ -29,31 +30,6 @@ INITS = {  # of all matrices, by the code that they are from
     "beit": nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0),  # deviation 0.0108
     "timm": nn.initializers.normal(0.02),
 }
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None):
-    """q (b, h, m, d), k and v (b, h, n, d), bias (h, m, n) -> (b, h, m, d).
-
-    The softmax is in float32 or better.
-    """
-    scores = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("bhmd,bhnd->bhmn", q, k, preferred_element_type=scores)
-    logits = logits * q.shape[-1] ** -0.5
-    weights = softmax(logits if bias is None else logits + bias.astype(scores))
-    return jnp.einsum("bhmn,bhnd->bhmd", weights.astype(v.dtype), v)
-
-
-@jax.custom_jvp
-def softmax(x: jax.Array) -> jax.Array:
-    """As jax.nn's, with one division a row instead of one an element: a CPU's step is faster."""
-    weights = jnp.exp(x - x.max(-1, keepdims=True))
-    return weights * (1 / weights.sum(-1, keepdims=True))
-
-
-@softmax.defjvp
-def _(primals, tangents):
-    y, dx = softmax(*primals), tangents[0]
-    return y, y * (dx - (y * dx).sum(-1, keepdims=True))
 
 
 @jax.checkpoint
