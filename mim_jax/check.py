@@ -28,7 +28,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mim_jax import recipe
-from mim_jax.command import Beginning, exit_code, make_folder, parse, trace_step
+from mim_jax.command import (
+    Beginning,
+    exit_code,
+    has_saved,
+    make_folder,
+    need_labels,
+    parse,
+    trace_step,
+)
 from mim_jax.data.decode import BadImageError, decode, header
 from mim_jax.data.sources import Source, open_sources
 from mim_jax.normalize import unit
@@ -61,13 +69,16 @@ def main(argv: list[str] | None = None) -> int:
 def check(config: ConfigDict, workdir: str, everything: bool = False) -> int:
     """Reports on a run. -> 0 if it would start, 1 if not. Raises UserError for mistakes."""
     this = recipe.build(config)
+    need_labels(this, config)
     beginning = Beginning(this, config)
     trace_step(this, beginning, config)
     make_folder(config, this, workdir, beginning.bytes)
     say("the run", f"{config.objective.name}: {beginning.parameters:,} parameters\n{this.story}")
     problems = look_at_images(this, config, everything)
     problems += look_at_disk(beginning.bytes, config.save.keep, workdir)
-    problems += look_at_steps(config, beginning, Path(workdir) / "check.png")
+    if has_saved(workdir):  # what the run began with may be no more
+        config.init_from.update({key: x and "random" for key, x in config.init_from.items()})
+    problems += look_at_steps(config, this, beginning, Path(workdir) / "check.png")
     say("it would fail" if problems else "it would start", *problems)
     return 1 if problems else 0
 
@@ -183,7 +194,9 @@ def look_at_disk(state_bytes: int, keep: int, workdir: str) -> list[str]:
     return [] if needed <= free else [f"{workdir} has no room for {keep + 1} checkpoints."]
 
 
-def look_at_steps(config: ConfigDict, beginning: Beginning, path: Path) -> list[str]:
+def look_at_steps(
+    config: ConfigDict, this: recipe.Run, beginning: Beginning, path: Path
+) -> list[str]:
     """Does two steps, draws what the model gets and names what does not learn. -> the problems."""
     whole = config.batch_size
     if jax.default_backend() == "cpu":
@@ -191,19 +204,22 @@ def look_at_steps(config: ConfigDict, beginning: Beginning, path: Path) -> list[
         if needed > free:
             return [f"two steps take more than {gib(needed)} of memory; {gib(free)} are free."]
         frozen = sum(x.size for x in jax.tree.leaves(beginning.like.buffers))
-        config = for_a_cpu(config, beginning.parameters + frozen)
+        config = for_a_cpu(config, this, beginning.parameters + frozen)
     this, count = recipe.build(config), config.batch_size
     this = this._replace(optimizer=optax.chain(watch(), this.optimizer))
     state, losses, times = Beginning(this, config).state(), [], [time.perf_counter()]
     steps = train(
-        this.objective, this.optimizer, lambda start: batches(this, config, count, 2), state=state,
-        mesh=this.mesh, steps=2, seed=config.seed, accumulate=config.accumulate, ema=config.ema,
+        this.objective, this.optimizer, lambda start: batches(this, config, count, 3), state=state,
+        mesh=this.mesh, steps=3, seed=config.seed, accumulate=config.accumulate, ema=config.ema,
     )  # fmt: skip
     try:
         for _, last, metrics in steps:
             losses.append(float(metrics["loss"]))
             times.append(time.perf_counter())
             state = last
+            idle = without_gradient(state)
+            if len(losses) > 1 and not idle:
+                break  # a head of zeros hides the encoder until its first rate above 0 moved it
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -212,27 +228,36 @@ def look_at_steps(config: ConfigDict, beginning: Beginning, path: Path) -> list[
             f"--config.accumulate={2 * config.accumulate} "
             "or --config.model.remat=full."
         ]
-    first, second = np.diff(times)
+    first, second = np.diff(times)[:2]
     say(
         "two steps",
         f"of {count:,} images, the run's have {whole:,}: {first:.1f} s with "
         f"compilation, then {second:.2f} s ({count / second:,.1f} images/s)",
         f"loss {losses[0]:.4f}, then {losses[1]:.4f}",
     )
-    leaves = jax.tree.leaves_with_path(state.opt_state[0])
-    idle = [jax.tree_util.keystr(path, simple=True, separator="/") for path, x in leaves if not x]
     say("parameters without a gradient", *(few(idle) or ["none: all of them learn"]))
     draw(this, state, config, path)
     say("pictures", f"{path}: training images as the model gets them")
     return [] if np.isfinite(losses).all() else ["the loss is not a number."]
 
 
-def for_a_cpu(config: ConfigDict, parameters: int) -> ConfigDict:
-    """The config with a batch, taken at once, that a CPU does in some seconds."""
+def without_gradient(state: TrainState) -> list[str]:
+    """The parameters that `watch` saw none of."""
+    leaves = jax.tree.leaves_with_path(state.opt_state[0])
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, x in leaves if not x]
+
+
+def for_a_cpu(config: ConfigDict, this: recipe.Run, parameters: int) -> ConfigDict:
+    """The config with a batch, taken at once, that a CPU does in some seconds; as many steps."""
     config, devices = copy.deepcopy(config), jax.device_count()
     most = max(2, int(ON_A_CPU / parameters) // devices // 2 * 2)  # even, as mixup has it
     each = min(config.batch_size // devices, most)
-    config.update(batch_size=each * devices, accumulate=1)
+    durations = {
+        f"{what}_steps": recipe.in_steps(config.optimizer, what, this.steps_per_epoch)
+        for what in ("warmup", "decay")
+    }
+    config.update(batch_size=each * devices, accumulate=1, steps=this.steps)
+    config.optimizer.update(durations, warmup_epochs=0.0, decay_epochs=0.0)
     for name in ("mixup_group", "batch_norm"):  # of what is computed at once
         if config.objective.get(name):
             config.objective[name] = each

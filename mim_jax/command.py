@@ -4,6 +4,7 @@ import argparse
 import errno
 import functools
 import json
+import math
 import os
 import shutil
 import sys
@@ -19,7 +20,10 @@ from mim_jax.sharding import by_row, place, replicated
 from mim_jax.train import TrainState, initialize, jit_step
 from mim_jax.transfer import begin_from
 
-NO_ROOM = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EPERM)
+NO_ROOM = (
+    *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
 
 
 def parse(
@@ -109,12 +113,35 @@ class Beginning:
 def how_to(key: str, source: str) -> str:
     """What to do where init_from's `source` is not a run."""
     path = Path(source)
-    if path.is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+    for folder in path.absolute().parents:
+        if (folder / "checkpoints").is_dir() and path.exists():
+            return f"say --config.init_from.{key}={os.path.relpath(folder)}."
+    weights = path.is_file() and path.suffix not in (".py", ".json")
+    if weights or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return f"make one of it by python -m mim_jax.convert {source} RUN --to=mim_jax."
     first = "train it first" + (
         ", as by configs/dvae.py or dvae_emoji.py" if key == "tokenizer" else ""
     )
     return f"{first}, or say --config.init_from.{key}=RUN."
+
+
+def here(config: ConfigDict) -> ConfigDict:
+    """The config of a run for a command that trains nothing, on devices that it may not divide."""
+    devices, parts = jax.device_count(), jax.device_count() * config.accumulate
+    config.update(
+        fsdp=math.gcd(config.fsdp or devices, devices),
+        batch_size=-(-config.batch_size // parts) * parts,
+    )
+    return config
+
+
+def need_labels(this: recipe.Run, config: ConfigDict) -> None:
+    """Raises UserError where a classifier is to be evaluated on images without labels."""
+    if this.labelled and not this.data.evaluation_labelled:
+        raise UserError(
+            f"the images of {config.data.evaluation_split} have no labels: choose another "
+            "data.evaluation_split."
+        )
 
 
 def trained(path: str, config: ConfigDict, key: str) -> str:
@@ -143,6 +170,11 @@ def trace_step(this: recipe.Run, beginning: Beginning, config: ConfigDict):
     return step.trace(beginning.like, batch, rng)
 
 
+def has_saved(workdir: str) -> bool:
+    """Whether a run's folder has a checkpoint."""
+    return any(step.name.isdigit() for step in Path(workdir).glob("checkpoints/*"))
+
+
 def make_folder(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes: int) -> dict:
     """Makes a run's folder, if it is free or this very run's. -> the run's trajectory.
 
@@ -153,9 +185,14 @@ def make_folder(config: ConfigDict, this: recipe.Run, workdir: str, state_bytes:
         raise UserError(f"--workdir={workdir}: a run's folder must be local, or mounted.")
     path = Path(workdir) / "config.json"
     trajectory = json.loads(json.dumps(recipe.trajectory(config, this.data)))
-    saved = any(step.name.isdigit() for step in path.parent.glob("checkpoints/*"))
-    if saved and path.exists():
+    if has_saved(workdir) and path.exists():
         begun = json.loads(path.read_text())["trajectory"]
+        objective = begun.get("objective.name", config.objective.name)
+        if objective != config.objective.name:
+            raise UserError(
+                f"{workdir} holds a run of {objective}, this is one of {config.objective.name}: "
+                "choose another --workdir."
+            )
         if "converted from" in begun:
             raise UserError(
                 f"{workdir} holds converted weights: say --config.init_from.encoder={workdir}, or "

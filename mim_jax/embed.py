@@ -6,9 +6,10 @@ r"""Writes what a trained encoder makes of a data set: features for whatever com
 --config is the folder of a run, or a config file, whose data are meant, with
 --config.init_from.encoder=RUN. Written are, for the evaluation views of its evaluation split,
 nothing hidden: `cls` (images, d), the class token; `mean` (images, d), of the patches; `index`
-(images,), their places in the split; `label`, where there are labels. --to is an .npz, or a folder:
-there they lie in an array_record file, which `tfds.builder_from_directory` reads. Exit codes: 0
-done, 2 a mistake in what was asked for.
+(images,), their places in the split; `label`, where there are labels. For a data.size of its own
+positions are interpolated. What the weights do not say, the images' mean and std, is the config's.
+--to is an .npz, or a folder: there they lie in an array_record file, which
+`tfds.builder_from_directory` reads. Exit codes: 0 done, 2 a mistake in what was asked for.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from mim_jax.data.records import shard_path, write_info, write_shard
 from mim_jax.normalize import MEAN, STD
 from mim_jax.objectives import whole_images
 from mim_jax.sharding import replicated, to_global
+from mim_jax.transfer import config_of, facts
 
 IMAGENET = dict(mean=MEAN, std=STD)
 
@@ -73,11 +75,16 @@ def load(
         print(f"{source} does not say its images' {unknown}: ImageNet's are used", file=sys.stderr)
     if image_size:
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        params, about = resized(*encoder_only(params, about), size)
+        if size != about.size:
+            params, about = resized(*encoder_only(params, about), size)
     encode, network = whole_images(about.encoder, **statistics), about.encoder
     anywhere = network.positions == network.relative_bias == "none"
 
     def encoder(params: dict, images: jax.Array) -> jax.Array:
+        if images.ndim != 4 or images.shape[-1] != about.channels:
+            raise UserError(
+                f"images are (b, H, W, {about.channels}), these are {tuple(images.shape)}."
+            )
         if not anywhere and about.grid not in (None, network.grid(images)):
             height, width = images.shape[1:3]
             raise UserError(
@@ -91,9 +98,13 @@ def load(
 
 def write(run: str, overrides: list[str], to: str) -> int:
     """Writes the features of the evaluation split."""
-    config = recipe.load(run, overrides)
+    config = command.here(recipe.load(run, overrides))
     this = recipe.build(config)
-    encoder, params = load(command.trained(run, config, "encoder"))
+    source = command.trained(run, config, "encoder")
+    asked, said = facts(config)._asdict(), facts(config_of(source))._asdict()
+    unsaid = {name: asked[name] for name in ("mean", "std", "heads") if not said[name]}
+    size = this.data.views["image"][:2]
+    encoder, params = load(source, image_size=size, **{k: x for k, x in unsaid.items() if x})
     params = jax.device_put(params, replicated(this.mesh))
 
     def pooled(images):

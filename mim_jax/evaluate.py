@@ -19,6 +19,7 @@ import numpy as np
 from mim_jax import command, recipe
 from mim_jax.checkpoint import peek
 from mim_jax.train import evaluate
+from mim_jax.transfer import compare, config_of, facts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,10 +35,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(run: str, overrides: list[str], to: str) -> int:
     """Prints and writes the means over the evaluation split."""
-    config = recipe.load(run, overrides)
+    config = command.here(recipe.load(run, overrides))
     this = recipe.build(config)
+    command.need_labels(this, config)
     beginning = command.Beginning(this, config)
+    if to:
+        Path(to).parent.mkdir(parents=True, exist_ok=True)
+        Path(to).open("a").close()  # before the work, which is lost if this cannot be
     if command.trained(run, config, "encoder") == run:
+        compare(facts(config), facts(config_of(run)), run)
         state = peek(run, beginning.like)
     else:
         state = beginning.state(entire=True)
@@ -53,7 +59,6 @@ def measure(run: str, overrides: list[str], to: str) -> int:
         for label, (share, accuracy) in enumerate(numbers["by_class"]):
             print(f"{label:>7} {share:7.2%} {accuracy:9.4f}")
     if to:
-        Path(to).parent.mkdir(parents=True, exist_ok=True)
         Path(to).write_text(json.dumps(numbers, indent=1) + "\n")
     return 0
 

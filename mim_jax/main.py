@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from mim_jax import UserError, __version__, recipe
 from mim_jax.checkpoint import Checkpoints
-from mim_jax.command import Beginning, exit_code, make_folder, parse
+from mim_jax.command import Beginning, exit_code, make_folder, need_labels, parse
 from mim_jax.log import Log, in_words
 from mim_jax.pictures import draw_sheet
 from mim_jax.probe import Probe
@@ -97,6 +97,7 @@ def leave(code: int) -> NoReturn:
 def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
     """Trains from where the folder stands to the end; logs, evaluates, draws, saves on the way."""
     this = recipe.build(config)
+    need_labels(this, config)
     beginning = Beginning(this, config)
     trace = Trace(profile, workdir)
     probe = None
@@ -170,6 +171,7 @@ def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
             checkpoints.save(state)
         if stop.signal:
             break
+    trace.end(metrics)
     log.flush()
     checkpoints.close()
     if stop.signal and step < this.steps:
@@ -243,16 +245,26 @@ class Trace:
         try:
             self.first, self.last = (int(step) for step in steps.split(":")) if steps else (0, 0)
         except ValueError:
-            raise UserError(f"--profile={steps}: say FIRST:LAST, as --profile=100:105.") from None
+            self.first, self.last = -1, -1
+        if not (0 < self.first <= self.last or not steps):
+            raise UserError(f"--profile={steps}: say FIRST:LAST, as --profile=100:105.")
+        self.begun = False
 
     def after(self, step: int, metrics: dict | None = None) -> None:
         """Begins before the first of the steps, ends when the last is computed."""
         if self.last and step == self.first - 1:
             jax.block_until_ready(metrics)
             jax.profiler.start_trace(self.folder)
-        if self.last and step == self.last:
+            self.begun = True
+        if step == self.last:
+            self.end(metrics)
+
+    def end(self, metrics: dict) -> None:
+        """Also of a trace whose last step did not come."""
+        if self.begun:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
+            self.begun = False
 
 
 if __name__ == "__main__":

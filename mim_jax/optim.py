@@ -20,6 +20,8 @@ def warmup_cosine(
     """
     if not warmup_steps < steps:
         raise UserError(f"a warm-up of {warmup_steps} steps does not end before step {steps}.")
+    if min_lr > lr:
+        raise UserError(f"optimizer.min_lr = {min_lr:g} lies above the rate itself, {lr:g}.")
     warmup = optax.linear_schedule(0.0, lr, warmup_steps - (code == "beit"))
     cosine = optax.cosine_decay_schedule(lr, steps - warmup_steps, alpha=min_lr / lr)
     return optax.join_schedules([warmup, cosine], [warmup_steps])

@@ -45,7 +45,8 @@ class Probe:
         params = whole(unflatten_dict({k: x for part in parts for k, x in part.items()}), self.mesh)
         known, asked = (self.features(params, training) for training in (True, False))
         found = {"probe_rank": rank(known["features"])}
-        if "label" in known and known["label"].min() >= 0:  # -1: this split has none
+        labelled = all(x.get("label", np.array([-1])).min() >= 0 for x in (known, asked))
+        if labelled:  # -1: a split has none
             train, labels, test = known["features"], known["label"], asked["features"]
             for name, predict in (("knn", neighbours), ("linear", linear)):
                 found[f"probe_{name}"] = np.mean(predict(train, labels, test) == asked["label"])

@@ -10,9 +10,11 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import pkgutil
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -58,7 +60,7 @@ DEFAULTS = dict(  # a type stands for a value of that type that each config must
     save=dict(every_epochs=0.0, every_steps=0, keep=3),
 )
 NETWORKS = {"model": vit, "tokenizer": dvae}  # an objective has those that it takes
-DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+DTYPES = ("auto", "bfloat16", "float32", "float64")  # float16 would need its loss scaled
 # Arguments that no config gives.
 SUPPLIED = (*NETWORKS, "num_labels", "learning_rate", "labelled", "process", "processes")
 # What may change while a run goes on; all else is compared with what it was begun with.
@@ -69,6 +71,38 @@ FREE = (
     *("data.threads", "data.workers", "data.evaluation_split", "data.max_bad_fraction"),
     *("data.crop_fraction", "data.evaluation_interpolation"),
 )
+
+
+class Range(NamedTuple):
+    """Where the numbers of a key must lie."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+NOT_NEGATIVE = Range(lambda x: x >= 0, "0 or more")
+POSITIVE = Range(lambda x: x > 0, "more than 0")
+COUNT = Range(lambda x: x >= 1, "1 or more")
+SHARE = Range(lambda x: 0 <= x <= 1, "0 to 1")
+DECAY = Range(lambda x: 0 <= x < 1, "0 or more, and less than 1")
+RANGES = {  # of all that are not just 0 or more
+    **dict.fromkeys(("batch_size", "accumulate", "save.keep", "data.channels"), COUNT),
+    **dict.fromkeys(("data.size", "model.patch"), COUNT),
+    **dict.fromkeys(("objective.min_block", "objective.mask_unit", "objective.window"), COUNT),
+    **dict.fromkeys(("objective.decoder_width", "objective.decoder_heads"), COUNT),
+    **dict.fromkeys(("tokenizer.vocabulary", "tokenizer.width", "tokenizer.stem"), COUNT),
+    **dict.fromkeys(("ema", "optimizer.b1", "optimizer.b2", "optimizer.momentum"), DECAY),
+    **dict.fromkeys(("data.max_bad_fraction", "data.crop_scale", "objective.mask_ratio"), SHARE),
+    **dict.fromkeys(("objective.smoothing", "objective.erasing"), SHARE),
+    "seed": Range(lambda x: 0 <= x < 2**32, f"0 to {2**32 - 1}"),
+    "model.drop_path": DECAY,
+    "optimizer.layer_decay": Range(lambda x: 0 < x <= 1, "more than 0, and 1 at most"),
+    "objective.std": POSITIVE,
+    "objective.mean": Range(math.isfinite, "a number"),
+    "objective.tuned_blocks": Range(lambda x: x >= 0 or x == -1, "0 or more, or -1"),
+    "data.fill": Range(lambda x: 0 <= x <= 255, "0 to 255"),
+}
+PAIRS = ("data.size", "data.tokenizer_size", "model.patch")  # one number, or two
 
 
 class Run(NamedTuple):
@@ -82,6 +116,7 @@ class Run(NamedTuple):
     steps: int
     steps_per_epoch: float
     rows: int  # images computed at once, over all devices: a batch, or a part of it
+    labelled: bool  # whether the objective needs labels
     story: str  # the arithmetic, for people
 
     @property
@@ -100,19 +135,24 @@ def load(path: str, overrides: Sequence[str] = (), smoke: bool = False) -> Confi
     """The config of a file, made complete, then changed by overrides "key=value".
 
     With `smoke` it is made small before that: a tiny model, the built-in images, 20 steps.
-    Raises UserError for a missing file, a key that does not exist, a value of a wrong type.
+    Raises UserError for a missing file, a key that does not exist, a value of a wrong type or out
+    of range.
     """
     for override in overrides:
         if "=" not in override:
             raise UserError(f"--config.{override} has no value: say --config.{override}=VALUE.")
     given, changes = read(path), [override.split("=", 1) for override in overrides]
+    changed = ""
     for key, text in changes:
         if key in ("objective.name", "optimizer.name"):  # which decide what other keys there are
-            given[key.split(".")[0]]["name"] = text
+            block = given.get(key.split(".")[0], {})
+            if block.get("name", text) != text:
+                changed = f" (it is for {block['name']}; for {text} write a config of its own)"
+            block["name"] = text
     try:
         config = complete(given)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}{changed}") from None
     if smoke:
         shrink(config)
     for key, text in changes:
@@ -127,7 +167,10 @@ def read(path: str) -> dict:
     """
     file = Path(path)
     if (file / "config.json").is_file():
-        record = json.loads((file / "config.json").read_text())
+        try:
+            record = json.loads((file / "config.json").read_text())
+        except ValueError as error:
+            raise UserError(f"{file / 'config.json'} is damaged: {error}.") from None
         if "converted from" in record["trajectory"]:
             raise UserError(
                 f"{path} holds converted weights, and no word of data: say a config file, and "
@@ -142,6 +185,18 @@ def read(path: str) -> dict:
     try:
         get_config = runpy.run_path(str(file)).get("get_config", lambda: None)
         config = get_config()
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, by what stands in the file
+        if isinstance(error, SyntaxError):
+            line = error.lineno
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            line = next((f.lineno for f in reversed(frames) if f.filename == str(file)), 1)
+        raise UserError(
+            f"{path}, line {line}: {type(error).__name__}: {error}: a config is a Python file with "
+            "get_config()."
+        ) from error
     finally:
         sys.path.pop(0)
     if not isinstance(config, ConfigDict):
@@ -227,7 +282,7 @@ def parse(text: str, kind: Any) -> Any:
 
 
 def set_key(config: ConfigDict, key: str, value: Any) -> None:
-    """Sets a key that there is to a value of its type."""
+    """Sets a key that there is to a value of its type, in its range."""
     kind = kind_of(config, key)
     if isinstance(value, list):
         value = tuple(value)
@@ -238,6 +293,12 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
             choose(key, value, filter(None, get_args(kind)))
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{key} = {value!r} must be {getattr(kind, '__name__', kind)}.")
+    numbers = [x for x in np.ravel(value).tolist() if isinstance(x, int | float)]
+    where = RANGES.get(key, NOT_NEGATIVE)
+    if not all(math.isfinite(x) and where.holds(x) for x in numbers):
+        raise UserError(f"{key} = {value!r}: say {where.words}.")
+    if key in PAIRS and len(numbers) != 2 and isinstance(value, tuple):
+        raise UserError(f"{key} = {value!r}: say one number, or two: of rows and of columns.")
     block, _, name = key.rpartition(".")
     with config.ignore_type():
         (config[block] if block else config)[name] = value
@@ -260,7 +321,7 @@ def shrink(config: ConfigDict) -> None:
     else:
         p = q = config.tokenizer.stem * 2**config.tokenizer.layers
     devices = jax.device_count()
-    rows, there = max(2, -(-16 // devices)), flatten(config)  # a device's
+    rows, there = 2 * -(-8 // devices), flatten(config)  # a device's, even: mixup takes pairs
     small = {
         "model": dict(size="", width=64, depth=2, heads=2),
         "tokenizer": dict(vocabulary=64, width=8, blocks=1, codebook=8),
@@ -312,13 +373,11 @@ def build(config: ConfigDict, devices: list | None = None) -> Run:
     mesh = make_mesh(devices, fsdp=config.fsdp)
     device = mesh.devices.flat[0]
     batch_size, accumulate = config.batch_size, config.accumulate
-    if batch_size < 1 or accumulate < 1 or batch_size % (mesh.size * accumulate):
+    if batch_size % (mesh.size * accumulate):
         raise UserError(
             f"batch_size = {batch_size} cannot be split over {mesh.size} devices x {accumulate} "
-            f"parts: make it a multiple of {mesh.size * max(accumulate, 1)}."
+            f"parts: make it a multiple of {mesh.size * accumulate}."
         )
-    if config.save.keep < 1:
-        raise UserError(f"save.keep = {config.save.keep}: keep one checkpoint at least.")
     objective = functions(config)["objective"]
     labelled = "num_labels" in inspect.signature(objective).parameters
     dataset = data.make(
@@ -348,8 +407,6 @@ def build(config: ConfigDict, devices: list | None = None) -> Run:
     lr = config.optimizer.lr or config.optimizer.base_lr * batch_size / 256
     if not lr > 0:
         raise UserError("the config must say optimizer.base_lr or optimizer.lr.")
-    if not 0 <= config.ema < 1:
-        raise UserError(f"ema = {config.ema}: say a decay below 1, as 0.9999.")
     warmup = in_steps(config.optimizer, "warmup", steps_per_epoch)
     decay = in_steps(config.optimizer, "decay", steps_per_epoch) or steps
     schedule = optim.warmup_cosine(
@@ -380,8 +437,10 @@ def build(config: ConfigDict, devices: list | None = None) -> Run:
     )
     if mesh.shape["fsdp"] > 1:
         story += f"\nparameters and optimizer state are split over {mesh.shape['fsdp']} devices"
-    rows = batch_size // accumulate
-    return Run(objective, optimizer, schedule, dataset, mesh, steps, steps_per_epoch, rows, story)
+    return Run(
+        objective, optimizer, schedule, dataset, mesh, steps, steps_per_epoch,
+        rows=batch_size // accumulate, labelled=labelled, story=story,
+    )  # fmt: skip
 
 
 def encoder(config: ConfigDict) -> Callable:

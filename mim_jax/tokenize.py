@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def write(run: str, overrides: list[str], to: str) -> int:
     """Writes the tokens that the tokenizer of a run gives."""
-    config = recipe.load(run, overrides)
+    config = command.here(recipe.load(run, overrides))
     if config.objective.name != "dvae":
         raise UserError(f"{run} is no run of the dVAE, but of {config.objective.name}.")
     Path(to).parent.mkdir(parents=True, exist_ok=True)

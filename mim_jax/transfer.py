@@ -129,12 +129,12 @@ def compare(here: Facts, there: Facts, workdir: str) -> None:
         may = not (ours and theirs) or ours == theirs or (theirs, ours) == ("sincos", "learned")
         if not may:
             raise UserError(
-                f"init_from: encoder of {workdir} is of another model: its model.{name} is "
+                f"the encoder of {workdir} is of another model: its model.{name} is "
                 f"{theirs!r}, here it is {ours!r}."
             )
     if here.positions == there.positions == "sincos" and here.grid != there.grid:
         raise UserError(
-            f"init_from: encoder of {workdir} has fixed positions of {there.grid[0]} x "
+            f"the encoder of {workdir} has fixed positions of {there.grid[0]} x "
             f"{there.grid[1]} patches, here there are {here.grid[0]} x {here.grid[1]}: say "
             "--config.model.positions=learned, which begin as these, interpolated."
         )

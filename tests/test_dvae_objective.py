@@ -249,7 +249,6 @@ def test_pictures_are_the_tokens():
     [
         (dict(min_temperature=0.0), "objective.min_temperature = 0.0 must lie above 0"),
         (dict(min_temperature=2.0), "not above objective.temperature = 1.0"),
-        (dict(window=0), "objective.window = 0"),
     ],
 )
 def test_what_cannot_be(settings, sentence):

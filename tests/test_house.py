@@ -34,8 +34,11 @@ MAY_IMPORT = {  # of ours; all may import UserError from mim_jax
         "transfer",
     },
     "check": {"command", "data", "normalize", "pictures", "recipe", "sharding", "train"},
-    "evaluate": {"checkpoint", "command", "recipe", "train"},
-    "embed": {"command", "convert", "data", "normalize", "objectives", "recipe", "sharding"},
+    "evaluate": {"checkpoint", "command", "recipe", "train", "transfer"},
+    "embed": {
+        *("command", "convert", "data", "normalize", "objectives", "recipe", "sharding"),
+        "transfer",
+    },
     "__init__": {"embed"},
 }
 NOT_IN = {  # packages that a room has nothing to do with

@@ -109,7 +109,7 @@ def resized(params: dict, about: About, size: tuple[int, int]) -> tuple[dict, Ab
     (height, width), (p, q) = size, about.patch
     if "decoder" in params:
         raise UserError("MAE's decoder is for its own size alone: say --encoder-only.")
-    if height % p or width % q:
+    if min(size) < 1 or height % p or width % q:
         raise UserError(f"patches of {p} x {q} do not divide images of {height} x {width}.")
     fixed = about.model["positions"] == "sincos"
     model = about.model | (dict(positions="learned") if fixed else {})

@@ -14,8 +14,8 @@ from absl import flags
 
 from mim_jax import UserError
 from mim_jax.data.bad_files import BadFiles, usable
-from mim_jax.data.decode import channels_of, suits, type_of
-from mim_jax.data.sources import open_sources
+from mim_jax.data.decode import BadImageError, channels_of, suits, type_of
+from mim_jax.data.sources import Source, open_sources
 from mim_jax.data.transforms import EvaluationView, Interpolation, TrainingView
 
 
@@ -26,6 +26,7 @@ class Data(NamedTuple):
     views: dict[str, tuple]  # {"image": (height, width, channels)}, and "tokenizer_image"
     dtype: str  # of the images in a batch: the source's own, uint8, uint16 or float32
     num_labels: int  # 0 without labels
+    evaluation_labelled: bool  # not so where they are all -1, as of ImageNet's test images
     fingerprint: dict
     unread: Sequence[tuple[str, str]]  # name and reason of files that are no images
     # Iterators over this process's rows of the global batches, as dicts of numpy arrays. `on_bad`
@@ -81,8 +82,6 @@ def make(
     Images are decoded in `threads` (0: one a core) or, where these do not keep up, in so many
     `workers` (processes), with `threads` in each.
     """
-    if channels < 1:
-        raise UserError(f"data.channels = {channels}: say 3, or how many the images have.")
     sizes = [(s, s) if isinstance(s, int) else s for s in (size, tokenizer_size)]
     how = dict(size=sizes[0], tokenizer_size=sizes[1] if tokenizer_size else None)
     how |= dict(channels=channels, resizer=resizer)
@@ -163,11 +162,20 @@ def make(
         views={name: (*size, channels) for name, (size, _) in view.sizes().items()},
         dtype=dtype,
         num_labels=train.num_labels,
+        evaluation_labelled=labels_of(evaluation),
         fingerprint=train.fingerprint,
         unread=train.unread,
         training_batches=training_batches,
         evaluation_batches=evaluation_batches,
     )
+
+
+def labels_of(source: Source) -> bool:
+    """Whether a split has labels, as its first image shows."""
+    try:
+        return source.num_labels > 0 and source.examples[0]["label"] >= 0
+    except BadImageError:  # it will be counted among the bad ones
+        return True
 
 
 def known(batches: Iterator[dict], split: str, num_labels: int) -> Iterator[dict]:

@@ -19,6 +19,7 @@ from mim_jax import UserError
 from mim_jax.data.manifest import SPLITS, Manifest, scan
 
 HEADERS = ("path", "file", "filename", "file_name", "image", "name")  # of a CSV's first column
+MANY_LABELS = 100_000  # in numbers, more are dates or keys by mistake
 
 
 class Folder:
@@ -138,7 +139,13 @@ class Folder:
         named = [of.get(name, of.get(os.path.join(self.root, name), "")) for name in self.names]
         names = sorted(set(of.values()))
         if all(name.isdecimal() for name in names):  # numbers are labels as they stand
-            names = [str(number) for number in range(max(map(int, names), default=-1) + 1)]
+            largest = max(map(int, names), default=-1)
+            if largest > max(MANY_LABELS, 10 * len(names)):
+                raise UserError(
+                    f"data.labels = {path!r}: numbers are labels as they stand, and the largest is "
+                    f"{largest}, but there are {len(names)}: write 0, 1, 2, ... or names."
+                )
+            names = [str(number) for number in range(largest + 1)]
             named = [name and str(int(name)) for name in named]
         if not any(named):
             raise UserError(

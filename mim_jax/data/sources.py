@@ -36,6 +36,8 @@ def open_sources(
     splits: "validation" is "test" where there is no other, as in CIFAR's sets.
     labels: of a folder: "folder", or the path of a CSV file, or "" for none.
     """
+    if name in ("", "folder:", "tfds:"):
+        raise UserError(f"data.name = {name!r} has no path: say folder:PATH or tfds:PATH.")
     if name.startswith("folder:"):
         folder = Folder(name.removeprefix("folder:"), labels)
         return [of_folder(folder, split) for split in splits]
@@ -128,16 +130,16 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
                 "dataset_info.json, as tfds:/data/my_images."
             ) from error
     how = f"python -m mim_jax.data.prepare {name} --data_dir=FOLDER"
+    there = f"{', '.join(BUILTIN)}, folder:PATH, tfds:PATH, or a data set of TFDS"
+    if Path(name).expanduser().exists():
+        there = f"folder:{name}, if this path is meant, {there}"
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(
-            f"there is no data set {name!r}: say {', '.join(BUILTIN)}, folder:PATH, tfds:PATH, or "
-            "a data set of TFDS."
-        ) from error
+        raise UserError(f"there is no data set {name!r}: say {there}.") from error
     except ValueError as error:
         if "File format is already set" not in str(error):
-            raise
+            raise UserError(f"data.name = {name!r} names no data set: say {there}.") from error
         raise UserError(
             f"data set {name!r} is prepared in a file format without random access: prepare it "
             f"again in another folder, by {how}."

@@ -213,6 +213,7 @@ class DVAE(NamedTuple):
     def init(self, rng: jax.Array, images: jax.Array) -> dict:
         """-> {"tokenizer": the encoder's parameters, "decoder": the decoder's}."""
         rng_tokenizer, rng_decoder = jax.random.split(rng)
+        self.check(images)
         logits, variables = self.encoder.init_with_output(rng_tokenizer, self.map_pixels(images))
         decoder = self.decoder.init(rng_decoder, logits)
         return {"tokenizer": variables["params"], "decoder": decoder["params"]}
@@ -224,8 +225,8 @@ class DVAE(NamedTuple):
         """
         return 0.1 + 0.8 * images if self.likelihood == "logit_laplace" else 2 * images - 1
 
-    def logits(self, tokenizer: dict, images: jax.Array) -> jax.Array:
-        """images (b, H, W, c) in [0, 1] -> logits (b, h, w, v) in float32 or better."""
+    def check(self, images: jax.Array) -> None:
+        """Raises UserError where images (b, H, W, c) cannot be cut into tokens."""
         (p, q), (height, width, channels) = self.patch, images.shape[1:]
         if height % p or width % q or channels != self.channels:
             raise UserError(
@@ -233,6 +234,10 @@ class DVAE(NamedTuple):
                 f"of {height} x {width} x {channels} cannot be cut so; change their size, or "
                 "tokenizer.layers, stem and channels."
             )
+
+    def logits(self, tokenizer: dict, images: jax.Array) -> jax.Array:
+        """images (b, H, W, c) in [0, 1] -> logits (b, h, w, v) in float32 or better."""
+        self.check(images)
         return self.encoder.apply({"params": tokenizer}, self.map_pixels(images))
 
     def tokens(self, tokenizer: dict, images: jax.Array) -> jax.Array:

@@ -73,7 +73,9 @@ def resize_relative(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray:
     """
     axes = [spread(*sides) for sides in zip(before, after, strict=True)]
     places, targets = zip(*axes, strict=True)
-    image = table[:-3].reshape(*map(len, places), -1)
+    image = table[:-3].reshape(2 * before[0] - 1, 2 * before[1] - 1, -1)
+    for axis, side in enumerate(before):
+        image = image.repeat(2, axis) if side == 1 else image  # what is one row is so everywhere
     kx, ky = (min(3, len(x) - 1) for x in places)
 
     def resized(column):
@@ -84,8 +86,13 @@ def resize_relative(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray:
 
 
 def spread(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> where the distances -(before - 1)..before - 1 go, and those asked for there."""
+    """-> where the distances -(before - 1)..before - 1 go, and those asked for there.
+
+    That of a single patch goes to two places.
+    """
     near, far = before - 1, after - 1
+    if near == 0:
+        return np.array([-1, 1]), np.arange(-far, far + 1)
     if near == far:
         return (np.arange(-near, near + 1),) * 2
     low, high = 1.01, 1.5

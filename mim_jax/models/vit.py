@@ -134,8 +134,6 @@ def vit(
     the initializer is that of the code of mae, beit or timm. With a stem it is a hybrid: patches
     are features of a ResNet.
     """
-    if not 0 <= drop_path < 1:
-        raise UserError(f"model.drop_path = {drop_path}: say a probability below 1.")
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     if stem != "none" and patch != (STRIDE, STRIDE):
         raise UserError(f"model.stem makes patches of {STRIDE} pixels: say model.patch={STRIDE}.")
@@ -143,6 +141,8 @@ def vit(
     shape = {**SIZES.get(size, {}), **given}
     if len(shape) < 3:
         raise UserError("the config must say model.size, or model.width, depth and heads.")
+    if min(*patch, *shape.values()) < 1:
+        raise UserError(f"a ViT of patch={patch}, {shape} cannot be: say 1 or more of each.")
     return ViT(
         patch=patch, **shape, stem=stem, positions=positions, relative_bias=relative_bias,
         layer_scale=layer_scale, key_bias=key_bias, drop_path=drop_path,

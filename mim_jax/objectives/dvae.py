@@ -121,8 +121,6 @@ def objective(
             f"objective.min_temperature = {min_temperature} must lie above 0, and not above "
             f"objective.temperature = {temperature}."
         )
-    if window < 1:
-        raise UserError(f"objective.window = {window}: say how many steps, 1 or more.")
 
     def cells(images):
         """-> the pixels of each token (b, n, p * q, c)."""
