@@ -189,12 +189,13 @@ def read(path: str) -> dict:
         raise
     except Exception as error:  # of many kinds, by what stands in the file
         if isinstance(error, SyntaxError):
-            line = error.lineno
+            line, what = error.lineno, error.msg
         else:
             frames = traceback.extract_tb(error.__traceback__)
             line = next((f.lineno for f in reversed(frames) if f.filename == str(file)), 1)
+            what = error
         raise UserError(
-            f"{path}, line {line}: {type(error).__name__}: {error}: a config is a Python file with "
+            f"{path}, line {line}: {type(error).__name__}: {what}: a config is a Python file with "
             "get_config()."
         ) from error
     finally:

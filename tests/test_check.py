@@ -121,3 +121,29 @@ def test_what_gets_no_gradient_is_noticed():
     updates, state = optimizer.update({"idle": zero, "late": grads, "busy": zero}, state)
     assert state[0] == {"idle": False, "late": True, "busy": True}
     np.testing.assert_array_equal(updates["late"], -grads)
+
+
+def test_a_run_keeps_its_schedule_while_few_images_are_tried(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check, "ON_A_CPU", 1e5)
+    long = ["--config.batch_size=256", "--config.steps=100", "--config.optimizer.warmup_steps=0"]
+    long += ["--config.optimizer.warmup_epochs=2", f"--workdir={tmp_path}"]
+    assert check.main([*TINY, *long]) == 0
+    assert "100, of them 10 warm-up" in capsys.readouterr().out
+
+
+def test_what_a_run_began_with_may_be_gone(tmp_path, capsys):
+    run = [*TINY[1:6], "--config=configs/emoji_finetune.py", f"--workdir={tmp_path}"]
+    run += ["--config.objective.mixup_group=2"]
+    gone = "--config.init_from.encoder=gone"
+    assert check.main([*run, gone]) == 2
+    assert "gone is not the folder of a run" in capsys.readouterr().err
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    assert check.main([*run, gone]) == 0
+
+
+def test_a_head_of_zeros_hides_no_parameter(tmp_path, capsys):
+    """The encoder has a gradient only after the head has moved, at the first rate above 0."""
+    run = [*TINY[1:6], "--config=configs/emoji_scratch.py", "--config.objective.head_std=0"]
+    small = ["--config.batch_size=16", "--config.objective.mixup_group=2"]
+    assert check.main([*run, *small, f"--workdir={tmp_path}"]) == 0
+    assert "none: all of them learn" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """What is done with a finished run: evaluated again, its features written, its encoder loaded."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -163,6 +164,69 @@ def test_an_encoder_for_images_of_another_size(runs):
     fixed = np.pad(sincos2d((4, 4), 64)[0], ((1, 0), (0, 0)))[None]
     expected = resize_positions(fixed, (4, 4), (2, 3))
     np.testing.assert_allclose(params["positions"], expected, atol=1e-6)
+
+
+def test_images_that_are_none(runs):
+    encoder, params = mim_jax.load(runs / "mae_base")
+    for shape in ((2, 3, 64, 64), (64, 64, 3)):
+        with pytest.raises(UserError, match=r"images are \(b, H, W, 3\), these are"):
+            encoder(params, np.zeros(shape, np.uint8))
+
+
+def test_features_of_images_of_another_size(runs, tmp_path):
+    run, to = runs / "mae_base", tmp_path / "features.npz"
+    assert embed.main([f"--config={run}", f"--to={to}", "--config.data.size=(32,48)"]) == 0
+    dataset = recipe.build(recipe.load(str(run), ["data.size=(32,48)"])).data
+    images = next(dataset.evaluation_batches(32))["image"][:30]
+    encoder, params = mim_jax.load(run, image_size=(32, 48))
+    expected = encoder(params, images)[:, 0]
+    np.testing.assert_allclose(np.load(to)["cls"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_config_says_what_weights_do_not(runs, tmp_path, capsys):
+    """As their images' mean and deviation, and how many heads there are."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    run, bare = runs / "mae_base", tmp_path / "bare.safetensors"
+    save(tmp_path / "encoder.safetensors", *load(run)[:2], "timm")
+    safetensors.save_file(read(tmp_path / "encoder.safetensors")[0], bare)
+    settings = json.loads((run / "config.json").read_text())["config"]
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({settings!r})\n"
+    )
+    given = [f"--config={config}", f"--config.init_from.encoder={bare}"]
+    for source, name in (([f"--config={run}"], "a.npz"), (given, "b.npz")):
+        assert embed.main([*source, f"--to={tmp_path / name}"]) == 0
+    assert "ImageNet" not in capsys.readouterr().err
+    a, b = (np.load(tmp_path / name)["cls"] for name in ("a.npz", "b.npz"))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_another_model_is_not_evaluated(runs, capsys):
+    """Though all arrays have its shapes."""
+    run = runs / "mae_base_finetune"
+    assert evaluate.main([f"--config={run}", "--config.model.heads=4"]) == 2
+    assert "its model.heads is 2, here it is 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [evaluate, embed])
+def test_a_run_is_measured_on_devices_that_it_does_not_divide(command, runs, tmp_path):
+    path, run = tmp_path / "x.json", tmp_path / "run"
+    shutil.copytree(runs / "mae_base_finetune", run)
+    saved = json.loads((run / "config.json").read_text())
+    saved["config"] |= dict(fsdp=16, batch_size=36, accumulate=3)
+    (run / "config.json").write_text(json.dumps(saved))
+    to = path if command is evaluate else tmp_path / "x.npz"
+    assert command.main([f"--config={run}", f"--to={to}"]) == 0
+
+
+@pytest.mark.parametrize("command", [evaluate, embed])
+def test_where_nothing_can_be_written(command, runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    to = tmp_path if command is evaluate else tmp_path / "file"
+    assert command.main([f"--config={runs / 'mae_base_finetune'}", f"--to={to}"]) == 2
+    assert f"error: cannot write to {to}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [evaluate, embed])

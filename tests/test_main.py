@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import main
+from mim_jax import check, evaluate, main, recipe
 from tests.conftest import ROOT, environment
 
 MAE = "--config=configs/mae_base.py"
@@ -199,11 +199,13 @@ def test_training_imports_neither_tensorflow_nor_torch(tmp_path, command):
         (["--config=configs/mae_bse.py"], "did you mean configs/mae_base.py?"),
         ([MAE, "--config.optimiser.b2=1"], "did you mean optimizer.b2?"),
         ([MAE, "--config.optimizer.b2=x"], "optimizer.b2 = 'x' must be float"),
-        ([MAE, "--smoke", "--config.batch_size=-4"], "batch_size = -4 cannot be split"),
+        ([MAE, "--smoke", "--config.batch_size=-4"], "batch_size = -4: say 1 or more"),
         ([MAE, "--smoke", "--config.data.size=100"], "100 x 100 pixels cannot be cut"),
         ([MAE, "--smoke", "--config.data.name=nothing"], "there is no data set 'nothing'"),
         ([MAE], "'imagenet2012' is not prepared in"),
         ([MAE, "--smoke", "--profile=5"], "--profile=5: say FIRST:LAST"),
+        ([MAE, "--smoke", "--profile=4:3"], "--profile=4:3: say FIRST:LAST"),
+        (["--config=README.md"], "README.md, line 4: SyntaxError"),
         ([MAE, "--smoke", "--distributed=3"], "say ADDRESS:PORT,PROCESSES,PROCESS"),
         ([MAE, "--smoke", "--workdir=gs://bucket/run"], "must be local"),
         ([MAE, "--smoke", "--workdir=/proc/here/run"], "cannot make the folder /proc/here/run"),
@@ -296,3 +298,39 @@ def test_a_trace_is_written(tmp_path, command):
     done = command(*smoke(tmp_path, "--profile=2:4", "--config.steps=5"))
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(("steps", "ends"), [("2:4", 4), ("2:30", 5)])
+def test_a_trace_ends_with_its_last_step_or_with_the_run(steps, ends, monkeypatch):
+    told, step = [], 0
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: told.append(("start", step)))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: told.append(("stop", step)))
+    trace = main.Trace(steps, "run")
+    for step in range(6):
+        trace.after(step, {})
+    trace.end({})
+    assert told == [("start", 1), ("stop", ends)]
+
+
+def test_labels_to_evaluate_by_are_asked_for_at_the_start(tmp_path, monkeypatch, capsys):
+    make = recipe.data.make
+    config = recipe.load("configs/emoji_scratch.py", [])
+    found = recipe.functions(config)
+    monkeypatch.setattr(
+        recipe.data, "make", lambda **how: make(**how)._replace(evaluation_labelled=False)
+    )
+    monkeypatch.setattr(recipe, "load", lambda *_: config)
+    monkeypatch.setattr(recipe, "functions", lambda _: found)
+    for command in (main, check, evaluate):
+        assert command.main(["--config=configs/emoji_scratch.py"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: the images of validation have no labels: choose another")
+
+
+def test_a_smoke_run_is_possible_on_any_number_of_devices(monkeypatch):
+    for devices in range(1, 20):
+        monkeypatch.setattr("jax.device_count", lambda devices=devices: devices)
+        config = recipe.load("configs/mae_base_finetune.py", [], smoke=True)
+        assert config.batch_size % devices == 0
+        assert config.objective.mixup_group * devices == config.batch_size
+        assert config.objective.mixup_group % 2 == 0

@@ -1,11 +1,14 @@
 """What is asked of features while an encoder is trained."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mim_jax import UserError, embed, main, probe, recipe
+from mim_jax.sharding import make_mesh
+from mim_jax.train import TrainState
 
 RNG = np.random.default_rng(0)
 
@@ -73,3 +76,19 @@ def test_a_tokenizer_has_no_encoder_to_ask():
     config = recipe.load("configs/dvae_emoji.py", ["probe.images=10"])
     with pytest.raises(UserError, match="dvae has no encoder"):
         recipe.encoder(config)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_without_labels_only_the_rank_is_told(split):
+    def batches(batch_size, *, limit, of_training):
+        label = np.arange(8) % 3
+        if split == ("train" if of_training else "validation"):
+            label = np.full(8, -1)
+        image = RNG.normal(size=(8, 4, 4, 3)).astype(np.float32)
+        yield {"image": image, "label": label, "mask": np.ones(8, np.float32)}
+
+    data = SimpleNamespace(evaluation_batches=batches)
+    mesh = make_mesh()
+    ask = probe.Probe(lambda params, x: x.reshape(8, 4, 12), data, mesh, batch_size=8, images=8)
+    state = TrainState(0, {"encoder": {"x": np.zeros(1)}}, {}, ())
+    assert ask(state).keys() == {"probe_rank"}

@@ -75,3 +75,18 @@ def test_an_unknown_grid_is_kept_or_refused():
     assert (found["positions"] == kept).all()
     with pytest.raises(UserError, match="positions cannot be resized: the images' size"):
         fit({"positions": kept}, {"positions": (1, 17, 4)}, before=None, after=(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 4), (2, 7)), ((1, 4), (1, 7)), ((4, 1), (7, 2))]
+)
+def test_a_single_row_of_patches_is_repeated(before, after):
+    table = np.random.default_rng(0).normal(size=(7 + 3, 2))
+    long = resize_relative(
+        np.concatenate([np.repeat(table[:-3], 7, 0), table[-3:]]), (4, 4), (7, 7)
+    )
+    expected = long[:-3].reshape(13, 13, 2)[:, 0]  # one that depends on the rows alone
+    found = resize_relative(table, before, after)[:-3].reshape(*(2 * x - 1 for x in after), 2)
+    along = 1 if before[0] == 1 else 0
+    for i in range(found.shape[1 - along]):
+        np.testing.assert_allclose(found.take(i, 1 - along), expected, atol=1e-9)

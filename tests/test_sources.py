@@ -611,6 +611,8 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, files, settings, sentence):
         ("", "names none of the images"),
         ("other.png,1\n", "names none of the images of .*: write paths from there, as '.*.png'"),
         ("a.png,1\n", "gives 1 of 2 images of split 'all' no label that train has; .* 'b.png'"),
+        ("a.png,0\nb.png,1700000000000\n", "the largest is 1700000000000, but there are 2"),
+        ("a.png,cat\nb.png,dog\na.png,dog\n", "'a.png' has two labels, 'cat' and 'dog'"),
     ],
 )
 def test_wrong_tables_of_labels(tmp_path, lines, sentence):

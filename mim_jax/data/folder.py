@@ -135,7 +135,13 @@ class Folder:
                 raise UserError(
                     f"data.labels = {path!r}: {','.join(line)!r} is not a path, a comma, a label."
                 )
-        of = {os.path.normpath(line[0].strip()): line[1].strip() for line in lines}
+        of = {}
+        for name, label, *_ in lines:
+            name, label = os.path.normpath(name.strip()), label.strip()
+            if of.setdefault(name, label) != label:
+                raise UserError(
+                    f"data.labels = {path!r}: {name!r} has two labels, {of[name]!r} and {label!r}."
+                )
         named = [of.get(name, of.get(os.path.join(self.root, name), "")) for name in self.names]
         names = sorted(set(of.values()))
         if all(name.isdecimal() for name in names):  # numbers are labels as they stand
