@@ -248,7 +248,10 @@ def without_gradient(state: TrainState) -> list[str]:
 
 
 def for_a_cpu(config: ConfigDict, this: recipe.Run, parameters: int) -> ConfigDict:
-    """The config with a batch, taken at once, that a CPU does in some seconds; as many steps."""
+    """The config with a batch, taken at once, that a CPU does in some seconds.
+
+    The schedule stays, steps and rates.
+    """
     config, devices = copy.deepcopy(config), jax.device_count()
     most = max(2, int(ON_A_CPU / parameters) // devices // 2 * 2)  # even, as mixup has it
     each = min(config.batch_size // devices, most)
@@ -256,8 +259,8 @@ def for_a_cpu(config: ConfigDict, this: recipe.Run, parameters: int) -> ConfigDi
         f"{what}_steps": recipe.in_steps(config.optimizer, what, this.steps_per_epoch)
         for what in ("warmup", "decay")
     }
+    config.optimizer.update(durations, lr=recipe.rate(config), warmup_epochs=0.0, decay_epochs=0.0)
     config.update(batch_size=each * devices, accumulate=1, steps=this.steps)
-    config.optimizer.update(durations, warmup_epochs=0.0, decay_epochs=0.0)
     for name in ("mixup_group", "batch_norm"):  # of what is computed at once
         if config.objective.get(name):
             config.objective[name] = each

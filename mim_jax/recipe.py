@@ -341,7 +341,9 @@ def shrink(config: ConfigDict) -> None:
         "data": dict(
             name="emoji", data_dir="", labels="", split="train", evaluation_split="validation"
         ),
-        "optimizer": dict(warmup_epochs=0.0, warmup_steps=2, decay_epochs=0.0, decay_steps=0),
+        "optimizer": dict(
+            warmup_epochs=0.0, warmup_steps=2, decay_epochs=0.0, decay_steps=0, min_lr=0.0
+        ),
         "log": dict(every_steps=5),
         "evaluate": dict(every_epochs=0.0, every_steps=10, limit=100),
         "pictures": dict(every_epochs=0.0, every_steps=10),
@@ -363,6 +365,11 @@ def shrink(config: ConfigDict) -> None:
 def in_steps(block: Mapping, what: str, steps_per_epoch: float) -> int:
     """A duration in steps: the block's `what_steps` if given, else its `what_epochs`."""
     return block[f"{what}_steps"] or round(block[f"{what}_epochs"] * steps_per_epoch)
+
+
+def rate(config: ConfigDict) -> float:
+    """The learning rate after warm-up: as it is given, or for 256 images."""
+    return config.optimizer.lr or config.optimizer.base_lr * config.batch_size / 256
 
 
 def build(config: ConfigDict, devices: list | None = None) -> Run:
@@ -405,7 +412,7 @@ def build(config: ConfigDict, devices: list | None = None) -> Run:
     steps = config.steps or int(config.epochs * steps_per_epoch)
     if steps < 1:
         raise UserError("the config must say epochs or steps.")
-    lr = config.optimizer.lr or config.optimizer.base_lr * batch_size / 256
+    lr = rate(config)
     if not lr > 0:
         raise UserError("the config must say optimizer.base_lr or optimizer.lr.")
     warmup = in_steps(config.optimizer, "warmup", steps_per_epoch)

@@ -162,7 +162,7 @@ def make(
         views={name: (*size, channels) for name, (size, _) in view.sizes().items()},
         dtype=dtype,
         num_labels=train.num_labels,
-        evaluation_labelled=labels_of(evaluation),
+        evaluation_labelled=has_labels(evaluation),
         fingerprint=train.fingerprint,
         unread=train.unread,
         training_batches=training_batches,
@@ -170,10 +170,10 @@ def make(
     )
 
 
-def labels_of(source: Source) -> bool:
+def has_labels(source: Source) -> bool:
     """Whether a split has labels, as its first image shows."""
     try:
-        return source.num_labels > 0 and source.examples[0]["label"] >= 0
+        return source.num_labels > 0 and bool(source.examples[0]["label"] >= 0)
     except BadImageError:  # it will be counted among the bad ones
         return True
 
