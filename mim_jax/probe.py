@@ -45,8 +45,7 @@ class Probe:
         params = whole(unflatten_dict({k: x for part in parts for k, x in part.items()}), self.mesh)
         known, asked = (self.features(params, training) for training in (True, False))
         found = {"probe_rank": rank(known["features"])}
-        labelled = all(x.get("label", np.array([-1])).min() >= 0 for x in (known, asked))
-        if labelled:  # -1: a split has none
+        if all("label" in x and x["label"].min() >= 0 for x in (known, asked)):  # -1: it has none
             train, labels, test = known["features"], known["label"], asked["features"]
             for name, predict in (("knn", neighbours), ("linear", linear)):
                 found[f"probe_{name}"] = np.mean(predict(train, labels, test) == asked["label"])

@@ -84,18 +84,18 @@ NOT_NEGATIVE = Range(lambda x: x >= 0, "0 or more")
 POSITIVE = Range(lambda x: x > 0, "more than 0")
 COUNT = Range(lambda x: x >= 1, "1 or more")
 SHARE = Range(lambda x: 0 <= x <= 1, "0 to 1")
-DECAY = Range(lambda x: 0 <= x < 1, "0 or more, and less than 1")
+BELOW_1 = Range(lambda x: 0 <= x < 1, "0 or more, and less than 1")
 RANGES = {  # of all that are not just 0 or more
     **dict.fromkeys(("batch_size", "accumulate", "save.keep", "data.channels"), COUNT),
     **dict.fromkeys(("data.size", "model.patch"), COUNT),
     **dict.fromkeys(("objective.min_block", "objective.mask_unit", "objective.window"), COUNT),
     **dict.fromkeys(("objective.decoder_width", "objective.decoder_heads"), COUNT),
     **dict.fromkeys(("tokenizer.vocabulary", "tokenizer.width", "tokenizer.stem"), COUNT),
-    **dict.fromkeys(("ema", "optimizer.b1", "optimizer.b2", "optimizer.momentum"), DECAY),
+    **dict.fromkeys(("ema", "optimizer.b1", "optimizer.b2", "optimizer.momentum"), BELOW_1),
     **dict.fromkeys(("data.max_bad_fraction", "data.crop_scale", "objective.mask_ratio"), SHARE),
     **dict.fromkeys(("objective.smoothing", "objective.erasing"), SHARE),
     "seed": Range(lambda x: 0 <= x < 2**32, f"0 to {2**32 - 1}"),
-    "model.drop_path": DECAY,
+    "model.drop_path": BELOW_1,
     "optimizer.layer_decay": Range(lambda x: 0 < x <= 1, "more than 0, and 1 at most"),
     "objective.std": POSITIVE,
     "objective.mean": Range(math.isfinite, "a number"),

@@ -312,7 +312,7 @@ def test_a_trace_ends_with_its_last_step_or_with_the_run(steps, ends, monkeypatc
     assert told == [("start", 1), ("stop", ends)]
 
 
-def test_labels_to_evaluate_by_are_asked_for_at_the_start(tmp_path, monkeypatch, capsys):
+def test_labels_to_evaluate_by_are_asked_for_at_the_start(monkeypatch, capsys):
     make = recipe.data.make
     config = recipe.load("configs/emoji_scratch.py", [])
     found = recipe.functions(config)

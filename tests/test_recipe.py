@@ -283,6 +283,29 @@ def test_numbers_out_of_their_range(override, words):
         recipe.load(EMOJI, [override])
 
 
+@pytest.mark.parametrize(
+    ("name", "override", "sentence"),
+    [
+        ("emoji_scratch", "objective.mixup=-0.5", "objective.mixup = -0.5: say 0 or more."),
+        ("emoji_scratch", "objective.smoothing=2", "objective.smoothing = 2.0: say 0 to 1."),
+        ("emoji_scratch", "objective.erasing=3", "objective.erasing = 3.0: say 0 to 1."),
+        ("emoji_scratch", "objective.batch_norm=-2", "objective.batch_norm = -2: say 0 or more."),
+        ("dvae_emoji", "objective.window=0", "objective.window = 0: say 1 or more."),
+        ("dvae_emoji", "tokenizer.vocabulary=0", "tokenizer.vocabulary = 0: say 1 or more."),
+        ("emoji_linear", "optimizer.momentum=1", "say 0 or more, and less than 1."),
+    ],
+)
+def test_numbers_of_other_objectives_out_of_their_range(name, override, sentence):
+    with pytest.raises(UserError) as error:
+        recipe.load(f"configs/{name}.py", [override])
+    assert str(error.value).endswith(sentence)
+
+
+def test_ranges_are_of_keys_that_there_are():
+    there = set().union(*(recipe.flatten(recipe.load(str(path))) for path in CONFIGS))
+    assert {*recipe.RANGES, *recipe.PAIRS} <= there
+
+
 def test_a_mean_may_be_negative_and_blocks_be_all():
     config = recipe.load("configs/emoji_finetune.py", ["objective.mean=(-0.5,0,1)"])
     assert config.objective.mean == (-0.5, 0, 1)
