@@ -23,7 +23,8 @@ import time
 import jax
 from jax.experimental import topologies
 
-from mim_jax import UserError, command, recipe
+from mim_jax import UserError, cli, recipe, schema
+from mim_jax.start import Start
 
 DATA = ("name=emoji", "split=train", "evaluation_split=validation", "data_dir=", "labels=")
 GB = 1e9
@@ -35,25 +36,25 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True)
     parser.add_argument("--topology", default="v5e:4x4", help="as v5e:4x4, v5p:2x2x4, v6e:8x8")
-    options, overrides = command.parse(parser, argv)
-    return command.exit_code(lambda: report(options.config, overrides, options.topology), "")
+    options, overrides = cli.parse(parser, argv)
+    return cli.exit_code(lambda: report(options.config, overrides, options.topology), "")
 
 
 def report(path: str, overrides: list[str], topology: str) -> int:
     """Compiles the step and prints what the compiler says of it."""
     devices = chips(topology)
     rest = ["init_from.tokenizer=random", "steps=10000"]
-    config = recipe.load(path, [*(f"data.{word}" for word in DATA), *rest, *overrides])
-    this = recipe.build(config, devices)
-    beginning = command.Beginning(this, config)
-    print(f"{beginning.parameters:,} parameters\n{this.story}", flush=True)
+    config = schema.load(path, [*(f"data.{word}" for word in DATA), *rest, *overrides])
+    run = recipe.build(config, devices)
+    start = Start(run, config)
+    print(f"{start.parameters:,} parameters\n{run.summary}", flush=True)
 
-    start = time.perf_counter()
+    begun = time.perf_counter()
     try:
-        compiled = command.trace_step(this, beginning, config).lower().compile()
+        compiled = start.trace_step().lower().compile()
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"the step does not compile: {str(error).splitlines()[0]}") from None
-    print(f"compiled in {time.perf_counter() - start:.0f} s")
+    print(f"compiled in {time.perf_counter() - begun:.0f} s")
 
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     print(f"FLOPs: {costs['flops'] / 1e12:.2f} T")
@@ -64,7 +65,7 @@ def report(path: str, overrides: list[str], topology: str) -> int:
         ("peak", memory.peak_memory_in_bytes),
     ):
         print(f"memory, {name}: {count / GB:.2f} GB")
-    parameters = 4 * beginning.parameters
+    parameters = 4 * start.parameters
     for kind, (count, size) in sorted(collectives(compiled.as_text()).items()):
         print(f"{kind}: {count}, {size / GB:.3f} GB, {size / parameters:.2f} x parameters")
     return 0

@@ -1,21 +1,23 @@
-"""Masked image modelling in JAX: MAE, BEiT, their tokenizer, and what is done with them."""
+"""Masked image modelling in JAX: MAE, BEiT, its tokenizer, and what the papers do with them."""
+
+from typing import Any
 
 __version__ = "0.1.0"
 
 
 class UserError(ValueError):
-    """A mistake that its maker can mend, reported in one sentence: what, where, what to do.
+    """A mistake of the user, reported in one sentence: what is wrong, where, and what to change.
 
-    `python -m mim_jax.main` prints it without a traceback and exits with code 2.
+    Commands print it without a traceback and exit with code 2.
     """
 
 
-def load(source, **known):
-    """The encoder of a run or of a file: `encoder, params = mim_jax.load("runs/mae_base")`.
+def load(source: Any, **options: Any) -> Any:
+    """Loads an encoder: `encoder, params = mim_jax.load("runs/mae_base")`.
 
-    encoder(params, images (b, H, W, c)) -> tokens (b, 1 + n, d), the class token first. `known` is
-    what the source does not say, as for `mim_jax.embed.load`.
+    encoder(params, images (b, H, W, c)) -> tokens (b, 1 + n, d), the class token first. The options
+    are those of `mim_jax.embed.load`.
     """
-    from mim_jax.embed import load  # here, so that importing mim_jax costs nothing
+    from mim_jax import embed  # late, so that `import mim_jax` is fast
 
-    return load(source, **known)
+    return embed.load(source, **options)

@@ -1,18 +1,16 @@
-"""Tells, in about a minute, what a run would do and whether it would start.
+"""Checks in about a minute what a run would do and whether it would start.
 
     python -m mim_jax.check --config=configs/mae_base.py --workdir=runs/mae_base
     python -m mim_jax.check --config=configs/mae_base.py --all   # decodes every image
 
-It shows the recipe's arithmetic, decodes a sample of the images, does two steps of the real model
-(on a CPU with fewer images), and draws WORKDIR/check.png, images as the model gets them. Exit
-codes: 0 the run would start, 1 it would fail, 2 a mistake in what was asked for.
+Prints the recipe's arithmetic, decodes a sample of the images, performs two steps of the real model
+(on a CPU with fewer images), and draws WORKDIR/check.png, training images as the model gets them.
+Exit codes: 0 the run would start, 1 it would fail, 2 a mistake of the user.
 """
 
-import argparse
 import copy
 import io
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -27,59 +25,52 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mim_jax import recipe
-from mim_jax.command import (
-    Beginning,
-    exit_code,
-    has_saved,
-    make_folder,
-    need_labels,
-    parse,
-    trace_step,
-)
+from mim_jax import cli, recipe, schema, workdir
 from mim_jax.data.decode import BadImageError, decode, header
-from mim_jax.data.sources import Source, open_sources
+from mim_jax.data.sources import Source
+from mim_jax.keys import PER_DEVICE
 from mim_jax.normalize import unit
 from mim_jax.pictures import draw_sheet
+from mim_jax.recipe import Run
 from mim_jax.sharding import to_global
+from mim_jax.start import Start, claim_workdir
 from mim_jax.train import TrainState, train
 
-SECONDS = 8  # in which images of a split are decoded
-ON_A_CPU = 5e8  # parameters x images, of which a step takes some seconds
+SECONDS = 8  # time to decode images of a split
+CPU_LIMIT = 5e8  # parameters x images of a step that takes some seconds on a CPU
 PICTURES = 12
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. -> its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mim_jax.check", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument("--config", required=True, help="a Python file with get_config()")
-    parser.add_argument("--workdir", default="", help="the run's folder; by default runs/CONFIG")
+    """Runs the command and returns its exit code."""
+    parser = cli.parser_of("check", __doc__)
+    cli.add_config(parser)
+    parser.add_argument("--workdir", default="", help="the run directory; default: runs/CONFIG")
     parser.add_argument("--all", action="store_true", help="decode every image, not a sample")
-    options, overrides = parse(parser, argv)
-    workdir = options.workdir or f"runs/{Path(options.config).stem}"
+    options, overrides = cli.parse(parser, argv)
+    path = cli.workdir_of(options)
 
     def command() -> int:
-        return check(recipe.load(options.config, overrides), workdir, options.all)
+        config = schema.load(options.config, overrides, trust_code=options.trust_code)
+        return check(config, path, options.all)
 
-    return exit_code(command, workdir)
+    return cli.exit_code(command, path)
 
 
-def check(config: ConfigDict, workdir: str, everything: bool = False) -> int:
-    """Reports on a run. -> 0 if it would start, 1 if not. Raises UserError for mistakes."""
-    this = recipe.build(config)
-    need_labels(this, config)
-    beginning = Beginning(this, config)
-    trace_step(this, beginning, config)
-    make_folder(config, this, workdir, beginning.bytes)
-    say("the run", f"{config.objective.name}: {beginning.parameters:,} parameters\n{this.story}")
-    problems = look_at_images(this, config, everything)
-    problems += look_at_disk(beginning.bytes, config.save.keep, workdir)
-    if has_saved(workdir):  # what the run began with may be no more
+def check(config: ConfigDict, path: str, everything: bool = False) -> int:
+    """Reports on a run. Returns 0 if it would start, 1 if not; raises UserError for mistakes."""
+    run = recipe.build(config)
+    run.require_labels(config.data.evaluation_split)
+    start = Start(run, config)
+    start.trace_step()
+    claim_workdir(path, run, config, start.bytes)
+    say("run", f"{config.objective.name}: {start.parameters:,} parameters\n{run.summary}")
+    problems = check_images(run, config, everything)
+    problems += check_disk(start.bytes, config.save.keep, path)
+    if workdir.has_checkpoints(path):  # the runs that it started from may be gone
         config.init_from.update({key: x and "random" for key, x in config.init_from.items()})
-    problems += look_at_steps(config, this, beginning, Path(workdir) / "check.png")
-    say("it would fail" if problems else "it would start", *problems)
+    problems += check_steps(config, run, start, Path(path) / "check.png")
+    say("the run would fail" if problems else "the run would start", *problems)
     return 1 if problems else 0
 
 
@@ -88,16 +79,16 @@ def say(title: str, *lines: str) -> None:
 
 
 def few(lines: Iterable[str], most: int = 10) -> list[str]:
-    """The first of many lines, and how many more there are."""
+    """Returns the first of many lines, and how many more there are."""
     lines = list(lines)
     return lines[:most] + ([f"... and {len(lines) - most:,} more"] if len(lines) > most else [])
 
 
-# --- The images. ---
+# --- Images. ---
 
 
 class Survey(NamedTuple):
-    """What was found in a split."""
+    """Statistics of the images of a split."""
 
     sizes: np.ndarray  # (images, 2): height, width
     modes: Counter
@@ -105,29 +96,28 @@ class Survey(NamedTuple):
     bad: list[tuple[str, str]]  # name, reason
 
 
-def look_at_images(this: recipe.Run, config: ConfigDict, everything: bool) -> list[str]:
-    """Says what images there are. -> the problems."""
-    given, problems = config.data, []
-    if this.data.unread:
-        lines = few(f"{name}: {reason}" for name, reason in this.data.unread)
-        say(f"{len(this.data.unread):,} files that are no images and do not count", *lines)
-    splits = given.split, given.evaluation_split
-    sources = open_sources(given.name, splits, data_dir=given.data_dir, labels=given.labels)
-    for split, source in zip(splits, sources, strict=True):
+def check_images(run: Run, config: ConfigDict, everything: bool) -> list[str]:
+    """Prints which images there are and returns problems."""
+    problems = []
+    if run.data.unread:
+        lines = few(f"{name}: {reason}" for name, reason in run.data.unread)
+        say(f"{len(run.data.unread):,} files that are not images are ignored", *lines)
+    splits = {config.data.split: run.data.train, config.data.evaluation_split: run.data.evaluation}
+    for split, source in splits.items():
         seconds = float("inf") if everything else SECONDS
-        found = survey(source, given.channels, this.data.dtype, seconds)
-        say(f"images of {split}", *summary(found, source, this.data.views["image"]))
-        looked_at = len(found.sizes) + len(found.bad)
-        if len(found.bad) > given.max_bad_fraction * looked_at:
+        survey = survey_images(source, config.data.channels, run.data.image.dtype, seconds)
+        say(f"images of {split}", *summarize(survey, source, run.data.image.size))
+        count = len(survey.sizes) + len(survey.bad)
+        if len(survey.bad) > config.data.max_bad_fraction * count:
             problems.append(
-                f"{len(found.bad):,} of {looked_at:,} images of {split} cannot be used, more than "
-                f"data.max_bad_fraction = {given.max_bad_fraction:g}: the run would stop."
+                f"{len(survey.bad):,} of {count:,} images of {split} cannot be used, more than "
+                f"data.max_bad_fraction = {config.data.max_bad_fraction:g}: the run would stop."
             )
     return problems
 
 
-def survey(source: Source, channels: int, dtype: str, seconds: float) -> Survey:
-    """Decodes images of a split, in random order, for so long."""
+def survey_images(source: Source, channels: int, dtype: str, seconds: float) -> Survey:
+    """Decodes images of a split in random order, until `seconds` have passed."""
     order = np.random.default_rng(0).permutation(len(source.examples))
     sizes, modes, labels, bad = [], Counter(), Counter(), []
 
@@ -156,62 +146,67 @@ def survey(source: Source, channels: int, dtype: str, seconds: float) -> Survey:
     return Survey(np.array(sizes).reshape(-1, 2), modes, labels, sorted(bad))
 
 
-def summary(found: Survey, source: Source, view: tuple[int, int, int]) -> list[str]:
-    """A survey, for people."""
-    count, bad = len(found.sizes), len(found.bad)
+def summarize(survey: Survey, source: Source, size: tuple[int, int]) -> list[str]:
+    """Returns a survey as lines of text; images are to be resized to `size`."""
+    count, bad = len(survey.sizes), len(survey.bad)
     lines = [f"{len(source.examples):,}, of which {count + bad:,} were decoded; {bad:,} are bad"]
-    lines += few(f"{name}: {reason}" for name, reason in found.bad)
+    lines += few(f"{name}: {reason}" for name, reason in survey.bad)
     if not count:
         return lines
-    by_area = found.sizes[found.sizes.prod(1).argsort()]
+    by_area = survey.sizes[survey.sizes.prod(1).argsort()]
     least, median, most = (f"{h} x {w}" for h, w in by_area[[0, count // 2, -1]])
     lines.append(f"height x width: {least} to {most}, median {median}")
-    if smaller := (found.sizes < view[:2]).any(1).sum():
-        lines.append(f"{smaller / count:.1%} are smaller than {view[0]} x {view[1]}: enlarged")
-    shares = (f"{mode} {n / count:.1%}" for mode, n in found.modes.most_common())
+    if smaller := (survey.sizes < size).any(1).sum():
+        lines.append(f"{smaller / count:.1%} are smaller than {size[0]} x {size[1]}: enlarged")
+    shares = (f"{mode} {n / count:.1%}" for mode, n in survey.modes.most_common())
     lines.append(f"modes: {', '.join(shares)}")
     if source.num_labels:
-        counts = [found.labels[label] for label in range(source.num_labels)]
+        counts = [survey.labels[label] for label in range(source.num_labels)]
         lines.append(
-            f"{source.num_labels:,} labels, {np.count_nonzero(counts):,} of them met; the most "
+            f"{source.num_labels:,} labels, of which {np.count_nonzero(counts):,} occur; the most "
             f"frequent on {max(counts) / count:.1%} of the images, the rarest on "
             f"{min(counts) / count:.1%}"
         )
     return lines
 
 
-# --- The machine. ---
+# --- Disk, memory and steps. ---
 
 
-def look_at_disk(state_bytes: int, keep: int, workdir: str) -> list[str]:
-    """Says what checkpoints take. -> the problems."""
-    free, needed = shutil.disk_usage(workdir).free, (keep + 1) * state_bytes
+def check_disk(state_bytes: int, keep: int, path: str) -> list[str]:
+    """Prints the size of checkpoints and returns problems."""
+    free, needed = shutil.disk_usage(path).free, (keep + 1) * state_bytes
     say(
         "checkpoints",
         f"{gib(state_bytes)} each; {keep} are kept while one more is written: {gib(needed)}",
-        f"{workdir} has {gib(free)} free",
+        f"{path} has {gib(free)} free",
     )
-    return [] if needed <= free else [f"{workdir} has no room for {keep + 1} checkpoints."]
+    return [] if needed <= free else [f"{path} has no space for {keep + 1} checkpoints."]
 
 
-def look_at_steps(
-    config: ConfigDict, this: recipe.Run, beginning: Beginning, path: Path
-) -> list[str]:
-    """Does two steps, draws what the model gets and names what does not learn. -> the problems."""
-    whole = config.batch_size
+def check_steps(config: ConfigDict, run: Run, start: Start, path: Path) -> list[str]:
+    """Performs two steps, draws the model's input, lists idle parameters. Returns problems."""
+    full_batch = config.batch_size
     if jax.default_backend() == "cpu":
-        needed, free = beginning.bytes + 8 * beginning.parameters, memory()
+        needed, free = start.bytes + 8 * start.parameters, free_memory()
         if needed > free:
-            return [f"two steps take more than {gib(needed)} of memory; {gib(free)} are free."]
-        frozen = sum(x.size for x in jax.tree.leaves(beginning.like.buffers))
-        config = for_a_cpu(config, this, beginning.parameters + frozen)
-    this, count = recipe.build(config), config.batch_size
-    this = this._replace(optimizer=optax.chain(watch(), this.optimizer))
-    state, losses, times = Beginning(this, config).state(), [], [time.perf_counter()]
+            return [f"two steps need more than {gib(needed)} of memory; {gib(free)} are free."]
+        frozen = sum(x.size for x in jax.tree.leaves(start.like.buffers))
+        config = reduce_batch(config, run, start.parameters + frozen)
+    run, count = recipe.build(config), config.batch_size
+    run = run._replace(optimizer=optax.chain(watch(), run.optimizer))
+    state, losses, times = Start(run, config).state(), [], [time.perf_counter()]
     steps = train(
-        this.objective, this.optimizer, lambda start: batches(this, config, count, 3), state=state,
-        mesh=this.mesh, steps=3, seed=config.seed, accumulate=config.accumulate, ema=config.ema,
-    )  # fmt: skip
+        run.objective,
+        run.optimizer,
+        lambda start: batches(run, config, count, 3),
+        state=state,
+        mesh=run.mesh,
+        steps=3,
+        seed=config.seed,
+        accumulate=config.accumulate,
+        ema=config.ema,
+    )
     try:
         for _, last, metrics in steps:
             losses.append(float(metrics["loss"]))
@@ -219,86 +214,91 @@ def look_at_steps(
             state = last
             idle = without_gradient(state)
             if len(losses) > 1 and not idle:
-                break  # a head of zeros hides the encoder until its first rate above 0 moved it
+                break  # a head of zeros hides the encoder until its first nonzero update
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return [
-            f"a step does not fit in the devices' memory: say "
-            f"--config.accumulate={2 * config.accumulate} "
-            "or --config.model.remat=full."
+            "a step does not fit in the devices' memory: set "
+            f"--config.accumulate={2 * config.accumulate} or --config.model.remat=full."
         ]
     first, second = np.diff(times)[:2]
     say(
         "two steps",
-        f"of {count:,} images, the run's have {whole:,}: {first:.1f} s with "
-        f"compilation, then {second:.2f} s ({count / second:,.1f} images/s)",
+        f"of {count:,} images (the run has {full_batch:,}): {first:.1f} s with compilation, then "
+        f"{second:.2f} s ({count / second:,.1f} images/s)",
         f"loss {losses[0]:.4f}, then {losses[1]:.4f}",
     )
     say("parameters without a gradient", *(few(idle) or ["none: all of them learn"]))
-    draw(this, state, config, path)
+    draw(run, state, config, path)
     say("pictures", f"{path}: training images as the model gets them")
-    return [] if np.isfinite(losses).all() else ["the loss is not a number."]
+    return [] if np.isfinite(losses).all() else ["the loss is not finite."]
 
 
 def without_gradient(state: TrainState) -> list[str]:
-    """The parameters that `watch` saw none of."""
+    """Returns the parameters for which `watch` saw no gradient."""
     leaves = jax.tree.leaves_with_path(state.opt_state[0])
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, x in leaves if not x]
 
 
-def for_a_cpu(config: ConfigDict, this: recipe.Run, parameters: int) -> ConfigDict:
-    """The config with a batch, taken at once, that a CPU does in some seconds.
+def reduce_batch(config: ConfigDict, run: Run, parameters: int) -> ConfigDict:
+    """Returns the config with a batch that a CPU processes in some seconds.
 
-    The schedule stays, steps and rates.
+    The schedule keeps its steps and rates.
     """
     config, devices = copy.deepcopy(config), jax.device_count()
-    most = max(2, int(ON_A_CPU / parameters) // devices // 2 * 2)  # even, as mixup has it
+    most = max(
+        2, int(CPU_LIMIT / parameters) // devices // 2 * 2
+    )  # even, because mixup takes pairs
     each = min(config.batch_size // devices, most)
     durations = {
-        f"{what}_steps": recipe.in_steps(config.optimizer, what, this.steps_per_epoch)
-        for what in ("warmup", "decay")
+        f"{name}_steps": recipe.in_steps(config.optimizer, name, run.steps_per_epoch)
+        for name in ("warmup", "decay")
     }
-    config.optimizer.update(durations, lr=recipe.rate(config), warmup_epochs=0.0, decay_epochs=0.0)
-    config.update(batch_size=each * devices, accumulate=1, steps=this.steps)
-    for name in ("mixup_group", "batch_norm"):  # of what is computed at once
-        if config.objective.get(name):
-            config.objective[name] = each
+    rate = recipe.learning_rate(config)
+    config.optimizer.update(durations, lr=rate, warmup_epochs=0.0, decay_epochs=0.0)
+    config.update(batch_size=each * devices, accumulate=1, steps=run.steps)
+    keys = schema.keys_of(config)
+    for key, value in schema.flatten(config).items():
+        if PER_DEVICE in keys[key].markers and value:
+            schema.set_key(config, keys, key, each)
     return config
 
 
-def batches(this: recipe.Run, config: ConfigDict, count: int, steps: int):
-    """The run's first images, so many a step."""
-    return this.data.training_batches(count, seed=config.seed, start=0, stop=steps)
+def batches(run: Run, config: ConfigDict, count: int, steps: int):
+    """Returns the first batches of the run, with `count` images each."""
+    return run.data.training_batches(count, seed=config.seed, start=0, stop=steps)
 
 
-def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path) -> None:
-    """A sheet of views of training images, and of what is hidden of them."""
-    count = -(-PICTURES // this.mesh.size) * this.mesh.size
-    batch = next(batches(this, config, count, 1))
-    columns = {name: np.asarray(unit(jnp.asarray(batch[name]))) for name in this.data.views}
-    pictures = jax.jit(this.objective.pictures)
-    made = pictures(
-        state.params, state.buffers, to_global(batch, this.mesh), jax.random.key(config.seed)
+def draw(run: Run, state: TrainState, config: ConfigDict, path: Path) -> None:
+    """Draws training images as the model gets them, and what the objective hides of them."""
+    count = -(-PICTURES // run.mesh.size) * run.mesh.size
+    batch = next(batches(run, config, count, 1))
+    columns = {
+        field.name: np.asarray(unit(jnp.asarray(batch[field.name])))
+        for field in run.data.image_fields
+    }
+    pictures = jax.jit(run.objective.pictures)(
+        state.params, state.buffers, to_global(batch, run.mesh), jax.random.key(config.seed)
     )
-    columns |= {name: images for name, images in made.items() if name == "masked"}
+    columns |= {name: images for name, images in pictures.items() if name == "masked"}
     draw_sheet(path, columns, f"{config.objective.name}: training images as the model gets them")
 
 
 def watch() -> optax.GradientTransformation:
-    """Changes nothing; notes in its state which parameters have had a gradient."""
+    """Changes no gradient; records in its state which parameters had a nonzero one."""
 
     def init(params):
         return jax.tree.map(lambda x: jnp.zeros((), bool), params)
 
     def update(grads, seen, params=None):
-        return grads, jax.tree.map(lambda had, x: had | (x != 0).any(), seen, grads)
+        return grads, jax.tree.map(lambda before, x: before | (x != 0).any(), seen, grads)
 
     return optax.GradientTransformation(init, update)
 
 
-def memory() -> float:
-    """Bytes of this machine's memory that are free; infinite where Linux does not say."""
+def free_memory() -> float:
+    """Returns the free bytes of this machine's memory, infinity if it is not Linux."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -311,4 +311,4 @@ def gib(count: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.exit_with(main)

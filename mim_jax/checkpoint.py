@@ -1,8 +1,8 @@
-"""What outlives a process: Orbax behind one class.
+"""Checkpoints of a run, by Orbax.
 
-A checkpoint is a folder, `checkpoints/STEP`: `state`, by Orbax, which any number of devices and
-processes can read; `metadata`, a JSON object that says what is in it and how it came about;
-`digests.json`, the SHA-256 of every file. All three appear at once, or not at all.
+A checkpoint is a folder, `checkpoints/STEP`: `state`, which any number of devices and processes can
+read; `metadata`, a JSON object with the run's record; and `digests.json`, the SHA-256 of every
+file. All three appear at once, or not at all.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ UNSIGNED = ("digests.json", "_CHECKPOINT_METADATA", "commit_success.txt")  # Orb
 
 
 class Checkpoints:
-    """The newest `keep` states of a run, under `workdir`/checkpoints, written while it goes on.
+    """The newest `keep` states of a run, in `workdir`/checkpoints, written in the background.
 
-    `about` goes with each as its metadata. `latest` is the newest step that can be restored: newer
-    checkpoints that are broken are reported and set aside. Raises UserError if another run has the
-    folder at this moment.
+    `record` is stored in the metadata of each. `latest` is the newest step that can be restored;
+    newer checkpoints that are corrupt are reported and renamed. Raises UserError if another process
+    is using the folder.
     """
 
-    def __init__(self, workdir: str, keep: int, about: dict | None = None):
-        self.about = about or {}
-        self.folder = Path(workdir).absolute() / "checkpoints"
+    def __init__(self, workdir: str, keep: int, record: dict | None = None):
+        self.record = record or {}
+        self.folder = Path(workdir).expanduser().absolute() / "checkpoints"
         self.lock = lock(self.folder) if jax.process_index() == 0 else None
         self.latest = newest(self.folder, set_aside=True)
         self.manager = manager_of(
@@ -54,23 +54,23 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState) -> None:
-        """Returns when the state is copied from the devices; the files follow."""
+        """Saves a state. Returns once it is copied from the devices; files are written later."""
         parts = {field: shapes(tree) for field, tree in state._asdict().items()}
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state._asdict()),
-            metadata=ocp.args.JsonSave(self.about | {"parts": parts, "skips": []}),
+            metadata=ocp.args.JsonSave(self.record | {"parts": parts, "skips": []}),
         )
-        with room(self.folder):
+        with disk_errors(self.folder):
             self.manager.save(int(state.step), args=args, force=True)
 
     def restore(self, like: TrainState) -> TrainState:
-        """The latest state, with the shapes and on the devices of `like` (abstract arrays)."""
+        """Returns the latest state, with the shapes and shardings of `like` (abstract arrays)."""
         restored = restore(self.manager, self.latest, like._asdict())
         return TrainState(**restored)
 
     def close(self) -> None:
-        """Waits until all is written."""
-        with room(self.folder):
+        """Waits until everything is written, and releases the folder."""
+        with disk_errors(self.folder):
             self.manager.wait_until_finished()
         self.manager.close()
         if self.lock:
@@ -78,15 +78,17 @@ class Checkpoints:
 
 
 def lock(folder: Path) -> IO:
-    """Holds a folder as long as the file is open: even a process that is killed lets it go."""
+    """Locks a folder while the file is open: the lock of a killed process is released."""
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"{folder.parent} is in use, by {file.read()}: wait or stop it.") from None
-    except OSError:  # a file system that knows no locks
+        raise UserError(
+            f"{folder.parent} is in use by {file.read()}: wait until it ends, or stop it."
+        ) from None
+    except OSError:  # a file system without locks
         pass
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
@@ -95,13 +97,13 @@ def lock(folder: Path) -> IO:
 
 
 def sign(folder: Path) -> None:
-    """Writes the digests of a checkpoint that is complete, just before it gets its name."""
+    """Writes the digests of a complete checkpoint, just before Orbax gives it its final name."""
     for path in folder.glob("*.orbax-checkpoint-tmp*"):
         (path / "digests.json").write_text(json.dumps(digests(path), indent=1) + "\n")
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """{"state/d/0123": SHA-256, ...} of the files in a checkpoint."""
+    """Returns {"state/d/0123": SHA-256, ...} of the files in a checkpoint."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in UNSIGNED)
 
     def digest(path):
@@ -115,47 +117,51 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def fault(folder: Path) -> str:
-    """What is wrong with a checkpoint, "" if it is as it was written."""
+    """Returns what is wrong with a checkpoint, "" if it is intact."""
     try:
-        signed = json.loads((folder / "digests.json").read_text())
+        saved = json.loads((folder / "digests.json").read_text())
     except (OSError, ValueError):
         return "digests.json cannot be read"
-    there = digests(folder)
-    changed = sorted(name for name in signed.keys() | there if signed.get(name) != there.get(name))
-    return f"{changed[0]} is not what was written" if changed else ""
+    if not isinstance(saved, dict):
+        return "digests.json is not a table of digests"
+    now = digests(folder)
+    changed = sorted(name for name in saved.keys() | now if saved.get(name) != now.get(name))
+    return f"{changed[0]} has changed since it was written" if changed else ""
 
 
 def newest(folder: Path, set_aside: bool = False) -> int | None:
-    """The newest step in a folder of checkpoints that is as it was written; None: none was begun.
+    """Returns the newest intact step in a folder of checkpoints, None if there is no checkpoint.
 
-    The first process looks, for all. It reports broken ones on stderr, and may rename them.
-    Raises UserError if all are broken.
+    The first process looks for all. It reports corrupt checkpoints on stderr and, with `set_aside`,
+    renames them. Raises UserError if every checkpoint is corrupt.
     """
-    found, broken = -1, {}
+    intact, corrupt = -1, {}
     if jax.process_index() == 0:
         steps = (int(path.name) for path in folder.glob("*") if path.name.isdigit())
         for step in sorted(steps, reverse=True):
             if not (reason := fault(folder / str(step))):
-                found = step
+                intact = step
                 break
-            broken[step] = reason
-        for step, reason in broken.items() if found >= 0 else ():
-            warning = (
-                f"checkpoint {step} in {folder} is broken: {reason}. That of step {found} is used."
+            corrupt[step] = reason
+        for step, reason in corrupt.items() if intact >= 0 else ():
+            print(
+                f"checkpoint {step} in {folder} is corrupt: {reason}. Using step {intact}.",
+                file=sys.stderr,
             )
-            print(warning, file=sys.stderr)
             if set_aside:
-                (folder / str(step)).rename(folder / f"{step}.broken-{time.time():.0f}")
-    verdict = np.int32([found, len(broken)])
-    found, count = (int(n) for n in multihost_utils.broadcast_one_to_all(verdict))
-    if count and found < 0:
-        raise UserError(f"no checkpoint in {folder} is as it was written: remove it to begin anew.")
-    return None if found < 0 else found
+                (folder / str(step)).rename(folder / f"{step}.corrupt-{time.time():.0f}")
+    verdict = np.int32([intact, len(corrupt)])
+    intact, count = (int(n) for n in multihost_utils.broadcast_one_to_all(verdict))
+    if count and intact < 0:
+        raise UserError(
+            f"every checkpoint in {folder} is corrupt: delete the folder to start from step 0."
+        )
+    return None if intact < 0 else intact
 
 
 @contextlib.contextmanager
-def room(folder) -> Iterator[None]:
-    """A full disk as the OSError that it is: Orbax raises another, and at its next call."""
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Raises OSError for a full disk: Orbax raises another error, and only in its next call."""
     try:
         yield
     except ValueError as error:
@@ -166,7 +172,7 @@ def room(folder) -> Iterator[None]:
 
 def manager_of(workdir: str, **options) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
-        Path(workdir).absolute() / "checkpoints",
+        Path(workdir).expanduser().absolute() / "checkpoints",
         options=ocp.CheckpointManagerOptions(**options),
         item_handlers={
             "state": ocp.PyTreeCheckpointHandler(),
@@ -176,7 +182,7 @@ def manager_of(workdir: str, **options) -> ocp.CheckpointManager:
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
-    """The part of a checkpoint that the tree `like` names, on its devices."""
+    """Restores the arrays of a checkpoint that the tree `like` names, with its shardings."""
     args = ocp.args.PyTreeRestore(
         like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -186,10 +192,13 @@ def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
 
 
 def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
-    """-> a run's checkpoints, to be read, and the newest step; `key` is what named the run."""
-    folder = Path(workdir) / "checkpoints"
+    """Opens a run's checkpoints for reading -> the manager and the newest step.
+
+    `key` is the key or the option that named the run. Raises UserError if there is no checkpoint.
+    """
+    folder = Path(workdir).expanduser() / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{key}: {workdir} is not the folder of a run: it has no checkpoints.")
+        raise UserError(f"{key}: {workdir} is not a run directory: it has no checkpoints.")
     step = newest(folder)
     if step is None:
         raise UserError(f"{key}: the run in {workdir} has not saved a checkpoint yet.")
@@ -197,41 +206,42 @@ def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
 
 
 def arrays(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
-    """The part of a checkpoint that the tree `like` names, as numpy arrays."""
+    """Restores the arrays of a checkpoint that the tree `like` names, as numpy arrays."""
     numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
     args = ocp.args.PyTreeRestore(like, restore_args=numpy, partial_restore=True)
     return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
 def peek(workdir: str, like: TrainState) -> TrainState:
-    """The newest state of a run as it is evaluated, on the devices of `like`: no optimizer state.
+    """Restores the newest state of a run without the optimizer's, with the shardings of `like`.
 
-    Raises UserError where the run has another model, or none is saved.
+    Raises UserError if the run has another model, or no checkpoint.
     """
     manager, step = open_run(workdir, "--config")
-    there = manager.item_metadata(step)["state"].tree
+    saved = manager.item_metadata(step)["state"].tree
     wanted = {name: tree for name, tree in like._asdict().items() if name != "opt_state"}
-    different = shapes(wanted).items() ^ shapes({name: there[name] for name in wanted}).items()
+    different = shapes(wanted).items() ^ shapes({name: saved[name] for name in wanted}).items()
     if different:
         first = min(name for name, _ in different)
         raise UserError(
-            f"{workdir} is of another model: {first} differs. Of a classifier this may be the "
-            "number of labels: evaluate it on data that has the same."
+            f"{workdir} has a different network: {first} differs. If it is a classifier, evaluate "
+            "it on data with the same number of labels."
         )
-    found = restore(manager, step, wanted)
+    restored = restore(manager, step, wanted)
     manager.close()
-    return TrainState(**found, opt_state=())
+    return TrainState(**restored, opt_state=())
 
 
 def load(workdir: str) -> tuple[dict, dict, dict]:
-    """-> params, their average if there is one, buffers, as numpy arrays, and the metadata.
+    """Reads the newest checkpoint of a run -> params, buffers (numpy arrays), and the metadata.
 
-    Of the newest checkpoint of a run, whatever it was trained on. Raises UserError if it has none.
+    The moving average of the params is returned if there is one. Raises UserError if there is no
+    checkpoint.
     """
     manager, step = open_run(workdir, "weights")
-    there = manager.item_metadata(step)["state"].tree
-    source = "ema" if there.get("ema") else "params"
-    like = {name: there[name] for name in (source, "buffers") if there.get(name)}
+    saved = manager.item_metadata(step)["state"].tree
+    source = "ema" if saved.get("ema") else "params"
+    like = {name: saved[name] for name in (source, "buffers") if saved.get(name)}
     state = arrays(manager, step, like)
     args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
     metadata = manager.restore(step, args=args)["metadata"]
@@ -240,17 +250,17 @@ def load(workdir: str) -> tuple[dict, dict, dict]:
 
 
 def abstract(x: jax.Array | jax.ShapeDtypeStruct, sharding=None) -> jax.ShapeDtypeStruct:
-    """The shape and type of an array, to be restored where it is or by another sharding."""
+    """Returns the shape, dtype and sharding of an array; `sharding` replaces its own."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding)
 
 
 def shapes(tree) -> dict[str, tuple]:
-    """{"block_0/qkv/kernel": (192, 576), ...}"""
+    """Returns {"block_0/qkv/kernel": (192, 576), ...}."""
     return {name: x.shape for name, x in flat(tree).items()}
 
 
 def flat(tree) -> dict:
-    """{"block_0/qkv/kernel": array, ...}"""
+    """Returns {"block_0/qkv/kernel": array, ...}."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {name_of(path): x for path, x in leaves}
 

@@ -12,7 +12,7 @@ import sys
 
 from flax.traverse_util import flatten_dict
 
-from mim_jax.command import exit_code
+from mim_jax.cli import exit_code
 from mim_jax.convert.files import licence, load, story
 
 HIDDEN = ("config", "parts", "trajectory")  # shown otherwise

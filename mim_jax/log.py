@@ -1,4 +1,4 @@
-"""What a run says while it goes: a line on the screen, a JSON object a line in metrics.jsonl."""
+"""Logging of a run: lines on the screen, and one JSON object per record in metrics.jsonl."""
 
 import importlib
 import json
@@ -14,15 +14,22 @@ from mim_jax import UserError
 
 
 class Log:
-    """Numbers by step. `metrics.jsonl` always; TensorBoard and Weights & Biases where asked for.
+    """Writes metrics by step to metrics.jsonl, and to TensorBoard and Weights & Biases if enabled.
 
-    Only the first process of several writes; the others keep the same clock and say nothing.
+    Only the first of several processes writes; the others measure the same times.
     """
 
     def __init__(
-        self, workdir: str, *, step: int, steps: int, batch_size: int,
-        tensorboard: bool, wandb: str, warn: Callable,
-    ):  # fmt: skip
+        self,
+        workdir: str,
+        *,
+        step: int,
+        steps: int,
+        batch_size: int,
+        tensorboard: bool,
+        wandb: str,
+        warn: Callable,
+    ):
         self.steps, self.batch_size, self.warn, self.warning = steps, batch_size, warn, ""
         self.writes = jax.process_index() == 0
         self.training = self.waiting = 0.0  # seconds since the last line
@@ -31,7 +38,7 @@ class Log:
         self.bad_files = lines_once(Path(workdir) / "bad_files.jsonl")
 
     def timed(self, steps: Iterable) -> Iterator:
-        """The same steps; the seconds that they take are what images per second counts."""
+        """Yields the steps and measures their time, from which images per second are computed."""
         steps = iter(steps)
         while True:
             start = time.perf_counter()
@@ -42,7 +49,7 @@ class Log:
             yield step
 
     def waited(self, batches: Iterable) -> Iterator:
-        """The same batches; the seconds spent waiting for them are the input wait."""
+        """Yields the batches and measures the time spent waiting for them: the input wait."""
         batches = iter(batches)
         while True:
             start = time.perf_counter()
@@ -53,9 +60,9 @@ class Log:
             yield batch
 
     def train(self, step: int, metrics: dict, due: bool, **more: float) -> None:
-        """Takes note of a step; what is due is written a step later, so that no device waits."""
+        """Records a step. A line is written one step late, so that no device waits for it."""
         self.flush()
-        if self.first and not due:  # compiling says nothing of the speed
+        if self.first and not due:  # the first step includes compilation
             self.last_step, self.training, self.waiting = step, 0.0, 0.0
         self.first = False
         if due:
@@ -67,13 +74,13 @@ class Log:
             self.last_step, self.training, self.waiting = step, 0.0, 0.0
 
     def flush(self) -> None:
-        """Writes what is pending."""
+        """Writes the pending line. Raises FloatingPointError if its loss is not finite."""
         if self.pending is None:
             return
         step, metrics, more, left = self.pending
         self.pending = None
         values = {name: float(value) for name, value in metrics.items()}
-        line, warning = in_words(values), self.warn(step, values)
+        line, warning = format_metrics(values), self.warn(step, values)
         values |= more
         self.write(step, values)
         self.say(
@@ -88,59 +95,59 @@ class Log:
         self.warning = warning
 
     def evaluation(self, step: int, means: dict[str, float]) -> None:
-        """Writes the means over the evaluation split that are single numbers."""
+        """Writes those means over the evaluation split that are single numbers."""
         means = {name: value for name, value in means.items() if not np.ndim(value)}
         self.write(step, {f"evaluate/{name}": float(value) for name, value in means.items()})
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  evaluation: {numbers}")
 
     def unread(self, files: Sequence[tuple[str, str]]) -> None:
-        """Keeps the names of files that were left out from the start, and why."""
+        """Records files that are not images, with the reason."""
         if files and self.writes:
             for name, reason in files:
                 self.bad_files({"file": name, "reason": reason})
-            self.say(f"{len(files):,} files are no images that can be read: see bad_files.jsonl")
+            self.say(f"{len(files):,} files are not readable images: see bad_files.jsonl")
 
     def bad_file(self, name: str, reason: str) -> None:
-        """Keeps the name of a file that turned out to be no use, and why. Every process does."""
+        """Records a file that cannot be used, with the reason. Every process does."""
         if self.bad_files({"file": name, "reason": reason}):
             print(f"cannot use {name}: {reason} (in bad_files.jsonl)", flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes one record everywhere."""
+        """Writes a record to all sinks."""
         for sink in self.sinks:
             sink(step, values)
 
     def say(self, text: str) -> None:
-        """Prints, once for all processes."""
+        """Prints text, in the first process only."""
         if self.writes:
             print(text, flush=True)
 
 
-def in_words(metrics: dict) -> str:
-    """What an objective measures, on a line: the loss first."""
+def format_metrics(metrics: dict) -> str:
+    """Formats an objective's metrics on a line, the loss first."""
     rest = (f"{k} {float(v):.4g}" for k, v in metrics.items() if k not in ("loss", "grad_norm"))
     return "  ".join((f"loss {float(metrics['loss']):.4f}", *rest))
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Formats seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def sinks(workdir: str, step: int, tensorboard: bool, wandb: str) -> list:
-    """Functions (step, values) that keep records, each going on after `step`."""
-    kept = [json_lines(Path(workdir) / "metrics.jsonl", step)]
+    """Returns functions (step, values) that store records, each continuing after `step`."""
+    writers = [json_lines(Path(workdir) / "metrics.jsonl", step)]
     if tensorboard:
-        kept.append(tensorboard_events(workdir, step))
+        writers.append(tensorboard_events(workdir, step))
     if wandb:
-        kept.append(wandb_run(workdir, wandb))
-    return kept
+        writers.append(wandb_run(workdir, wandb))
+    return writers
 
 
 def json_lines(path: Path, step: int):
-    """Appends to `path`, less the records after `step`: the run may have died after it saved."""
+    """Appends to `path`, without records after `step`: they will be repeated."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     path.write_text("".join(line for line in lines if step_of(line) <= step))
 
@@ -152,14 +159,14 @@ def json_lines(path: Path, step: int):
 
 
 def lines_once(path: Path):
-    """-> a function that appends a record to `path`, if it is not there, and says if it did."""
-    there = set(path.read_text().splitlines()) if path.exists() else set()
+    """Returns a function that appends a record to `path` unless it is there -> whether it did."""
+    lines = set(path.read_text().splitlines()) if path.exists() else set()
 
     def write(record) -> bool:
         line = json.dumps(record)
-        if line in there:
+        if line in lines:
             return False
-        there.add(line)
+        lines.add(line)
         with path.open("a") as file:
             file.write(line + "\n")
         return True
@@ -170,12 +177,12 @@ def lines_once(path: Path):
 def step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except ValueError:  # cut off in the middle
+    except ValueError:  # a half-written line
         return float("inf")
 
 
 def optional(package: str, extra: str):
-    """A package that the core install does without."""
+    """Imports a package that the core installation lacks."""
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -1,50 +1,40 @@
-"""Trains what a config describes, and goes on with a run that stopped.
+"""Trains a config, or continues a run that stopped.
 
     python -m mim_jax.main --config=configs/mae_emoji.py --workdir=runs/emoji
     python -m mim_jax.main --config=configs/mae_base.py --config.optimizer.base_lr=1e-4
     python -m mim_jax.main --config=configs/mae_base.py --smoke
 
-A run's folder holds config.json, metrics.jsonl, checkpoints/ and pictures/. Exit codes: 0 done,
-1 failed, 2 a mistake in what was asked for, in one sentence, 130 and 143 stopped by a signal and
-saved.
+The run directory holds config.json, metrics.jsonl, checkpoints/ and pictures/. Exit codes: 0 done,
+1 failed, 2 a mistake of the user, reported in one sentence, 130 and 143 stopped by a signal after
+saving.
 """
 
-import argparse
-import json
-import os
-import platform
 import signal
-import sys
 import threading
-import traceback
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mim_jax import UserError, __version__, recipe
+from mim_jax import UserError, cli, objectives, recipe, schema, workdir
 from mim_jax.checkpoint import Checkpoints
-from mim_jax.command import Beginning, exit_code, make_folder, need_labels, parse
-from mim_jax.log import Log, in_words
+from mim_jax.log import Log, format_metrics
 from mim_jax.pictures import draw_sheet
 from mim_jax.probe import Probe
+from mim_jax.recipe import Run
 from mim_jax.sharding import replicated, to_global, whole
+from mim_jax.start import Start, claim_workdir
 from mim_jax.train import TrainState, evaluate, train
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. -> its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mim_jax.main", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument("--config", required=True, help="a Python file with get_config()")
-    parser.add_argument("--workdir", default="", help="the run's folder; by default runs/CONFIG")
+    """Runs the command and returns its exit code."""
+    parser = cli.parser_of("train", __doc__)
+    cli.add_config(parser)
+    parser.add_argument("--workdir", default="", help="the run directory; default: runs/CONFIG")
     parser.add_argument(
         "--smoke", action="store_true", help="tiny model, built-in images, 20 steps"
     )
@@ -55,221 +45,243 @@ def main(argv: list[str] | None = None) -> int:
         "--distributed",
         nargs="?",
         const="",
-        help="one of several processes, which JAX finds on TPU pods, under Slurm and Open MPI; "
-        "elsewhere say ADDRESS:PORT,PROCESSES,PROCESS",
+        help="one of several processes; JAX finds the others on TPU pods, under Slurm and Open "
+        "MPI; elsewhere pass ADDRESS:PORT,PROCESSES,PROCESS",
     )
-    options, overrides = parse(parser, argv)
-    workdir = options.workdir or f"runs/{Path(options.config).stem}"
+    options, overrides = cli.parse(parser, argv)
+    path = cli.workdir_of(options)
 
     def command() -> int:
         if options.distributed is not None:
             join(options.distributed)
-        config = recipe.load(options.config, overrides, options.smoke)
-        return run(config, workdir, options.profile)
+        config = schema.load(options.config, overrides, options.smoke, options.trust_code)
+        return run_config(config, path, options.profile)
 
-    return exit_code(command, workdir)
+    return cli.exit_code(command, path)
 
 
 def join(processes: str) -> None:
-    """Makes this process one of several; "" lets JAX find the others.
+    """Makes this process one of several; with "" JAX finds the others.
 
-    Where one dies in silence, the others end when its heart has not beaten for a minute.
+    If one dies without a word, the others end when its heartbeat has been missing for a minute.
     """
     try:
-        address, count, this = processes.split(",") if processes else (None, None, None)
-        numbers = (int(count), int(this)) if processes else (None, None)
+        address, count, index = processes.split(",") if processes else (None, None, None)
+        numbers = (int(count), int(index)) if processes else (None, None)
     except ValueError:
         raise UserError(
-            f"--distributed={processes}: say ADDRESS:PORT,PROCESSES,PROCESS, as localhost:1234,2,0."
+            f"--distributed={processes} must be ADDRESS:PORT,PROCESSES,PROCESS, for example "
+            "localhost:1234,2,0."
         ) from None
     jax.distributed.initialize(address, *numbers, heartbeat_timeout_seconds=60)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the process. One of several that failed does not wait for those that wait for it."""
-    if code in (1, 2) and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def run(config: ConfigDict, workdir: str, profile: str = "") -> int:
-    """Trains from where the folder stands to the end; logs, evaluates, draws, saves on the way."""
-    this = recipe.build(config)
-    need_labels(this, config)
-    beginning = Beginning(this, config)
-    trace = Trace(profile, workdir)
-    probe = None
-    if config.probe.images:
-        rows = dict(batch_size=this.rows, images=config.probe.images)
-        probe = Probe(recipe.encoder(config), this.data, this.mesh, **rows)
-    about = record(config, this, make_folder(config, this, workdir, beginning.bytes))
-    checkpoints = Checkpoints(workdir, config.save.keep, about)
-    start = checkpoints.latest or 0
-    state = checkpoints.restore(beginning.like) if start else beginning.state()
-    note(about, workdir)  # now that the folder is ours, and the run can begin
+def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
+    """Trains from the newest checkpoint in the run directory, or from the start, to the end."""
+    run = recipe.build(config)
+    run.require_labels(config.data.evaluation_split)
+    start = Start(run, config)
+    trace = Trace(profile, path)
+    probe = probe_of(run, config)
+    trajectory = claim_workdir(path, run, config, start.bytes)
+    record = workdir.record_of(
+        config.to_dict(),
+        trajectory,
+        devices=f"{run.mesh.size} x {jax.devices()[0].device_kind}",
+        code=objectives.code_of(config.objective.name),
+    )
+    checkpoints = Checkpoints(path, config.save.keep, record)
+    first = checkpoints.latest or 0
+    state = checkpoints.restore(start.like) if first else start.state()
+    if jax.process_index() == 0:  # the directory is ours now, and the run can start
+        workdir.write(path, record)
     log = Log(
-        workdir, step=start, steps=this.steps, batch_size=config.batch_size,
-        tensorboard=config.log.tensorboard, wandb=config.log.wandb, warn=this.objective.warn,
-    )  # fmt: skip
-    log.say(f"{config.objective.name}: {beginning.parameters:,} parameters\n{this.story}")
-    log.unread(this.data.unread)
-    if start >= this.steps:
-        log.say(f"{workdir} is done: it stands at step {start:,} of {this.steps:,}.")
+        path,
+        step=first,
+        steps=run.steps,
+        batch_size=config.batch_size,
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        warn=run.objective.warn,
+    )
+    log.say(f"{config.objective.name}: {start.parameters:,} parameters\n{run.summary}")
+    log.unread(run.data.unread)
+    if first >= run.steps:
+        log.say(f"{path} is complete: it is at step {first:,} of {run.steps:,}.")
         return 0
-    if start:
-        log.say(f"going on after step {start:,}")
+    if first:
+        log.say(f"continuing after step {first:,}")
+    return Training(run, config, path, log, checkpoints, probe).loop(state, first, trace)
 
-    def due(block: ConfigDict) -> bool:
-        every = recipe.in_steps(block, "every", this.steps_per_epoch)
-        return step == this.steps or (every > 0 and step % every == 0)
 
-    def batches_from(step: int):
-        return log.waited(
-            this.data.training_batches(
-                config.batch_size,
-                seed=config.seed,
-                start=step,
-                stop=this.steps,
-                on_bad=log.bad_file,
-            )
+def probe_of(run: Run, config: ConfigDict) -> Probe | None:
+    """Returns the probe that the config asks for."""
+    if not config.probe.images:
+        return None
+    encoder, rows = recipe.encoder_of(run, config), run.rows
+    return Probe(encoder, run.data, run.mesh, batch_size=rows, images=config.probe.images)
+
+
+class Training:
+    """The loop of a run and its periodic actions: log, evaluate, probe, draw, save."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: ConfigDict,
+        path: str,
+        log: Log,
+        checkpoints: Checkpoints,
+        probe: Probe | None,
+    ):
+        self.run, self.config, self.path = run, config, path
+        self.log, self.checkpoints, self.probe = log, checkpoints, probe
+
+    def loop(self, state: TrainState, first: int, trace: "Trace") -> int:
+        """Trains from step `first` to the end or to a signal. Returns the exit code."""
+        run, log = self.run, self.log
+        steps = train(
+            run.objective,
+            run.optimizer,
+            self.batches_from,
+            state=state,
+            mesh=run.mesh,
+            steps=run.steps,
+            seed=self.config.seed,
+            accumulate=self.config.accumulate,
+            ema=self.config.ema,
         )
-
-    steps = train(
-        this.objective, this.optimizer, batches_from, state=state, mesh=this.mesh,
-        steps=this.steps, seed=config.seed, accumulate=config.accumulate, ema=config.ema,
-    )  # fmt: skip
-    lr = np.asarray(this.schedule(np.arange(this.steps)))  # at once: no step waits for its own
-    stop = Stop()
-    log.say("compiling the first step")
-    trace.after(start)
-    for step, state, metrics in log.timed(steps):
-        trace.after(step, metrics)
-        stop.after(step)
-        log.train(
-            step, metrics, due=due(config.log),
-            lr=float(lr[step - 1]), epoch=step / this.steps_per_epoch,
-        )  # fmt: skip
-        if due(config.evaluate):
-            batches = this.data.evaluation_batches(
-                this.rows, limit=config.evaluate.limit, on_bad=log.bad_file
+        rates = np.asarray(run.schedule(np.arange(run.steps)))  # at once: a step never waits
+        stop = Stop()
+        log.say("compiling the first step")
+        trace.after(first)
+        for step, state, metrics in log.timed(steps):
+            trace.after(step, metrics)
+            stop.after(step)
+            log.train(
+                step,
+                metrics,
+                due=self.is_due(self.config.log, step),
+                lr=float(rates[step - 1]),
+                epoch=step / run.steps_per_epoch,
             )
-            means = evaluate(this.objective, state, batches, mesh=this.mesh, seed=config.seed)
+            self.act(step, state, metrics, stopping=stop.signal > 0)
+            if stop.signal:
+                break
+        trace.end(metrics)
+        log.flush()
+        self.checkpoints.close()
+        if stop.signal and step < run.steps:
+            log.say(f"stopped and saved after step {step:,}: run the same command to continue")
+            return 128 + stop.signal
+        log.say(f"done: {self.path}")
+        return 0
+
+    def batches_from(self, step: int) -> Iterator[dict]:
+        """Yields the batches after `step` updates."""
+        batches = self.run.data.training_batches(
+            self.config.batch_size,
+            seed=self.config.seed,
+            start=step,
+            stop=self.run.steps,
+            on_bad=self.log.bad_file,
+        )
+        return self.log.waited(batches)
+
+    def is_due(self, block: ConfigDict, step: int) -> bool:
+        """Returns whether the action of a block of the config follows a step."""
+        every = recipe.in_steps(block, "every", self.run.steps_per_epoch)
+        return step == self.run.steps or (every > 0 and step % every == 0)
+
+    def act(self, step: int, state: TrainState, metrics: dict, stopping: bool) -> None:
+        """Performs the actions that are due after a step."""
+        run, config, log = self.run, self.config, self.log
+        if self.is_due(config.evaluate, step):
+            batches = run.data.evaluation_batches(
+                run.rows, limit=config.evaluate.limit, on_bad=log.bad_file
+            )
+            means = evaluate(run.objective, state, batches, mesh=run.mesh, seed=config.seed)
             log.flush()
             log.evaluation(step, means)
-        if probe and due(config.probe):
+        if self.probe and self.is_due(config.probe, step):
             log.flush()
-            log.evaluation(step, probe(state))
-        if due(config.pictures) and config.pictures.count:
-            path = Path(workdir) / "pictures" / f"step_{step:07d}.png"
-            draw(this, state, config, path, f"step {step:,}  {in_words(metrics)}")
-        if due(config.save) or stop.signal:
-            log.flush()  # so that no record is missing if this is the last that is heard of it
+            log.evaluation(step, self.probe(state))
+        if self.is_due(config.pictures, step) and config.pictures.count:
+            self.draw(step, state, metrics)
+        if self.is_due(config.save, step) or stopping:
+            log.flush()  # so that no record is missing if the process ends here
             if not np.isfinite(metrics["loss"]):
                 raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}.")
-            checkpoints.save(state)
-        if stop.signal:
-            break
-    trace.end(metrics)
-    log.flush()
-    checkpoints.close()
-    if stop.signal and step < this.steps:
-        log.say(f"stopped and saved after step {step:,}: the same command goes on from here")
-        return 128 + stop.signal
-    log.say(f"done: {workdir}")
-    return 0
+            self.checkpoints.save(state)
 
-
-def record(config: ConfigDict, this: recipe.Run, trajectory: dict) -> dict:
-    """What a run's config.json says, and its checkpoints."""
-    return dict(
-        config=config.to_dict(),
-        trajectory=trajectory,
-        versions={"python": platform.python_version(), "mim-jax": __version__}
-        | {name: version(name) for name in PACKAGES},
-        devices=f"{this.mesh.size} x {jax.devices()[0].device_kind}",
-    )
-
-
-def note(about: dict, workdir: str) -> None:
-    """Writes config.json."""
-    if jax.process_index() == 0:
-        path = Path(workdir) / "config.json"
-        part = path.with_suffix(".part")  # the other processes read it at any moment
-        part.write_text(json.dumps(about, indent=2) + "\n")
-        part.replace(path)
-
-
-def draw(this: recipe.Run, state: TrainState, config: ConfigDict, path: Path, said: str) -> None:
-    """A sheet of what the objective makes of the first images of the evaluation split."""
-    count = -(-config.pictures.count // this.mesh.size) * this.mesh.size
-    batch = to_global(next(this.data.evaluation_batches(count, limit=count)), this.mesh)
-    pictures = jax.jit(this.objective.pictures, out_shardings=replicated(this.mesh))
-    params, buffers = whole((state.averaged, state.buffers), this.mesh)
-    columns = pictures(params, buffers, batch, jax.random.key(config.seed))
-    counts = np.asarray(whole(batch["mask"], this.mesh)) > 0  # else padding, or a bad file
-    columns = {caption: np.asarray(images)[counts] for caption, images in columns.items()}
-    if jax.process_index() == 0 and counts.any():
-        title, stretch = f"{config.objective.name}, {said}", this.data.dtype != "uint8"
-        draw_sheet(path, columns, title, stretch=stretch)
+    def draw(self, step: int, state: TrainState, metrics: dict) -> None:
+        """Draws a sheet of the objective's pictures of the first images of the evaluation split."""
+        run, mesh, name = self.run, self.run.mesh, self.config.objective.name
+        count = -(-self.config.pictures.count // mesh.size) * mesh.size
+        batch = to_global(next(run.data.evaluation_batches(count, limit=count)), mesh)
+        pictures = jax.jit(run.objective.pictures, out_shardings=replicated(mesh))
+        params, buffers = whole((state.averaged, state.buffers), mesh)
+        columns = pictures(params, buffers, batch, jax.random.key(self.config.seed))
+        valid = np.asarray(whole(batch["valid"], mesh)) > 0
+        columns = {caption: np.asarray(images)[valid] for caption, images in columns.items()}
+        if jax.process_index() == 0 and valid.any():
+            path = Path(self.path) / "pictures" / f"step_{step:07d}.png"
+            title = f"{name}, step {step:,}  {format_metrics(metrics)}"
+            draw_sheet(path, columns, title, stretch=run.data.image.dtype != "uint8")
 
 
 class Stop:
-    """Whether SIGINT or SIGTERM came; a second one ends the process at once.
+    """Records SIGINT or SIGTERM; a second one ends the process at once.
 
-    Of several processes any may get SIGTERM: JAX notifies the others, and all stop after one step.
+    SIGTERM may reach any of several processes: JAX notifies the others, and all stop after the
+    same step.
     """
 
     def __init__(self):
         self.signal = 0
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.note)
+                signal.signal(number, self.handle)
 
-    def note(self, number: int, frame) -> None:
+    def handle(self, number: int, frame) -> None:
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
     def after(self, step: int) -> None:
-        """Asks the other processes."""
+        """Asks the other processes, if there are any."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
 
 
 class Trace:
-    """An xprof trace of some steps, asked for as "FIRST:LAST", under the run's profile/."""
+    """An xprof trace of the steps "FIRST:LAST", in the run's profile/."""
 
-    def __init__(self, steps: str, workdir: str):
-        self.folder = Path(workdir) / "profile"
+    def __init__(self, steps: str, path: str):
+        self.folder = Path(path) / "profile"
         try:
             self.first, self.last = (int(step) for step in steps.split(":")) if steps else (0, 0)
         except ValueError:
             self.first, self.last = -1, -1
         if not (0 < self.first <= self.last or not steps):
-            raise UserError(f"--profile={steps}: say FIRST:LAST, as --profile=100:105.")
-        self.begun = False
+            raise UserError(f"--profile={steps} must be FIRST:LAST, for example 100:105.")
+        self.running = False
 
     def after(self, step: int, metrics: dict | None = None) -> None:
-        """Begins before the first of the steps, ends when the last is computed."""
+        """Starts before the first of the steps and ends when the last is computed."""
         if self.last and step == self.first - 1:
             jax.block_until_ready(metrics)
             jax.profiler.start_trace(self.folder)
-            self.begun = True
+            self.running = True
         if step == self.last:
             self.end(metrics)
 
     def end(self, metrics: dict) -> None:
-        """Also of a trace whose last step did not come."""
-        if self.begun:
+        """Ends the trace, also if its last step was not reached."""
+        if self.running:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
-            self.begun = False
+            self.running = False
 
 
 if __name__ == "__main__":
-    try:
-        leave(main())
-    except Exception:
-        traceback.print_exc()
-        leave(1)
+    cli.exit_with(main)

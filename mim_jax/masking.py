@@ -1,4 +1,4 @@
-"""Which patches are hidden from the encoder, and what stands in their place.
+"""Masks: which patches are hidden from the encoder, and what replaces them.
 
 Shapes: b images, n patches of a grid (rows, columns), k visible, m hidden.
 """
@@ -20,21 +20,25 @@ def hide(
 ) -> tuple[jax.Array, jax.Array]:
     """Hides `ratio` of the patches of each image, uniformly at random (MAE, section 3).
 
-    rngs (b,) keys, one an image -> the indices of the `visible` patches (b, k) and of the `hidden`
-    ones (b, m), both in random order, k = int(n * (1 - ratio)) as in the reference. With another
-    `sampling`, chance makes up for patches that it hides too few of.
+    rngs (b,), one key per image -> indices of visible patches (b, k) and of hidden patches (b, m),
+    both in random order. If another `sampling` hides fewer patches, random ones are added.
     """
     n = math.prod(grid)
     noise = jax.vmap(lambda rng: jax.random.uniform(rng, (n,)))(rngs)
     if sampling != "random":
-        noise += sample(rngs, grid, n - int(n * (1 - ratio)), sampling)
+        noise += sample(rngs, grid, n - count_visible(n, ratio), sampling)
     return mask_by_noise(noise, ratio)
 
 
+def count_visible(n: int, ratio: float) -> int:
+    """Returns how many of n patches stay visible: int(n * (1 - ratio)), as the official code."""
+    return int(n * (1 - ratio))
+
+
 def mask_by_noise(noise: jax.Array, ratio: float) -> tuple[jax.Array, jax.Array]:
-    """Keeps the patches of the smallest noise (b, n) -> visible (b, k), hidden (b, m)."""
+    """Keeps the patches with the smallest noise (b, n) -> visible (b, k), hidden (b, m)."""
     num_patches = noise.shape[1]
-    num_visible = int(num_patches * (1 - ratio))
+    num_visible = count_visible(num_patches, ratio)
     if not 0 < num_visible < num_patches:
         raise UserError(
             f"objective.mask_ratio = {ratio} leaves {num_visible} of {num_patches} patches "
@@ -47,17 +51,19 @@ def mask_by_noise(noise: jax.Array, ratio: float) -> tuple[jax.Array, jax.Array]
 def sample(
     rngs: jax.Array, grid: tuple[int, int], count: int, sampling: Sampling, *, min_block=16, unit=1
 ) -> jax.Array:
-    """One mask an image: rngs (b,) -> (b, n), true where hidden; at most `count` are.
+    """Draws one mask per image: rngs (b,) -> (b, n), true at no more than `count` patches.
 
-    sampling: `random`; `blockwise` (BEiT), from blocks of at least `min_block` patches, which often
-    ends a few short of count; `span`, runs along rows; `grid`, all but one of each two by two;
-    `none`. With `unit`, random hides squares of so many patches a side (SimMIM).
+    Args:
+        sampling: `random`; `blockwise`, blocks of at least `min_block` patches (BEiT), which often
+            masks a few less than `count`; `span`, runs along rows; `grid`, all but one of every
+            2 x 2 patches; `none`.
+        unit: `random` masks squares of `unit` x `unit` patches (SimMIM).
     """
     rows, columns = grid
     if not 0 < count < rows * columns:
         raise UserError(
             f"objective.num_masked = {count} of {rows} x {columns} patches: at least one must be "
-            "visible and one hidden."
+            "visible and one masked."
         )
     options = dict(blockwise=dict(min_block=min_block), random=dict(unit=unit))
     one = functools.partial(SAMPLERS[sampling], grid=grid, count=count, **options.get(sampling, {}))
@@ -65,7 +71,7 @@ def sample(
 
 
 def random(rng: jax.Array, *, grid: tuple[int, int], count: int, unit: int = 1) -> jax.Array:
-    """Squares of `unit` x `unit` patches, uniformly at random."""
+    """Masks squares of `unit` x `unit` patches, uniformly at random."""
     rows, columns = (side // unit for side in grid)
     if (rows * unit, columns * unit) != grid:
         raise UserError(f"objective.mask_unit = {unit} does not divide a grid of {grid}.")
@@ -74,20 +80,20 @@ def random(rng: jax.Array, *, grid: tuple[int, int], count: int, unit: int = 1) 
 
 
 def rectangle(grid: tuple[int, int], top, left, height, width) -> jax.Array:
-    """True on these patches."""
+    """Returns a mask of the grid that is true inside a rectangle."""
     y, x = jnp.arange(grid[0])[:, None], jnp.arange(grid[1])[None]
     return (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
 
 
 def blockwise(rng: jax.Array, *, grid: tuple[int, int], count: int, min_block: int) -> jax.Array:
-    """Rectangles until `count` are hidden (BEiT, algorithm 1, as its code has it).
+    """Adds rectangles until `count` patches are masked (BEiT, algorithm 1, as in its code).
 
-    A block hides at least one new patch, and no more than are missing; after ten blocks in a row
-    that do not, it stops short: of 196 patches and a count of 75, at 74.5 in the mean.
+    A block must mask at least one new patch and no more than are missing. After ten failures in a
+    row the mask stays smaller: of 196 patches with a count of 75, 74.5 are masked on average.
     """
     aspect = math.log(0.3)
 
-    def goes_on(carry):
+    def unfinished(carry):
         mask, failures, _ = carry
         return (mask.sum() < count) & (failures < 10)
 
@@ -105,13 +111,13 @@ def blockwise(rng: jax.Array, *, grid: tuple[int, int], count: int, min_block: i
         fits &= (more.any()) & (more.sum() <= missing)
         return mask | (more & fits), jnp.where(fits, 0, failures + 1), rng
 
-    return jax.lax.while_loop(goes_on, block, (jnp.zeros(grid, bool), 0, rng))[0]
+    return jax.lax.while_loop(unfinished, block, (jnp.zeros(grid, bool), 0, rng))[0]
 
 
 def span(rng: jax.Array, *, grid: tuple[int, int], count: int) -> jax.Array:
-    """Runs along rows until `count` are hidden, of lengths as in SpanBERT (Joshi et al., 2019).
+    """Adds runs along rows until `count` patches are masked, as SpanBERT (Joshi et al., 2019).
 
-    Geometric with p = 0.2, 10 at most: 3.8 in the mean, less where a run meets its row's end.
+    Lengths are geometric with p = 0.2 and at most 10: 3.8 on average, less where a row ends.
     """
     share = 0.2 * 0.8 ** jnp.arange(10)
 
@@ -128,17 +134,20 @@ def span(rng: jax.Array, *, grid: tuple[int, int], count: int) -> jax.Array:
 
 
 def every_fourth(rng: jax.Array, *, grid: tuple[int, int], count: int) -> jax.Array:
-    """All but the first of each two by two patches (MAE, figure 6): the same for every image."""
+    """Masks all but the first of every 2 x 2 patches (MAE, figure 6), equally for every image."""
     rows, columns = grid
     hidden = rows * columns - -(-rows // 2) * -(-columns // 2)
     if count != hidden:
-        raise UserError(f"sampling by grid hides {hidden} of {rows} x {columns} patches: say so.")
+        raise UserError(
+            f"objective.sampling = 'grid' hides {hidden} of {rows} x {columns} patches, not "
+            f"{count}: change objective.mask_ratio or objective.num_masked."
+        )
     y, x = jnp.arange(rows)[:, None], jnp.arange(columns)[None]
     return (y % 2 > 0) | (x % 2 > 0)
 
 
 def none(rng: jax.Array, *, grid: tuple[int, int], count: int) -> jax.Array:
-    """Nothing."""
+    """Masks nothing."""
     return jnp.zeros(grid, bool)
 
 
@@ -146,14 +155,14 @@ SAMPLERS = dict(random=random, blockwise=blockwise, span=span, grid=every_fourth
 
 
 def corrupt(rngs: jax.Array, masks: jax.Array, shares: tuple) -> tuple[jax.Array, jax.Array]:
-    """What stands in the place of hidden patches, as in BERT (Devlin et al., 2018, section 3.1).
+    """Chooses what replaces masked patches, as BERT does (Devlin et al., 2018, section 3.1).
 
-    rngs (b,), masks (b, n), the shares (mask token, another patch of the image, itself)
-    -> where the mask token stands (b, n), and which patch stands in each place (b, n).
+    rngs (b,), masks (b, n), shares of (mask token, another patch of the image, the patch itself)
+    -> where the mask token is used (b, n), and the index of the patch at each place (b, n).
     """
     token, other, itself = shares
     if abs(token + other + itself - 1) > 1e-6 or min(shares) < 0:
-        raise UserError(f"objective.corruption = {shares}: say three shares that add up to 1.")
+        raise UserError(f"objective.corruption = {shares} must be three shares with a sum of 1.")
     n = masks.shape[1]
 
     def draw(rng):

@@ -1,36 +1,45 @@
-"""How to step: optax transformations by the names that configs use."""
+"""Optimizers and learning rate schedules, by the names that configs use."""
 
 import functools
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import optax
 
 from mim_jax import UserError
+from mim_jax.keys import BELOW_ONE, NOT_NEGATIVE, Range
+
+B1 = Annotated[float, BELOW_ONE, "decay of the first moment"]
+B2 = Annotated[float, BELOW_ONE, "decay of the second moment"]
+Momentum = Annotated[float, BELOW_ONE, "decay of the momentum"]
+WeightDecay = Annotated[float, NOT_NEGATIVE, "decoupled weight decay of matrices"]
 
 
 def warmup_cosine(
     lr: float, *, min_lr: float, warmup_steps: int, steps: int, code: Literal["mae", "beit"]
 ) -> optax.Schedule:
-    """Step (0, 1, ...) -> learning rate: linear from 0 to `lr`, then half a cosine to `min_lr`.
+    """Returns the rate by step: linear from 0 to `lr`, then half a cosine to `min_lr`.
 
-    The first rate is 0. By MAE's code (util/lr_sched.py, here at every step) the warm-up would
-    reach `lr` with the cosine's first step; by BEiT's (utils.cosine_scheduler) it ends at `lr`, and
-    the cosine begins there once more.
+    The first rate is 0. In MAE's code (util/lr_sched.py) the warm-up reaches `lr` at the first step
+    of the cosine; in BEiT's (utils.cosine_scheduler) one step earlier, so that two steps have `lr`.
     """
     if not warmup_steps < steps:
-        raise UserError(f"a warm-up of {warmup_steps} steps does not end before step {steps}.")
+        raise UserError(
+            f"the warm-up of {warmup_steps} steps must end before step {steps}: lower "
+            "optimizer.warmup_steps or optimizer.warmup_epochs."
+        )
     if min_lr > lr:
-        raise UserError(f"optimizer.min_lr = {min_lr:g} lies above the rate itself, {lr:g}.")
+        raise UserError(f"optimizer.min_lr = {min_lr:g} must not exceed the learning rate {lr:g}.")
     warmup = optax.linear_schedule(0.0, lr, warmup_steps - (code == "beit"))
     cosine = optax.cosine_decay_schedule(lr, steps - warmup_steps, alpha=min_lr / lr)
     return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
 def matrices(params: dict, but: tuple[str, ...] = ()) -> dict:
-    """True where weight decay applies: not to biases, norms, and whatever has one axis.
+    """Returns true for parameters with weight decay: those with two or more axes.
 
-    Class and mask tokens have three, so that they decay as in MAE's optimizer, `but` if named.
+    Class and mask tokens have three axes, so that they decay as in MAE's optimizer; parameters
+    named in `but` do not.
     """
     return jax.tree.map_with_path(lambda path, x: x.ndim > 1 and path[-1].key not in but, params)
 
@@ -38,25 +47,23 @@ def matrices(params: dict, but: tuple[str, ...] = ()) -> dict:
 def adamw(
     learning_rate: optax.Schedule,
     *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.05,
-    undecayed: tuple = (),
-    layer_decay: float = 1.0,
+    b1: B1 = 0.9,
+    b2: B2 = 0.999,
+    eps: Annotated[float, NOT_NEGATIVE, "added to the root of the second moment"] = 1e-8,
+    weight_decay: WeightDecay = 0.05,
+    undecayed: Annotated[tuple, "names of parameters without decay, as ('cls_token',)"] = (),
+    layer_decay: Annotated[
+        float, Range(0, 1, above=True), "factor of the rate from a block to the one before"
+    ] = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter, 2017), equal to PyTorch's, decaying matrices alone.
-
-    `undecayed` names some that do not decay either, as ("cls_token", "positions"). The rate of a
-    block is `layer_decay` times that of the next (BEiT, appendix).
-    """
+    """AdamW (Loshchilov & Hutter, 2017), equal to PyTorch's, with layer decay (BEiT, appendix)."""
     mask = functools.partial(matrices, but=undecayed)
     tx = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
     return tx if layer_decay == 1 else optax.chain(tx, scale_by_layer(layer_decay))
 
 
 def scale_by_layer(decay: float) -> optax.GradientTransformation:
-    """Updates times decay^distance from the head, which with all else that is no layer has 1."""
+    """Multiplies updates by decay^distance from the head."""
 
     def update(updates, params):
         return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(params, decay))
@@ -65,9 +72,10 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
 
 
 def layer_scales(params: dict, decay: float) -> dict:
-    """By which factor the rate of each parameter is smaller (MAE's and BEiT's code).
+    """Returns the factor of each parameter's rate, as in MAE's and BEiT's code.
 
-    Of the encoder, `block_i` is layer i + 1, and what is before the blocks layer 0.
+    In the encoder, `block_i` is layer i + 1 and everything before the blocks is layer 0. Parameters
+    outside the encoder have the factor 1.
     """
     blocks = [name for name in params.get("encoder", {}) if name.startswith("block_")]
     last = 1 + max((int(name.removeprefix("block_")) + 1 for name in blocks), default=0)
@@ -76,8 +84,8 @@ def layer_scales(params: dict, decay: float) -> dict:
         name = path[1].key if path[0].key == "encoder" else ""
         if name in ("cls_token", "mask_token", "positions", "embed", "stem"):
             return decay**last
-        behind = last - 1 - int(name.removeprefix("block_")) if name in blocks else 0
-        return decay**behind
+        distance = last - 1 - int(name.removeprefix("block_")) if name in blocks else 0
+        return decay**distance
 
     return jax.tree.map_with_path(scale, params)
 
@@ -85,14 +93,14 @@ def layer_scales(params: dict, decay: float) -> dict:
 def lars(
     learning_rate: optax.Schedule,
     *,
-    momentum: float = 0.9,
-    trust: float = 0.001,
-    weight_decay: float = 0.0,
+    momentum: Momentum = 0.9,
+    trust: Annotated[float, NOT_NEGATIVE, "norm of an update relative to its matrix"] = 0.001,
+    weight_decay: WeightDecay = 0.0,
 ) -> optax.GradientTransformation:
-    """LARS (You et al., 2017) as MAE's linear probe has it: optax's differs when the rate changes.
+    """LARS (You et al., 2017) as in MAE's linear probe.
 
-    A matrix's gradient, with its decay, gets the norm `trust` x the matrix's own before the
-    momentum takes it up; the rate comes last.
+    A matrix's gradient, with weight decay, is scaled to `trust` times the norm of the matrix before
+    momentum; the rate comes last. optax.lars differs when the rate changes.
     """
     decay = optax.add_decayed_weights(weight_decay)
     scaled = optax.chain(decay, optax.scale_by_trust_ratio(trust_coefficient=trust))
@@ -103,8 +111,8 @@ def lars(
     )
 
 
-def sgd(learning_rate: optax.Schedule, *, momentum: float = 0.9) -> optax.GradientTransformation:
-    """Gradient descent with momentum, without weight decay, as ViT's fine-tuning has it."""
+def sgd(learning_rate: optax.Schedule, *, momentum: Momentum = 0.9) -> optax.GradientTransformation:
+    """Gradient descent with momentum and without weight decay, as in ViT's fine-tuning."""
     return optax.sgd(learning_rate, momentum)
 
 

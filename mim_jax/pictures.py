@@ -1,4 +1,4 @@
-"""What people look at: sheets of images in columns, each column under its caption."""
+"""Sheets of images: PNG files with captioned columns."""
 
 import textwrap
 from pathlib import Path
@@ -10,14 +10,14 @@ MARGIN = 8
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:
-    """Images (b, H, W, c) in [0, 1] -> (b, H, W, 3) uint8: grey as grey, of many channels three."""
+    """Images (b, H, W, c) in [0, 1] -> (b, H, W, 3) uint8; of many channels the first three."""
     if images.shape[-1] < 3:
         images = images[..., :1].repeat(3, axis=-1)
     return (np.clip(images[..., :3], 0, 1) * 255).round().astype(np.uint8)
 
 
 def stretched(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same, but that all but 1 % at either end of each channel's values fill [0, 1]."""
+    """Stretches the values of each channel, except 1 % at either end, to [0, 1]."""
     values = np.concatenate([images.reshape(-1, images.shape[-1]) for images in columns.values()])
     low, high = np.percentile(values, (1, 99), axis=0)
     scale = np.maximum(high - low, 1e-12)
@@ -31,10 +31,14 @@ def draw_sheet(
     pairs: int = 2,
     stretch: bool = False,
 ) -> None:
-    """Writes a PNG: a row for each image, `pairs` rows side by side, small images enlarged.
+    """Writes a PNG with a row per image, `pairs` rows side by side; small images are enlarged.
 
-    columns {caption: images (b, H, W, c) in [0, 1]}; those of sensors, which leave most of their
-    range dark, are to be seen with `stretch`.
+    Args:
+        path: the file to write.
+        columns: {caption: images (b, H, W, c) in [0, 1]}.
+        title: printed at the top.
+        pairs: number of rows side by side.
+        stretch: stretch the values, for sensors that use a small part of their range.
     """
     columns = {caption: np.asarray(images) for caption, images in columns.items()}
     columns = stretched(columns) if stretch else columns

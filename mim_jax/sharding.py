@@ -1,7 +1,7 @@
-"""Where arrays live and gradients meet: the mesh, the one rule that places arrays on it.
+"""The device mesh, the rule that shards arrays over it, and the reduction of gradients.
 
-A mesh has two axes. Rows of a batch lie over both. The devices along `fsdp` share one copy of the
-state, each keeping a part (FSDP, ZeRO 3); along `data` copies are repeated.
+A mesh has two axes. The rows of a batch are split over both. The devices along `fsdp` share one
+copy of the state, each keeping a part (FSDP, ZeRO 3); along `data` the copies are repeated.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ AXES = ("data", "fsdp")
 
 
 def make_mesh(devices: list | None = None, *, fsdp: int = 1) -> Mesh:
-    """All devices of all processes, `fsdp` of them to a copy of the state; 0: all of a slice.
+    """Returns a mesh in which `fsdp` devices share a copy of the state; 0: all of a slice.
 
-    No copy spans two TPU slices: the network between them is slow.
+    No copy spans two TPU slices, because the network between them is slow.
     """
     devices = jax.devices() if devices is None else devices
     slices = {}
@@ -33,8 +33,8 @@ def make_mesh(devices: list | None = None, *, fsdp: int = 1) -> Mesh:
     if fsdp < 0 or in_slice % fsdp:
         of = f" of each of the {len(slices)} slices" if len(slices) > 1 else ""
         raise UserError(
-            f"fsdp = {fsdp} does not divide the {in_slice} devices{of}: make it a divisor, "
-            "or 0 for all of them."
+            f"fsdp = {fsdp} does not divide the {in_slice} devices{of}: set it to a divisor, or to "
+            "0 for all of them."
         )
     shape = (in_slice // fsdp, fsdp)
     grids = [
@@ -45,17 +45,17 @@ def make_mesh(devices: list | None = None, *, fsdp: int = 1) -> Mesh:
 
 
 def by_row(mesh: Mesh) -> NamedSharding:
-    """Batches: each device holds its rows."""
+    """The sharding of batches: each device holds its rows."""
     return NamedSharding(mesh, P(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Each device holds a copy."""
+    """The sharding of an array of which each device holds a copy."""
     return NamedSharding(mesh, P())
 
 
 def split(x: jax.Array | jax.ShapeDtypeStruct, mesh: Mesh) -> P:
-    """The rule: matrices are split along the first side that `fsdp` divides, vectors are copied."""
+    """The rule of the state: matrices are split along the first side that `fsdp` divides."""
     sides = [i for i, side in enumerate(x.shape) if side % mesh.shape["fsdp"] == 0]
     if mesh.shape["fsdp"] == 1 or not sides or sum(side > 1 for side in x.shape) < 2:
         return P()
@@ -63,22 +63,23 @@ def split(x: jax.Array | jax.ShapeDtypeStruct, mesh: Mesh) -> P:
 
 
 def place(tree, mesh: Mesh):
-    """The state, or a part of it: the sharding of each array, by the rule."""
+    """Returns the sharding of each array of a state, or of a part of it, by the rule."""
     return jax.tree.map(lambda x: NamedSharding(mesh, split(x, mesh)), tree)
 
 
 def over_devices(gradient: Callable, mesh: Mesh, accumulate: int) -> Callable:
-    """Of `gradient(params, buffers, rows) -> grads, (sums, changed)`, the same over all rows.
+    """Turns `gradient(params, buffers, rows) -> grads, (sums, changed)` into that of all rows.
 
-    Each device gathers the parameters and takes its own rows, in `accumulate` parts in turn; then
-    devices meet, once: gradients and sums are added, changed buffers averaged. XLA is not left to
-    find this: it would gather activations, and add up gradients after every part. Parameters
-    and gradients outside are placed by the rule. On a TPU it does gather each parameter where it is
-    used, in the type that it is used in, and once a step. To gather it again for the gradient, by a
-    checkpoint policy around the loss, took 1.8 times the memory (ViT-H of 8 blocks, v5e): of all
-    else that is then kept.
+    Each device gathers params and buffers and processes its own rows, in `accumulate` parts; then
+    gradients and sums are added and changed buffers averaged over devices, once. Outside, params,
+    buffers and gradients are sharded by the rule.
+
+    Left alone, XLA would gather activations and add up gradients after every part. On a TPU it
+    gathers each parameter where it is used, in the dtype in which it is used, once per step. To
+    gather again for the gradient (a checkpoint policy around the loss) took 1.8 times the memory
+    (ViT-H with 8 blocks, v5e).
     """
-    wide = [axis for axis in AXES if mesh.shape[axis] > 1]
+    axes = [axis for axis in AXES if mesh.shape[axis] > 1]
 
     def gather(x, spec):
         for side, axis in enumerate(spec):
@@ -90,29 +91,35 @@ def over_devices(gradient: Callable, mesh: Mesh, accumulate: int) -> Callable:
         for side, axis in enumerate(spec):
             if axis:
                 x = jax.lax.psum_scatter(x, axis, scatter_dimension=side, tiled=True)
-        return jax.lax.psum(x, tuple(axis for axis in wide if axis not in tuple(spec)))
+        return jax.lax.psum(x, tuple(axis for axis in axes if axis not in tuple(spec)))
 
     def call(params, buffers, batch):
-        specs = jax.tree.map(lambda x: split(x, mesh), params)
+        specs, buffer_specs = jax.tree.map(lambda x: split(x, mesh), (params, buffers))
 
         def on_a_device(params, buffers, rows):
-            grads, (sums, changed) = in_parts(gradient, accumulate)(
-                jax.tree.map(gather, params, specs), buffers, rows
-            )
-            sums, changed = jax.lax.psum(sums, wide), jax.lax.pmean(changed, wide)
+            params = jax.tree.map(gather, params, specs)
+            buffers = jax.tree.map(gather, buffers, buffer_specs)
+            grads, (sums, changed) = in_parts(gradient, accumulate)(params, buffers, rows)
+            sums, changed = jax.lax.psum(sums, axes), jax.lax.pmean(changed, axes)
             return jax.tree.map(add_up, grads, specs), (sums, changed)
 
-        here = dict(mesh=mesh, in_specs=(specs, P(), P(AXES)), out_specs=(specs, P()))
-        return jax.shard_map(on_a_device, **here, check_vma=False)(params, buffers, batch)
+        on_devices = jax.shard_map(
+            on_a_device,
+            mesh=mesh,
+            in_specs=(specs, buffer_specs, P(AXES)),
+            out_specs=(specs, P()),
+            check_vma=False,
+        )
+        return on_devices(params, buffers, batch)
 
     return call
 
 
 def in_parts(gradient: Callable, parts: int) -> Callable:
-    """The same gradient, in less memory: of one part of the rows after the other.
+    """Returns the same gradient, processing the rows in parts one after another.
 
-    What a part makes of the buffers is averaged, as over devices: so a buffer that moves by a mean
-    over rows moves alike with any parts.
+    Changed buffers are averaged over parts as over devices, so that a buffer which moves by a mean
+    over rows does not depend on the parts.
     """
     if parts == 1:
         return gradient
@@ -130,11 +137,11 @@ def in_parts(gradient: Callable, parts: int) -> Callable:
 
 
 def whole(tree, mesh: Mesh):
-    """Arrays that were placed by the rule, gathered: a copy on each device."""
+    """Gathers arrays that are sharded by the rule: each device gets a copy."""
     return jax.device_put(tree, replicated(mesh))
 
 
 def to_global(batch: dict, mesh: Mesh) -> dict:
-    """This process's rows of a batch (host arrays) -> global arrays over all devices."""
+    """Turns this process's rows of a batch (host arrays) into global arrays over all devices."""
     sharding = by_row(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,109 +1,110 @@
-"""What one run takes from another: parts of its newest checkpoint, fitted to the model here."""
+"""Starting a run from others: parts of their newest checkpoints, fitted to this run's networks."""
 
-import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax import UserError
+from mim_jax import UserError, workdir
 from mim_jax.checkpoint import arrays, flat, open_run
 from mim_jax.models.resize import POSITIONS, RELATIVE, fit
-from mim_jax.models.vit import SIZES
+from mim_jax.models.vit import ViT, vit
 from mim_jax.train import TrainState
 
-# By key of init_from. The first part lies among the params, the buffers or, where some of it is
-# frozen, both; the others are looked for beside it, and nowhere else.
+# By key of init_from. The first part lies in the params, the buffers or, if some of it is frozen,
+# in both; the others lie beside it.
 PARTS = {"encoder": ("encoder",), "tokenizer": ("tokenizer", "decoder")}
-# Of an encoder, what a run that starts from it may have or not: a head may bring its own norm.
+# Arrays of an encoder that one of two runs may lack: a head may bring its own norm.
 OPTIONAL = ("mask_token", "norm/bias", "norm/scale")
-HEAD = ("fc_norm", "head", "batch_statistics")  # how a classifier's other parts begin
 
 
-class Facts(NamedTuple):
-    """What a config says of an encoder beyond the shapes of its arrays; None: it does not say."""
+class Encoder(NamedTuple):
+    """What a config says about an encoder beyond the shapes of its arrays."""
 
-    objective: str | None = None
-    patch: tuple[int, int] | None = None
-    heads: int | None = None
-    positions: str | None = None
+    objective: str = ""
+    model: ViT | None = None
     grid: tuple[int, int] | None = None  # rows and columns of patches
-    mean: tuple | None = None
-    std: tuple | None = None
+    statistics: Mapping[str, tuple] = {}
+
+    @property
+    def fixed_positions(self) -> bool:
+        return self.model is not None and self.model.positions == "sincos"
 
 
-def facts(config: Mapping[str, Any]) -> Facts:
-    """Of the config of a run here or elsewhere, or of converted weights."""
+def encoder_in(config: Mapping[str, Any]) -> Encoder:
+    """Reads the config of a run or of converted weights, which may not say the number of heads."""
     if "model" not in config:
-        return Facts()
-    model, objective = config["model"], config["objective"]
-    patch = tuple(int(side) for side in np.broadcast_to(model["patch"], 2))
+        return Encoder()
+    objective, block = config["objective"], dict(config["model"])
+    unknown_heads = not (block["heads"] or block.get("size"))
+    model = vit(**block | (dict(heads=1) if unknown_heads else {}))
     size = np.broadcast_to(config["data"]["size"], 2)
-    return Facts(
+    return Encoder(
         objective=objective["name"],
-        patch=patch,
-        heads=model["heads"] or SIZES.get(model.get("size"), {}).get("heads"),
-        positions=model["positions"],
-        grid=tuple(int(side) for side in size // patch),
-        **{name: tuple(objective[name]) for name in ("mean", "std") if name in objective},
+        model=model.clone(heads=0) if unknown_heads else model,
+        grid=tuple(int(side) for side in size // model.patch),
+        statistics={name: tuple(objective[name]) for name in ("mean", "std") if name in objective},
     )
 
 
-def begin_from(
-    state: TrainState, key: str, workdir: str, config: Mapping[str, Any], entire: bool = False
+def start_from(
+    state: TrainState,
+    key: str,
+    source: str,
+    config: Mapping[str, Any],
+    head: tuple[str, ...] = (),
+    entire: bool = False,
 ) -> TrainState:
-    """`state` with what init_from's `key` names as it is in the newest checkpoint of a run.
+    """Returns `state` with the part that init_from's `key` names, from the run in `source`.
 
-    Says what is resized, new and ignored. Where both runs classify, the head comes along if it is
-    of the same shape, and its norm in any case. `config` is of the run here. Raises UserError for
-    another model, and, of an `entire` state, if anything stays as it began.
+    Prints which arrays are resized, new or ignored. If both runs have the same objective, arrays
+    that begin with `head` are copied where their shapes fit. `config` is of the run that starts.
+
+    Raises:
+        UserError: if the networks differ or, with `entire`, if any parameter stays random.
     """
-    here = {f: x for f in ("params", "buffers") if PARTS[key][0] in (x := getattr(state, f))}
-    if not here:
-        there = ", ".join(sorted(state.params.keys() | state.buffers))
-        raise UserError(f"init_from.{key}: this objective has no {key}; it has {there}.")
-    saved, step = read(workdir, key)
-    ours, theirs = facts(config), facts(config_of(workdir))
-    found = {}
+    fields = {f: x for f in ("params", "buffers") if PARTS[key][0] in (x := getattr(state, f))}
+    if not fields:
+        names = ", ".join(sorted(state.params.keys() | state.buffers))
+        raise UserError(f"init_from.{key}: this objective has no {key}; it has {names}.")
+    saved, step = read(source, key, head)
+    ours, theirs = encoder_in(config), encoder_in(workdir.read(source).get("config", {}))
+    taken = {}
     for part in PARTS[key]:
-        wanted = {name: x.shape for tree in here.values() for name, x in of_part(tree, part)}
+        wanted = {name: x.shape for tree in fields.values() for name, x in of_part(tree, part)}
         if wanted:
-            known = {name: x for tree in saved.values() for name, x in of_part(tree, part)}
-            fitted, words = fit_part(part, known, wanted, ours, theirs, workdir)
+            arrays = {name: x for tree in saved.values() for name, x in of_part(tree, part)}
+            fitted, changes = fit_part(part, arrays, wanted, ours, theirs, source)
             if part == "encoder":
-                compare(ours, theirs, workdir)
-            print(f"{part}: {len(fitted)} arrays from step {step} of {workdir}{words}")
-            found |= {f"{part}/{name}": x for name, x in fitted.items()}
-    if key == "encoder" and ours.objective == theirs.objective == "classify":
-        here = {"params": state.params, "buffers": state.buffers}
-        found |= (head := head_of(saved, here))
-        print(f"its head: {', '.join(head) or 'new'}")
-    whole = flat(state.params) | flat(state.buffers)
-    if entire and (missing := sorted(whole.keys() - found)):
-        raise UserError(
-            f"{workdir} has no {missing[0]}, which the model of this config has: there is not "
-            "all of it to be measured."
-        )
+                compare(ours, theirs, source)
+            print(f"{part}: {len(fitted)} arrays from step {step} of {source}{changes}")
+            taken |= {f"{part}/{name}": x for name, x in fitted.items()}
+    if key == "encoder" and head and ours.objective == theirs.objective:
+        fields = {"params": state.params, "buffers": state.buffers}
+        taken |= (head_arrays := fit_head(saved, fields, head))
+        print(f"head: {', '.join(head_arrays) or 'new'}")
+    names = flat(state.params) | flat(state.buffers)
+    if entire and (missing := sorted(names.keys() - taken)):
+        raise UserError(f"cannot evaluate: {source} has no {missing[0]}, which this model needs.")
 
     def value(path, x):
-        array = found.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+        array = taken.get(jax.tree_util.keystr(path, simple=True, separator="/"))
         return x if array is None else jax.device_put(array.astype(x.dtype), x.sharding)
 
-    state = state._replace(**{f: jax.tree.map_with_path(value, x) for f, x in here.items()})
-    # A copy: the step may write its new average over the old one, but never over the parameters.
+    state = state._replace(**{f: jax.tree.map_with_path(value, x) for f, x in fields.items()})
+    # A copy, because the step writes its new average over the old one.
     return state if state.ema is None else state._replace(ema=jax.tree.map(jnp.copy, state.params))
 
 
 def fit_part(
-    part: str, saved: dict, wanted: dict, here: Facts, there: Facts, workdir: str
+    part: str, saved: dict, wanted: dict, ours: Encoder, theirs: Encoder, source: str
 ) -> tuple[dict[str, np.ndarray], str]:
-    """-> what a part takes of what was saved, and what is to be said of it."""
-    fixed = there.positions == "sincos" and part == "encoder"
-    fitted = fit(saved, wanted, before=there.grid, after=here.grid, fixed=fixed)
+    """Returns the arrays of a part that fit, and text about those that changed."""
+    fixed = theirs.fixed_positions and part == "encoder"
+    fitted = fit(saved, wanted, before=theirs.grid, after=ours.grid, fixed=fixed)
     new, ignored = sorted(wanted.keys() - fitted), sorted(saved.keys() - wanted - {RELATIVE})
     different = [name for name, x in fitted.items() if x.shape != wanted[name]]
     different += [name for name in new if name not in OPTIONAL and not name.endswith(RELATIVE)]
@@ -113,97 +114,92 @@ def fit_part(
     if different:
         first = min(different, key=lambda name: (not name.startswith("embed"), name))
         raise UserError(
-            f"init_from: {part} of {workdir} is of another model: {len(different)} arrays "
-            f"differ, first {first}: here {wanted.get(first)}, "
-            f"there {saved[first].shape if first in saved else None}."
+            f"init_from: the {part} of {source} is a different network: {len(different)} arrays "
+            f"differ, first {first}: {wanted.get(first)} in this run, "
+            f"{saved[first].shape if first in saved else None} in {source}."
         )
-    resized = [n for n in fitted if here.grid != there.grid and n.endswith((POSITIONS, RELATIVE))]
+    resized = [n for n in fitted if ours.grid != theirs.grid and n.endswith((POSITIONS, RELATIVE))]
     changes = dict(resized=resized, new=new, ignored=ignored)
     return fitted, "".join(f"; {what}: {', '.join(x)}" for what, x in changes.items() if x)
 
 
-def compare(here: Facts, there: Facts, workdir: str) -> None:
-    """Refuses an encoder that would compute something else with the same arrays."""
+def compare(ours: Encoder, theirs: Encoder, source: str) -> None:
+    """Raises UserError if an encoder would compute something else with the same arrays."""
+    if ours.model is None or theirs.model is None:
+        return
     for name in ("patch", "heads", "positions"):
-        ours, theirs = getattr(here, name), getattr(there, name)
-        may = not (ours and theirs) or ours == theirs or (theirs, ours) == ("sincos", "learned")
-        if not may:
+        our, their = getattr(ours.model, name), getattr(theirs.model, name)
+        compatible = our == their or (their, our) == ("sincos", "learned")
+        if our and their and not compatible:
             raise UserError(
-                f"the encoder of {workdir} is of another model: its model.{name} is "
-                f"{theirs!r}, here it is {ours!r}."
+                f"the encoder of {source} is a different network: its model.{name} is {their!r}, "
+                f"this run's is {our!r}."
             )
-    if here.positions == there.positions == "sincos" and here.grid != there.grid:
+    if ours.fixed_positions and theirs.fixed_positions and ours.grid != theirs.grid:
         raise UserError(
-            f"the encoder of {workdir} has fixed positions of {there.grid[0]} x "
-            f"{there.grid[1]} patches, here there are {here.grid[0]} x {here.grid[1]}: say "
-            "--config.model.positions=learned, which begin as these, interpolated."
+            f"the encoder of {source} has fixed positions for {theirs.grid[0]} x "
+            f"{theirs.grid[1]} patches, but this run has {ours.grid[0]} x {ours.grid[1]}: set "
+            "--config.model.positions=learned, which start as the fixed ones, interpolated."
         )
-    for name in ("mean", "std"):
-        ours, theirs = getattr(here, name), getattr(there, name)
-        if ours and theirs and ours != theirs:
+    for name in ours.statistics.keys() & theirs.statistics:
+        if ours.statistics[name] != theirs.statistics[name]:
             print(
-                f"warning: objective.{name} of {workdir} is {theirs}, here it is {ours}",
+                f"warning: objective.{name} of {source} is {theirs.statistics[name]}, this run's "
+                f"is {ours.statistics[name]}",
                 file=sys.stderr,
             )
 
 
-def head_of(saved: dict, here: dict) -> dict[str, np.ndarray]:
-    """What a classifier's state takes of a classifier's: {"head/bias": array, ...}.
+def fit_head(saved: dict, fields: dict, head: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Returns the arrays of a head, {"head/bias": array, ...}, that fit the state.
 
-    A head goes with what it is given: features of the same norms.
+    A head is copied only together with the norm of its input: features must be the same.
     """
 
     def norm_and_head(trees: dict) -> tuple[dict, dict]:
-        whole = {name: x for tree in trees.values() for name, x in flat(tree).items()}
-        parts = {name: x for name, x in whole.items() if name.startswith(HEAD)}
+        names = {name: x for tree in trees.values() for name, x in flat(tree).items()}
+        parts = {name: x for name, x in names.items() if name.startswith(head)}
         norm = {name: x for name, x in parts.items() if name.startswith("fc_norm")}
         return norm, {name: x for name, x in parts.items() if name not in norm}
 
-    (our_norm, our_head), (norm, head) = norm_and_head(here), norm_and_head(saved)
-
-    def alike(a, b):
+    def same_shapes(a, b):
         return {name: x.shape for name, x in a.items()} == {name: x.shape for name, x in b.items()}
 
-    if not alike(norm, our_norm):
+    (our_norm, our_head), (norm, their_head) = norm_and_head(fields), norm_and_head(saved)
+    if not same_shapes(norm, our_norm):
         return {}
-    return norm | (head if alike(head, our_head) else {})
+    return norm | (their_head if same_shapes(their_head, our_head) else {})
 
 
-def read(workdir: str, key: str) -> tuple[dict[str, dict], int]:
-    """-> {"params": {part: tree}, "buffers": ...} as numpy arrays, and the step.
+def read(source: str, key: str, head: tuple[str, ...]) -> tuple[dict[str, dict], int]:
+    """Reads the newest checkpoint of a run -> {"params": {part: tree}, "buffers": ...}, its step.
 
-    Of the newest checkpoint of a run: the parts of init_from's `key`, and the head of a classifier.
-    Where the run has an average of its params, it is taken.
+    Returns numpy arrays of the parts of init_from's `key` and of the head. The moving average of
+    the params is used if the run has one.
     """
-    manager, step = open_run(workdir, f"init_from.{key}")
-    there = manager.item_metadata(step)["state"].tree
-    fields = {"buffers": "buffers", "params": "ema" if there.get("ema") else "params"}
-    trees = {name: there[field] for name, field in fields.items()}
-    holds = [name for name, tree in trees.items() if PARTS[key][0] in tree]
-    if not holds:
+    manager, step = open_run(source, f"init_from.{key}")
+    state = manager.item_metadata(step)["state"].tree
+    fields = {"buffers": "buffers", "params": "ema" if state.get("ema") else "params"}
+    trees = {name: state[field] for name, field in fields.items()}
+    holders = [name for name, tree in trees.items() if PARTS[key][0] in tree]
+    if not holders:
         parts = {p for tree in trees.values() for p, x in tree.items() if isinstance(x, dict)}
-        has = ", ".join(sorted(parts))
-        raise UserError(f"init_from.{key}: {workdir} has no {key}; it has {has}.")
+        names = ", ".join(sorted(parts))
+        raise UserError(f"init_from.{key}: {source} has no {key}; it has {names}.")
 
-    def asked(name: str, part: str) -> bool:
-        beside = key == "encoder" and part.startswith(HEAD)
-        return beside or (name in holds and part in PARTS[key])
+    def is_wanted(name: str, part: str) -> bool:
+        of_head = key == "encoder" and bool(head) and part.startswith(head)
+        return of_head or (name in holders and part in PARTS[key])
 
     like = {
-        fields[name]: {part: x for part, x in tree.items() if asked(name, part)}
+        fields[name]: {part: x for part, x in tree.items() if is_wanted(name, part)}
         for name, tree in trees.items()
     }
-    found = arrays(manager, step, {field: tree for field, tree in like.items() if tree})
+    restored = arrays(manager, step, {field: tree for field, tree in like.items() if tree})
     manager.close()
-    return {name: found.get(field, {}) for name, field in fields.items()}, step
-
-
-def config_of(workdir: str) -> dict:
-    """What a run's config.json says, {} if it has none."""
-    path = Path(workdir) / "config.json"
-    return json.loads(path.read_text())["config"] if path.exists() else {}
+    return {name: restored.get(field, {}) for name, field in fields.items()}, step
 
 
 def of_part(tree: dict, part: str) -> list[tuple[str, Any]]:
-    """[("block_0/qkv/kernel", array), ...]"""
+    """Returns [("block_0/qkv/kernel", array), ...]."""
     return list(flat(tree.get(part, {})).items())

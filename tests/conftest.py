@@ -1,4 +1,4 @@
-"""Eight virtual devices on the CPU, quick compilation, and one cache of it for all tests."""
+"""Test setup: eight virtual devices on the CPU, fast compilation, a compile cache for all tests."""
 
 import os
 import subprocess
@@ -19,14 +19,18 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser):
+    parser.addoption("--config", default="", help="test_contract.py: the config to test")
+
+
 def environment(devices: int) -> dict[str, str]:
-    """For a process of its own, with so many devices."""
+    """Returns the environment of a process with this number of devices."""
     return os.environ | {"XLA_FLAGS": FLAGS.format(devices)}
 
 
 @pytest.fixture
 def command():
-    """Runs `python -m MODULE ARGUMENTS` from the checkout, on so many devices."""
+    """Runs `python -m MODULE ARGUMENTS` from the checkout, on a number of devices."""
 
     def call(*arguments: str, devices: int = 1, **kwargs) -> subprocess.CompletedProcess:
         return subprocess.run(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mim_jax import UserError
+from mim_jax.models.dvae import dvae
 from mim_jax.models.patches import relative_index
 from mim_jax.models.transformer import drop_paths
 from mim_jax.models.vit import vit
@@ -93,7 +94,7 @@ def given(monkeypatch, masked, tokens):
 
     def make(*args, **kwargs):
         target = original(*args, **kwargs)
-        return target._replace(answers=lambda *_: tokens[..., None], init=lambda *_: {})
+        return target._replace(of=lambda *_: tokens[..., None], init=lambda *_: {})
 
     monkeypatch.setattr(beit.targets, "make", make)
 
@@ -101,7 +102,7 @@ def given(monkeypatch, masked, tokens):
 def objective_for(images, **settings):
     model = MODEL | settings.pop("model")
     settings = dict(num_masked=7, mean=(0.0,), std=(1.0,)) | settings
-    return beit.objective(model, TOKENIZER, **settings), {
+    return beit.objective(vit(**model), dvae(**TOKENIZER), **settings), {
         "image": images,
         "index": jnp.arange(len(images)),
     }
@@ -279,7 +280,7 @@ def test_relative_index_is_the_reference_s():
 )
 def test_parameters_are_as_many_as_in_the_reference(size, options, count):
     model = dict(size=size, key_bias=False, initializer="beit") | options
-    objective = beit.objective(model, dict(vocabulary=8192))
+    objective = beit.objective(vit(**model), dvae(vocabulary=8192))
     batch = {"image": np.zeros((1, 224, 224, 3), np.uint8), "index": np.zeros(1, np.int32)}
     batch["tokenizer_image"] = np.zeros((1, 112, 112, 3), np.uint8)
     params, buffers = jax.eval_shape(objective.init, RNG, batch)
@@ -383,7 +384,7 @@ def one_batch(size=4):
 )
 def test_every_switch_trains_and_draws(settings, asked):
     settings = dict(num_masked=7, min_block=2) | settings
-    objective = beit.objective(MODEL | ABSOLUTE, TOKENIZER, **settings)
+    objective = beit.objective(vit(**MODEL | ABSOLUTE), dvae(**TOKENIZER), **settings)
     batch = one_batch()
     params, buffers = jax.jit(objective.init)(RNG, batch)
     total, weight, _ = jax.jit(objective.loss)(params, buffers, batch, RNG, 0)
@@ -405,7 +406,7 @@ def test_mae_s_ablations(target, mask_tokens):
     model = dict(width=32, depth=1, heads=2, patch=8)
     decoder = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
     settings = dict(target=target, mask_tokens=mask_tokens, sampling="blockwise")
-    objective = mae.objective(model, TOKENIZER, **decoder, **settings)
+    objective = mae.objective(vit(**model), dvae(**TOKENIZER), **decoder, **settings)
     batch = one_batch()
     params, buffers = objective.init(RNG, batch)
     gradient = jax.grad(lambda p: objective.loss(p, buffers, batch, RNG, 0)[0])(params)
@@ -415,7 +416,9 @@ def test_mae_s_ablations(target, mask_tokens):
 
 
 def test_tokens_are_those_of_the_frozen_tokenizer_on_its_own_view():
-    objective = beit.objective(MODEL | ABSOLUTE, TOKENIZER, num_masked=7, min_block=2)
+    objective = beit.objective(
+        vit(**MODEL | ABSOLUTE), dvae(**TOKENIZER), num_masked=7, min_block=2
+    )
     batch = one_batch()
     params, buffers = objective.init(RNG, batch)
     draw = np.random.default_rng(0).normal  # a fresh one gives all images the same token
@@ -432,15 +435,17 @@ def test_tokens_are_those_of_the_frozen_tokenizer_on_its_own_view():
     [
         (dict(num_masked=0), "objective.num_masked = 0 of 4 x 4 patches"),
         (dict(num_masked=16), "objective.num_masked = 16 of 4 x 4 patches"),
-        (dict(sampling="none"), 'say objective.recover="all"'),
-        (dict(sampling="grid"), "sampling by grid hides 12 of 4 x 4 patches"),
+        (dict(sampling="none"), 'needs objective.recover = "all"'),
+        (dict(sampling="grid"), "objective.sampling = 'grid' hides 12 of 4 x 4 patches, not 7"),
         (dict(sampling="random", mask_unit=3), "objective.mask_unit = 3 does not divide"),
-        (dict(corruption=(0.8, 0.1, 0.2)), "three shares that add up to 1"),
+        (dict(corruption=(0.8, 0.1, 0.2)), "must be three shares with a sum of 1"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(settings, sentence):
     def begin():
-        objective = beit.objective(MODEL | ABSOLUTE, TOKENIZER, **dict(num_masked=7) | settings)
+        objective = beit.objective(
+            vit(**MODEL | ABSOLUTE), dvae(**TOKENIZER), **dict(num_masked=7) | settings
+        )
         jax.eval_shape(objective.init, RNG, one_batch())
 
     with pytest.raises(UserError, match=sentence):
@@ -448,11 +453,11 @@ def test_mistakes_are_told_in_a_sentence(settings, sentence):
 
 
 def test_views_that_do_not_fit_are_told_in_a_sentence():
-    objective = beit.objective(MODEL | ABSOLUTE, TOKENIZER, num_masked=7)
+    objective = beit.objective(vit(**MODEL | ABSOLUTE), dvae(**TOKENIZER), num_masked=7)
     batch = one_batch()
     small = batch | {"tokenizer_image": batch["tokenizer_image"][:, :16, :16]}
     with pytest.raises(UserError, match="gives 4 tokens for 16 patches"):
         jax.eval_shape(objective.init, RNG, small)
     del batch["tokenizer_image"]
-    with pytest.raises(UserError, match=r"must say data\.tokenizer_size"):
+    with pytest.raises(UserError, match=r"need data\.tokenizer_size"):
         jax.eval_shape(objective.init, RNG, batch)

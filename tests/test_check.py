@@ -9,7 +9,7 @@ import optax
 import pytest
 from PIL import Image
 
-from mim_jax import check, recipe
+from mim_jax import check, schema
 
 TINY = [
     "--config=configs/mae_emoji.py",
@@ -85,7 +85,7 @@ def test_a_mistake_ends_with_code_2_and_a_sentence(tmp_path, capsys):
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
-    config = recipe.load("configs/mae_emoji.py", []).to_dict()
+    config = schema.load("configs/mae_emoji.py", []).to_dict()
     run = json.dumps(dict(config=config, trajectory={"seed": 1}))
     (tmp_path / "config.json").write_text(run)
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 0  # it never saved: nothing goes on

@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from mim_jax import UserError, main, optim
+from mim_jax.models.vit import vit
 from mim_jax.objectives import beit, classify, mae
 from mim_jax.objectives.classify import BatchNorm
 from mim_jax.sharding import make_mesh
@@ -72,7 +73,7 @@ def nested(flat: dict) -> dict:
 
 def logits_of(objective_options, model, params, pixels):
     """Through what `evaluate` calculates there is no way back to logits: through the network."""
-    encoder = classify.vit(**model)
+    encoder = vit(**model)
     network = classify.Classifier(encoder, CLASSES, **objective_options)
     return network.apply({"params": params}, pixels)[:, 0]
 
@@ -113,13 +114,13 @@ def test_logits_are_beits():
 def test_a_stem_sees_what_is_hidden():
     model = dict(MODEL, patch=16, stem="resnet50")
     for objective in (
-        mae.objective(model),
-        beit.objective(model, target="pixels", num_masked=2, min_block=1),
+        mae.objective(vit(**model)),
+        beit.objective(vit(**model), target="pixels", num_masked=2, min_block=1),
     ):
         with pytest.raises(UserError, match=r"model.stem sees across patches, also hidden ones"):
             jax.eval_shape(objective.init, jax.random.key(0), a_batch())
-    with pytest.raises(UserError, match=r"say model\.patch=16"):
-        classify.objective(dict(MODEL, stem="resnet50"), CLASSES)
+    with pytest.raises(UserError, match=r"needs model\.patch = 16"):
+        classify.objective(vit(**MODEL, stem="resnet50"), CLASSES)
 
 
 def test_logits_are_hugging_faces():
@@ -190,7 +191,7 @@ def test_batch_norm_is_pytorchs():
 
 def test_the_loss_is_pytorchs_with_smoothed_labels():
     torch = pytest.importorskip("torch")
-    objective = classify.objective(MODEL, CLASSES, smoothing=0.1, head_std=1.0, **PLAIN)
+    objective = classify.objective(vit(**MODEL), CLASSES, smoothing=0.1, head_std=1.0, **PLAIN)
     batch = a_batch()
     params, buffers = objective.init(jax.random.key(0), batch)
     total, weight, _ = objective.loss(params, buffers, batch, jax.random.key(0), 0)
@@ -215,7 +216,7 @@ def test_the_loss_is_pytorchs_with_smoothed_labels():
     ],
 )
 def test_rates_by_layer_are_the_references(decay, expected):
-    objective = classify.objective(dict(size="B", positions="learned"), 1000, pooling="cls")
+    objective = classify.objective(vit(size="B", positions="learned"), 1000, pooling="cls")
     example = {"image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8)}
     params, _ = jax.eval_shape(objective.init, jax.random.key(0), example)
     scales = optim.layer_scales(params, decay)
@@ -322,7 +323,9 @@ def moved(before, after) -> set[str]:
     ],
 )
 def test_a_linear_probe_moves_the_head_and_the_batch_statistics(options, expected):
-    objective = classify.objective(MODEL, CLASSES, tuned_blocks=0.0, head_std=0.01, **options)
+    objective = classify.objective(
+        vit(**MODEL), CLASSES, tuned_blocks=0.0, head_std=0.01, **options
+    )
     optimizer = optim.lars(lambda step: 1.0)
     before, after = after_steps(objective, optimizer, a_batch())
     assert moved(before, after) == expected
@@ -342,7 +345,7 @@ def test_a_linear_probe_moves_the_head_and_the_batch_statistics(options, expecte
     ],
 )  # fmt: skip
 def test_partial_fine_tuning_moves_exactly_the_last_blocks(blocks, expected):
-    objective = classify.objective(MODEL, CLASSES, tuned_blocks=blocks, head_std=0.1)
+    objective = classify.objective(vit(**MODEL), CLASSES, tuned_blocks=blocks, head_std=0.1)
     before, after = after_steps(objective, optim.adamw(lambda step: 1e-2), a_batch())
     changed = moved(before, after)
     blocks = {name.split("/", 2)[2].rsplit("/", 1)[0] for name in changed if "/encoder/" in name}
@@ -358,7 +361,7 @@ def test_a_frozen_part_changes_no_number():
     """Frozen or not, the network is the same: so is its loss."""
     batch, losses = a_batch(), []
     for blocks in (-1.0, 0.0, 1.5):
-        objective = classify.objective(MODEL, CLASSES, tuned_blocks=blocks, head_std=0.1)
+        objective = classify.objective(vit(**MODEL), CLASSES, tuned_blocks=blocks, head_std=0.1)
         params, buffers = objective.init(jax.random.key(0), batch)
         losses.append(float(objective.loss(params, buffers, batch, jax.random.key(0), 0)[0]))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
@@ -370,13 +373,13 @@ def test_everything_at_once_on_eight_devices():
     Without the keys' bias, whose true gradient is 0: AdamW makes steps of its rounding errors.
     """
     objective = classify.objective(
-        MODEL | dict(drop_path=0.2, key_bias=False), CLASSES, smoothing=0.1, mixup=0.8,
+        vit(**MODEL, drop_path=0.2, key_bias=False), CLASSES, smoothing=0.1, mixup=0.8,
         cutmix=1.0, mixup_group=2, erasing=0.5, head_std=0.1,
     )  # fmt: skip
     optimizer = optim.adamw(lambda step: 1e-3, layer_decay=0.75)
     same_on_one_and_eight(objective, optimizer)
     probe = classify.objective(
-        MODEL, CLASSES, pooling="cls", batch_norm=2, tuned_blocks=0.0, head_std=0.1
+        vit(**MODEL), CLASSES, pooling="cls", batch_norm=2, tuned_blocks=0.0, head_std=0.1
     )
     same_on_one_and_eight(probe, optim.lars(lambda step: 1.0))
 
@@ -394,17 +397,15 @@ def same_on_one_and_eight(objective, optimizer):
 
 @pytest.mark.parametrize("options", [dict(pooling="mean"), dict(pooling="layers")])
 def test_accuracies_are_over_each_example_once(options):
-    objective = classify.objective(MODEL, CLASSES, head_std=1.0, **options)
-    batch = a_batch(16) | {"mask": (np.arange(16) < 13).astype(np.float32)}
+    objective = classify.objective(vit(**MODEL), CLASSES, head_std=1.0, **options)
+    batch = a_batch(16) | {"valid": (np.arange(16) < 13).astype(np.float32)}
     params, buffers = objective.init(jax.random.key(3), batch)
     mesh = make_mesh(jax.devices()[:2])
     state = TrainState(jnp.int32(0), params, buffers, ())
     found = evaluate(objective, state, [batch], mesh=mesh, seed=0)
 
     mean, std = (np.array(x, np.float32) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    network = classify.Classifier(
-        classify.vit(**MODEL), CLASSES, batch_norm=0, head_std=1.0, **options
-    )
+    network = classify.Classifier(vit(**MODEL), CLASSES, batch_norm=0, head_std=1.0, **options)
     logits = network.apply({"params": params}, (batch["image"] / np.float32(255) - mean) / std)
     logits, label = np.asarray(logits)[:13], batch["label"][:13]
     order = np.argsort(-logits, axis=-1)  # (b, l, k)
@@ -425,12 +426,12 @@ def test_accuracies_are_over_each_example_once(options):
 
 def test_labels_that_cannot_be_are_told():
     """As those of ImageNet's test split, which are all -1."""
-    objective = classify.objective(MODEL, CLASSES)
-    batch = a_batch(16) | {"mask": np.ones(16, np.float32)}
+    objective = classify.objective(vit(**MODEL), CLASSES)
+    batch = a_batch(16) | {"valid": np.ones(16, np.float32)}
     batch["label"][:4] = -1, CLASSES, 99, -1
     params, buffers = objective.init(jax.random.key(3), batch)
     state = TrainState(jnp.int32(0), params, buffers, ())
-    with pytest.raises(UserError, match=r"25.0% of the images have a label that is none of 0 to 9"):
+    with pytest.raises(UserError, match=r"25.0% of the images have a label outside 0 to 9"):
         evaluate(objective, state, [batch], mesh=make_mesh(jax.devices()[:1]), seed=0)
 
 
@@ -438,17 +439,17 @@ def test_labels_that_cannot_be_are_told():
     ("options", "sentence"),
     [
         (dict(num_labels=0), "classify needs images with labels: this data set has no labels"),
-        (dict(num_labels=1), "classify needs images with labels: this data set has one label"),
-        (dict(tuned_blocks=4.0), "tuned_blocks = 4: say 0, 0.5, 1, 1.5, ... of the 3 blocks"),
+        (dict(num_labels=1), "classify needs images with labels: this data set has only one label"),
+        (dict(tuned_blocks=4.0), "tuned_blocks = 4 must be 0, 0.5, 1, 1.5, ... up to the 3 blocks"),
         (dict(tuned_blocks=0.3), "tuned_blocks = 0.3"),
-        (dict(mixup=0.8, mixup_group=1), "mixup_group = 1: images are mixed in pairs, say an even"),
+        (dict(mixup=0.8, mixup_group=1), "mixup_group = 1 must be even"),
         (dict(cutmix=1.0, mixup_group=-8), "mixup_group = -8"),
-        (dict(batch_norm=1), "batch_norm = 1: say 0, or 2 images at least"),
+        (dict(batch_norm=1), "batch_norm = 1 must be 0 or at least 2"),
     ],
 )
 def test_settings_that_cannot_be(options, sentence):
     with pytest.raises(UserError) as error:
-        classify.objective(MODEL, **(dict(num_labels=CLASSES) | options))
+        classify.objective(vit(**MODEL), **(dict(num_labels=CLASSES) | options))
     assert sentence in str(error.value)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from mim_jax import UserError, recipe
+from mim_jax import UserError, schema
 from mim_jax.convert import __main__ as convert
 from mim_jax.convert import check, from_torch, to_torch
 from mim_jax.convert.files import load
@@ -551,7 +551,7 @@ def test_a_hybrid_begins_a_run(tmp_path, capsys):
     assert convert.main([f"{tmp_path}/a.pth", f"{tmp_path}/run", "--to=mim_jax", "--heads=4"]) == 0
     assert "4 heads, patches of 16 x 16 from a resnet50" in capsys.readouterr().out
 
-    model = recipe.load("configs/vit_hybrid_base.py").model.to_dict()
+    model = schema.load("configs/vit_hybrid_base.py").model.to_dict()
     network = vit(**model | dict(width=32, depth=1, heads=4, dtype="float32"))
     shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))["params"]
     encoder = jax.tree.map(lambda x: jax.numpy.zeros(x.shape), shapes)

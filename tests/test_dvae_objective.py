@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mim_jax import UserError, main, optim
+from mim_jax.models.dvae import dvae as network_of
 from mim_jax.objectives import dvae, per_example
 from mim_jax.sharding import make_mesh, replicated
 from mim_jax.train import evaluate, initialize, train
@@ -71,14 +72,14 @@ def test_schedules_of_the_paper():
 def test_the_loss_is_the_bound_a_value():
     """-(sum ln f - beta * sum KL) / (H * W * c), for one sample: all by hand, in float64."""
     with jax.enable_x64(True):
-        objective = dvae.objective(TOKENIZER | dict(dtype="float64"), kl_warmup_steps=10)
+        objective = dvae.objective(network_of(**TOKENIZER, dtype="float64"), kl_warmup_steps=10)
         batch, rng = batch_of(rows=2), jax.random.key(3)
         batch["image"] = images = batch["image"] / 255
         params, buffers = objective.init(jax.random.key(0), batch)
         to64 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree)  # noqa: E731
         params, buffers = to64(params), to64(buffers)
         total, weight, (metrics, _) = objective.loss(params, buffers, batch, rng, 5)
-        network = dvae.dvae(**TOKENIZER, dtype="float64")
+        network = network_of(**TOKENIZER, dtype="float64")
         logits = np.asarray(network.logits(params["tokenizer"], images))
         noise = [
             jax.random.gumbel(key, logits.shape[1:]) for key in per_example(rng, jnp.arange(2))
@@ -119,8 +120,8 @@ def test_samples_soft_and_straight_through():
 
 
 def test_straight_through_begins_after_soft_steps():
-    objective = dvae.objective(TOKENIZER, straight_through=True, soft_steps=5)
-    soft = dvae.objective(TOKENIZER)
+    objective = dvae.objective(network_of(**TOKENIZER), straight_through=True, soft_steps=5)
+    soft = dvae.objective(network_of(**TOKENIZER))
     params, buffers = objective.init(jax.random.key(0), batch_of())
 
     def errors(objective, step):
@@ -133,7 +134,7 @@ def test_straight_through_begins_after_soft_steps():
 
 def run(devices, *, accumulate=1, steps=3, lr=1e-2, **settings):
     """-> state, and the metrics of each step."""
-    objective = dvae.objective(TOKENIZER, **settings)
+    objective = dvae.objective(network_of(**TOKENIZER), **settings)
     optimizer = optim.adamw(
         optim.warmup_cosine(lr, min_lr=0.0, warmup_steps=1, steps=steps, code="mae")
     )
@@ -163,13 +164,13 @@ def test_devices_and_parts_change_nothing(devices, accumulate):
 
 def test_how_codes_are_used():
     """Over a split: perplexity of busy cells and of all, and the share of codes in use."""
-    objective = dvae.objective(TOKENIZER)
+    objective = dvae.objective(network_of(**TOKENIZER))
     params, buffers = objective.init(jax.random.key(0), batch_of())
     batches = [batch_of(seed) | {"mask": np.ones(ROWS, np.float32)} for seed in range(3)]
     state = initialize(objective, optim.adamw(lambda _: 0.0), EXAMPLE, 0)
     state = state._replace(params=params, buffers=buffers)
     means = evaluate(objective, state, batches, mesh=make_mesh(jax.devices()[:2]), seed=0)
-    network = dvae.dvae(**TOKENIZER)
+    network = network_of(**TOKENIZER)
     tokens = [
         network.tokens(params["tokenizer"], batch["image"] / np.float32(255)) for batch in batches
     ]
@@ -192,11 +193,11 @@ def test_balance_weighs_codes_by_their_use():
     """What it adds: how much more than evenly the codes of busy tokens have been used, by hand."""
     totals = []
     for weight in (0.0, 2.0):
-        objective = dvae.objective(TOKENIZER, balance=weight)
+        objective = dvae.objective(network_of(**TOKENIZER), balance=weight)
         params, buffers = objective.init(jax.random.key(0), batch_of())
         buffers["usage"] = jnp.arange(V, dtype=jnp.float32)
         totals.append(objective.loss(params, buffers, batch_of(), jax.random.key(0), 0)[0])
-    logits = dvae.dvae(**TOKENIZER).logits(params["tokenizer"], batch_of()["image"] / 255)
+    logits = network_of(**TOKENIZER).logits(params["tokenizer"], batch_of()["image"] / 255)
     q = np.asarray(jax.nn.softmax(logits)).reshape(ROWS, -1, V)[:, 1:]
     surplus = np.log(0.99 * V * np.arange(V) / np.arange(V).sum() + 0.01)
     added = 2.0 * (q @ surplus).sum() / (SIZE * SIZE * 3)
@@ -204,7 +205,7 @@ def test_balance_weighs_codes_by_their_use():
 
 
 def test_what_is_called_a_collapse():
-    warn = dvae.objective(TOKENIZER).warn
+    warn = dvae.objective(network_of(**TOKENIZER)).warn
     healthy = dict(entropy=0.5, perplexity=0.3 * V)
     assert warn(1000, healthy) == ""
     assert "is close to collapse" in warn(1000, healthy | dict(perplexity=0.1 * V))
@@ -228,11 +229,11 @@ def test_a_kl_weight_out_of_all_measure_is_called_a_collapse(tmp_path, capsys):
 
 
 def test_pictures_are_the_tokens():
-    objective = dvae.objective(TOKENIZER)
+    objective = dvae.objective(network_of(**TOKENIZER))
     params, buffers = objective.init(jax.random.key(0), batch_of())
     columns = objective.pictures(params, buffers, batch_of(), jax.random.key(0))
     assert {x.shape for x in columns.values()} == {(ROWS, SIZE, SIZE, 3)}
-    network = dvae.dvae(**TOKENIZER)
+    network = network_of(**TOKENIZER)
     tokens = network.tokens(params["tokenizer"], batch_of()["image"] / np.float32(255))
     colours = dvae.palette(V)[np.asarray(tokens)].reshape(ROWS, 4, 4, 3)
     drawn = list(columns.values())[2]
@@ -253,5 +254,5 @@ def test_pictures_are_the_tokens():
 )
 def test_what_cannot_be(settings, sentence):
     with pytest.raises(UserError) as error:
-        dvae.objective(TOKENIZER, **settings)
+        dvae.objective(network_of(**TOKENIZER), **settings)
     assert sentence in str(error.value)

@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 import mim_jax
-from mim_jax import UserError, embed, evaluate, main, recipe
+from mim_jax import UserError, embed, evaluate, main, recipe, schema
 from mim_jax.convert.files import load, save
 from mim_jax.convert.read import read
 from mim_jax.models.patches import sincos2d
@@ -92,8 +92,8 @@ def test_a_converted_classifier_is_evaluated(runs, tmp_path, capsys):
 
 def test_evaluation_needs_the_labels_of_training(runs, monkeypatch, capsys):
     make = recipe.data.make
-    config = recipe.load(str(runs / "mae_base_finetune"))
-    found = recipe.functions(config)
+    config = schema.load(str(runs / "mae_base_finetune"))
+    found = schema.functions(config)
     monkeypatch.setattr(recipe, "load", lambda *_: config)
     monkeypatch.setattr(recipe.data, "make", lambda **how: make(**how)._replace(num_labels=5))
     monkeypatch.setattr(recipe, "functions", lambda _: found)
@@ -108,7 +108,7 @@ def test_features_are_of_whole_clean_images(runs, name, tmp_path):
     features = np.load(to)
     assert features["index"].tolist() == list(range(30))
     assert features["cls"].shape == features["mean"].shape == (30, 64)
-    dataset = recipe.build(recipe.load(str(run))).data
+    dataset = recipe.build(schema.load(str(run))).data
     batch = next(dataset.evaluation_batches(32))
     assert (features["label"] == batch["label"][:30]).all()
     encoder, params = mim_jax.load(str(run))
@@ -176,7 +176,7 @@ def test_images_that_are_none(runs):
 def test_features_of_images_of_another_size(runs, tmp_path):
     run, to = runs / "mae_base", tmp_path / "features.npz"
     assert embed.main([f"--config={run}", f"--to={to}", "--config.data.size=(32,48)"]) == 0
-    dataset = recipe.build(recipe.load(str(run), ["data.size=(32,48)"])).data
+    dataset = recipe.build(schema.load(str(run), ["data.size=(32,48)"])).data
     images = next(dataset.evaluation_batches(32))["image"][:30]
     encoder, params = mim_jax.load(run, image_size=(32, 48))
     expected = encoder(params, images)[:, 0]

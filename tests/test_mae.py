@@ -24,7 +24,7 @@ RNG = jax.random.key(0)
 def tiny(model=None, **settings):
     """An objective for images that are normalised already."""
     settings = dict(**DECODER, mean=(0.0,), std=(1.0,)) | settings
-    return mae.objective(MODEL | (model or {}), **settings)
+    return mae.objective(vit(**MODEL | (model or {})), **settings)
 
 
 def batch_of(*shape, seed=0):
@@ -121,7 +121,7 @@ def test_golden_loss(golden, monkeypatch, target, loss):
     ],
 )
 def test_parameter_counts(size, patch, encoder, trainable):
-    objective = mae.objective(dict(size=size, patch=patch))
+    objective = mae.objective(vit(size=size, patch=patch))
     batch = {
         "image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8),
         "index": jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -138,7 +138,7 @@ def test_parameter_counts(size, patch, encoder, trainable):
 def test_initialization():
     """Standard deviations of the reference's ViT-B (its init is xavier_uniform on every Linear)."""
     model = dict(size="B", patch=16, depth=1)
-    objective = mae.objective(model, decoder_depth=1)
+    objective = mae.objective(vit(**model), decoder_depth=1)
     params, _ = jax.jit(objective.init)(RNG, batch_of(1, 32, 32, 3))
     block = params["encoder"]["block_0"]
     expected = {
@@ -377,7 +377,7 @@ def test_pictures_show_what_was_hidden_and_painted():
         (dict(model=dict(patch=7)), "32 x 32 pixels cannot be cut into patches of 7 x 7"),
         (dict(model=dict(heads=5)), "5 heads do not divide a width of 32"),
         (dict(decoder_width=18), "a width that 4 divides, not 18"),
-        (dict(model=dict(width=0)), "must say model.size"),
+        (dict(model=dict(width=0)), "set model.size, or"),
         (dict(model=dict(remat="half")), "model.remat = 'half'"),
         (dict(mask_ratio=0.99), "at least one must be visible"),
         (dict(mean=(0.1, 0.2)), "objective.mean has 2 values"),

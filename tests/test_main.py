@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import check, evaluate, main, recipe
+from mim_jax import check, evaluate, main, recipe, schema
 from tests.conftest import ROOT, environment
 
 MAE = "--config=configs/mae_base.py"
@@ -314,8 +314,8 @@ def test_a_trace_ends_with_its_last_step_or_with_the_run(steps, ends, monkeypatc
 
 def test_labels_to_evaluate_by_are_asked_for_at_the_start(monkeypatch, capsys):
     make = recipe.data.make
-    config = recipe.load("configs/emoji_scratch.py", [])
-    found = recipe.functions(config)
+    config = schema.load("configs/emoji_scratch.py", [])
+    found = schema.functions(config)
     monkeypatch.setattr(
         recipe.data, "make", lambda **how: make(**how)._replace(evaluation_labelled=False)
     )
@@ -330,7 +330,7 @@ def test_labels_to_evaluate_by_are_asked_for_at_the_start(monkeypatch, capsys):
 def test_a_smoke_run_is_possible_on_any_number_of_devices(monkeypatch):
     for devices in range(1, 20):
         monkeypatch.setattr("jax.device_count", lambda devices=devices: devices)
-        config = recipe.load("configs/mae_base_finetune.py", [], smoke=True)
+        config = schema.load("configs/mae_base_finetune.py", [], smoke=True)
         assert config.batch_size % devices == 0
         assert config.objective.mixup_group * devices == config.batch_size
         assert config.objective.mixup_group % 2 == 0

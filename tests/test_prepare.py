@@ -261,4 +261,4 @@ def test_splits_are_packed_by_their_names(tmp_path):
     for name in (f"folder:{tmp_path / 'set'}", f"tfds:{tmp_path / 'packed'}"):
         dataset = data.make(name=name, size=16)  # whose evaluation split is called "validation"
         assert dataset.examples == 4
-        assert next(dataset.evaluation_batches(4))["mask"].tolist() == [1, 1, 0, 0]
+        assert next(dataset.evaluation_batches(4))["valid"].tolist() == [1, 1, 0, 0]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mim_jax import UserError, embed, main, probe, recipe
+from mim_jax import UserError, embed, main, probe, recipe, schema
 from mim_jax.sharding import make_mesh
 from mim_jax.train import TrainState
 
@@ -73,7 +73,7 @@ def test_a_run_is_probed_on_clean_images(config, tmp_path):
 
 
 def test_a_tokenizer_has_no_encoder_to_ask():
-    config = recipe.load("configs/dvae_emoji.py", ["probe.images=10"])
+    config = schema.load("configs/dvae_emoji.py", ["probe.images=10"])
     with pytest.raises(UserError, match="dvae has no encoder"):
         recipe.encoder(config)
 

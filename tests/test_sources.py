@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import UserError, data, recipe
+from mim_jax import UserError, data, schema
 from mim_jax.data import manifest
 from mim_jax.data.decode import BadImageError, decode, header
 from mim_jax.data.folder import Folder
@@ -701,7 +701,7 @@ def test_statistics_come_as_a_config_takes_them(nasty, capsys):
     told = capsys.readouterr()
     assert "1 of 13 images cannot be used" in told.err
     overrides = [word.removeprefix("--config.") for word in shlex.split(told.out)]
-    config = recipe.load("configs/mae_emoji.py", overrides)
+    config = schema.load("configs/mae_emoji.py", overrides)
     assert len(config.objective.mean) == len(config.objective.std) == 3
     assert 0 < min(config.objective.std) < max(config.objective.mean) < 1
     assert statistics_main([f"folder:{nasty}/empty"]) == 2

@@ -209,7 +209,7 @@ def from_the_paper(state, batch, order, patch, normalize_target):
 def test_loss_predictions_and_gradients(dtype, size, patch, channels, normalize_target):
     model = dict(**ENCODER, patch=patch, dtype=dtype)
     target = "normalized_pixels" if normalize_target else "pixels"
-    objective = mae.objective(model, target=target, **SETTINGS)
+    objective = mae.objective(vit(**model), target=target, **SETTINGS)
     network = mae.MAE(vit(**model), Decoder(**DECODER, dtype=dtype, remat="none"))
     num_patches = math.prod(size) // math.prod(patch)
 
@@ -287,7 +287,7 @@ def test_ten_steps_of_adamw(accumulate):
         weight_decay=0.05,
     )
     model = dict(**ENCODER, patch=patch, dtype="float64")
-    objective = mae.objective(model, **SETTINGS)
+    objective = mae.objective(vit(**model), **SETTINGS)
     settings = dict(objective=objective, optimizer=optimizer, accumulate=accumulate)
     settings["mesh"] = make_mesh(jax.devices()[:1])
     step = jax.jit(functools.partial(train_step, **settings))

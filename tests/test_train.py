@@ -16,6 +16,7 @@ import pytest
 from benchmarks.pod import collectives
 from mim_jax import UserError, optim
 from mim_jax.checkpoint import Checkpoints, abstract, newest
+from mim_jax.models.vit import vit
 from mim_jax.objectives import Objective, mae, per_example
 from mim_jax.sharding import by_row, make_mesh, place, replicated
 from mim_jax.train import evaluate, initialize, jit_step, train
@@ -27,7 +28,7 @@ EXAMPLE = {
 }
 STEPS = 5
 DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
-OBJECTIVE = mae.objective(dict(width=16, depth=1, heads=2, patch=4), **DECODER)
+OBJECTIVE = mae.objective(vit(width=16, depth=1, heads=2, patch=4), **DECODER)
 OPTIMIZER = optim.adamw(
     optim.warmup_cosine(1e-2, min_lr=0.0, warmup_steps=1, steps=STEPS, code="mae")
 )
@@ -363,7 +364,7 @@ def test_learning_rates_are_beit_s():
 
 def test_what_decays():
     """ViT-B: of the reference's 252 trainable tensors 85 decay, class and mask token among them."""
-    objective = mae.objective(dict(size="B"))
+    objective = mae.objective(vit(size="B"))
     example = {
         "image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8),
         "index": jax.ShapeDtypeStruct((1,), jnp.int32),

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from mim_jax import UserError, optim
+from mim_jax import UserError, optim, schema
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.models.patches import sincos2d
 from mim_jax.models.resize import resize_positions, resize_relative
 from mim_jax.objectives import beit, classify, dvae, mae
 from mim_jax.train import initialize
-from mim_jax.transfer import begin_from
+from mim_jax.transfer import start_from
 
 MODEL = dict(width=16, depth=2, heads=2, patch=4, positions="sincos")
 DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
@@ -39,7 +39,7 @@ def begin(config, seed=0, ema=False, num_labels=5):
     module = OBJECTIVES[settings.pop("name")]
     if module is classify:
         settings["num_labels"] = num_labels
-    networks = {name: config[name] for name in ("model", "tokenizer") if name in config}
+    networks = schema.networks(config)
     sides = np.broadcast_to(config["data"]["size"], 2)
     names = ("image", "tokenizer_image") if "tokenizer" in networks else ("image",)
     example = {name: jax.ShapeDtypeStruct((1, *sides, 3), jnp.uint8) for name in names}
@@ -53,7 +53,7 @@ def save(folder, config, state):
     checkpoints = Checkpoints(folder, keep=1)
     checkpoints.save(state)
     checkpoints.close()
-    (folder / "config.json").write_text(json.dumps({"config": config}))
+    (folder / "config.json").write_text(json.dumps({"config": config, "trajectory": {}}))
     return folder
 
 
@@ -80,12 +80,13 @@ def equal(a, b):
 
 
 MAE = config_of("mae", **DECODER)
+HEAD = classify.Classification.head
 
 
 def test_an_encoder_is_taken_and_nothing_else(tmp_path, capsys):
     folder, source = run_of(tmp_path, MAE)
     state = begin(MAE)
-    begun = begin_from(state, "encoder", folder, MAE)
+    begun = start_from(state, "encoder", folder, MAE)
     assert "arrays from step 0" in capsys.readouterr().out
     assert equal(begun.params["encoder"], source.params["encoder"])
     assert equal(begun.params["decoder"], state.params["decoder"])
@@ -96,7 +97,7 @@ def test_an_encoder_is_taken_and_nothing_else(tmp_path, capsys):
 def test_fine_tuning_begins_at_maes_positions(size, tmp_path, capsys):
     folder, source = run_of(tmp_path, MAE)
     tuned = config_of("classify", dict(positions="learned"), size)
-    begun = begin_from(begin(tuned, ema=True), "encoder", folder, tuned)
+    begun = start_from(begin(tuned, ema=True), "encoder", folder, tuned)
     said = capsys.readouterr().out
     assert "encoder: 28 arrays from step 0" in said
     assert ("resized: positions" in said) == (size != 16)
@@ -113,7 +114,7 @@ def test_learned_positions_keep_their_places(tmp_path):
     """8 x 2 patches and 4 x 4 are as many: the arrays have the same shape."""
     folder, source = run_of(tmp_path, config_of("mae", dict(positions="learned"), (32, 8)))
     tuned = config_of("classify", dict(positions="learned"))
-    begun = begin_from(begin(tuned), "encoder", folder, tuned)
+    begun = start_from(begin(tuned), "encoder", folder, tuned)
     table = np.asarray(source.params["encoder"]["positions"])
     expected = resize_positions(table, (8, 2), (4, 4))
     np.testing.assert_array_equal(begun.params["encoder"]["positions"], expected)
@@ -130,7 +131,7 @@ def test_a_shared_bias_is_copied_to_each_block(tmp_path, capsys):
     resized = resize_relative(np.asarray(table), (4, 4), (6, 6))
     for size, expected in ((16, table), (24, resized)):
         own = config_of("classify", BEIT | dict(relative_bias="own"), size)
-        begun = begin_from(begin(own), "encoder", folder, own)
+        begun = start_from(begin(own), "encoder", folder, own)
         for i in range(2):
             found = begun.params["encoder"][f"block_{i}"]["relative_position_bias"]["table"]
             np.testing.assert_array_equal(found, expected)
@@ -139,8 +140,10 @@ def test_a_shared_bias_is_copied_to_each_block(tmp_path, capsys):
     assert "ignored: mask_token, norm/bias, norm/scale" in said
     assert "head" not in said
     without = config_of("classify", BEIT)
-    with pytest.raises(UserError, match=r"another model: .* first relative_position_bias/table"):
-        begin_from(begin(without), "encoder", folder, without)
+    with pytest.raises(
+        UserError, match=r"a different network: .* first relative_position_bias/table"
+    ):
+        start_from(begin(without), "encoder", folder, without)
 
 
 @pytest.mark.parametrize("blocks", [0.0, 1.0, 1.5])
@@ -148,9 +151,9 @@ def test_a_frozen_part_is_loaded_too_and_goes_on(blocks, tmp_path):
     """From MAE to a probe or partial fine-tuning, and from there to whatever comes next."""
     folder, source = run_of(tmp_path / "mae", MAE)
     probe = config_of("classify", pooling="cls", tuned_blocks=blocks)
-    begun = begin_from(begin(probe), "encoder", folder, probe)
+    begun = start_from(begin(probe), "encoder", folder, probe)
     assert same(begun, source)
-    after = begin_from(begin(MAE), "encoder", save(tmp_path / "probe", probe, begun), MAE)
+    after = start_from(begin(MAE), "encoder", save(tmp_path / "probe", probe, begun), MAE)
     assert same(after, source)
 
 
@@ -170,8 +173,8 @@ def test_a_classifiers_head_comes_along(settings, labels, taken, tmp_path, capsy
         tmp_path, config, state._replace(params=jax.tree.map(lambda x: x + 1, state.params))
     )
     tuned = config_of("classify", **settings)
-    begun = begin_from(begin(tuned, num_labels=labels), "encoder", folder, tuned)
-    assert f"its head: {taken}\n" in capsys.readouterr().out
+    begun = start_from(begin(tuned, num_labels=labels), "encoder", folder, tuned, HEAD)
+    assert f"head: {taken}\n" in capsys.readouterr().out
     assert ("fc_norm" in taken) == (
         "fc_norm" in begun.params and (begun.params["fc_norm"]["scale"] == 2).all()
     )
@@ -182,11 +185,11 @@ def test_a_probes_head_comes_with_its_statistics(tmp_path):
     """A linear probe is whole, as it must be to be measured; what lacks anything is not."""
     probe = config_of("classify", pooling="cls", tuned_blocks=0.0, batch_norm=2, head_std=1.0)
     folder, source = run_of(tmp_path / "probe", probe)
-    begun = begin_from(begin(probe), "encoder", folder, probe, entire=True)
+    begun = start_from(begin(probe), "encoder", folder, probe, HEAD, entire=True)
     assert equal((begun.params, begun.buffers), (source.params, source.buffers))
     folder, _ = run_of(tmp_path / "mae", MAE)
-    with pytest.raises(UserError, match="has no batch_statistics/head_norm/mean, which the"):
-        begin_from(begin(probe), "encoder", folder, probe, entire=True)
+    with pytest.raises(UserError, match="has no batch_statistics/head_norm/mean, which this"):
+        start_from(begin(probe), "encoder", folder, probe, HEAD, entire=True)
 
 
 def test_a_tokenizer_is_found_beside_maes_own_decoder(tmp_path):
@@ -194,39 +197,39 @@ def test_a_tokenizer_is_found_beside_maes_own_decoder(tmp_path):
     tokens = config_of("mae", **DECODER, target="tokens")
     folder, source = run_of(tmp_path / "dvae", config_of("dvae"))
     state = begin(tokens)
-    begun = begin_from(state, "tokenizer", folder, tokens)
+    begun = start_from(state, "tokenizer", folder, tokens)
     assert equal(begun.buffers, source.params)
     assert equal(begun.params, state.params)
-    again = begin_from(state, "tokenizer", save(tmp_path / "mae", tokens, begun), tokens)
+    again = start_from(state, "tokenizer", save(tmp_path / "mae", tokens, begun), tokens)
     assert equal(again.buffers, source.params)
 
 
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        (dict(width=32), r"first embed/bias: here \(32,\), there \(16,\)"),
-        (dict(patch=8), r"first embed/kernel: here \(192, 16\), there \(48, 16\)"),
-        (dict(patch=(2, 8)), r"its model.patch is \(4, 4\), here it is \(2, 8\)"),
-        (dict(depth=3), r"12 arrays differ, first block_2/fc1/bias: here \(64,\), there None"),
-        (dict(depth=1), r"12 arrays differ, first block_1/fc1/bias: here None, there \(64,\)"),
+        (dict(width=32), r"first embed/bias: \(32,\) in this run, \(16,\) in"),
+        (dict(patch=8), r"first embed/kernel: \(192, 16\) in this run, \(48, 16\) in"),
+        (dict(patch=(2, 8)), r"its model.patch is \(4, 4\), this run's is \(2, 8\)"),
+        (dict(depth=3), r"12 arrays differ, first block_2/fc1/bias: \(64,\) in this run, None in"),
+        (dict(depth=1), r"12 arrays differ, first block_1/fc1/bias: None in this run, \(64,\) in"),
         (dict(layer_scale=0.1), "4 arrays differ, first block_0/gamma_1"),
-        (dict(heads=4), "its model.heads is 2, here it is 4"),
-        (dict(positions="none"), "its model.positions is 'sincos', here it is 'none'"),
+        (dict(heads=4), "its model.heads is 2, this run's is 4"),
+        (dict(positions="none"), "its model.positions is 'sincos', this run's is 'none'"),
     ],
 )
 def test_another_model_is_refused(model, sentence, tmp_path):
     folder, _ = run_of(tmp_path, MAE)
     config = config_of("classify", model)
     with pytest.raises(UserError, match=sentence):
-        begin_from(begin(config), "encoder", folder, config)
+        start_from(begin(config), "encoder", folder, config)
 
 
 def test_fixed_positions_are_for_one_grid(tmp_path):
     """MAE's code interpolates the table; the fixed one of another grid is another."""
     folder, _ = run_of(tmp_path, MAE)
     config = config_of("classify", size=24, tuned_blocks=0.0)
-    with pytest.raises(UserError, match=r"fixed positions of 4 x 4 patches, .*positions=learned"):
-        begin_from(begin(config), "encoder", folder, config)
+    with pytest.raises(UserError, match=r"fixed positions for 4 x 4 patches, .*positions=learned"):
+        start_from(begin(config), "encoder", folder, config)
 
 
 def test_the_wrong_run_is_named(tmp_path):
@@ -235,24 +238,24 @@ def test_the_wrong_run_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"init_from.encoder: .* no encoder; it has decoder, tokenizer"
     ):
-        begin_from(begin(MAE), "encoder", tokenizer, MAE)
+        start_from(begin(MAE), "encoder", tokenizer, MAE)
     tokens = config_of("mae", **DECODER, target="tokens")
     with pytest.raises(UserError, match=r"init_from.tokenizer: .* it has decoder, encoder\."):
-        begin_from(begin(tokens), "tokenizer", encoder, tokens)
+        start_from(begin(tokens), "tokenizer", encoder, tokens)
     with pytest.raises(UserError, match="this objective has no tokenizer; it has decoder, encoder"):
-        begin_from(begin(MAE), "tokenizer", tokenizer, MAE)
+        start_from(begin(MAE), "tokenizer", tokenizer, MAE)
     with pytest.raises(UserError, match="has no checkpoints"):
-        begin_from(begin(MAE), "encoder", tmp_path, MAE)
+        start_from(begin(MAE), "encoder", tmp_path, MAE)
 
 
 def test_other_statistics_of_the_images_are_said(tmp_path, capsys):
     saw = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     folder, _ = run_of(tmp_path, MAE | {"objective": MAE["objective"] | saw})
     config = config_of("classify", dict(positions="learned"), **saw)
-    begin_from(begin(config), "encoder", folder, config)
+    start_from(begin(config), "encoder", folder, config)
     assert not capsys.readouterr().err
     config["objective"]["std"] = (0.2, 0.2, 0.2)
-    begin_from(begin(config), "encoder", folder, config)
+    start_from(begin(config), "encoder", folder, config)
     assert "objective.std of" in (said := capsys.readouterr().err)
-    assert "is (0.5, 0.5, 0.5), here it is (0.2, 0.2, 0.2)" in said
+    assert "is (0.5, 0.5, 0.5), this run's is (0.2, 0.2, 0.2)" in said
     assert "mean" not in said

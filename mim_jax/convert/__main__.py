@@ -10,7 +10,7 @@ Exit codes: 0 done, 1 not the same numbers, 2 a mistake in what was asked for, i
 import argparse
 import sys
 
-from mim_jax.command import exit_code
+from mim_jax.cli import exit_code
 from mim_jax.convert.check import TOLERANCE, differences
 from mim_jax.convert.files import licence, load, save, story
 from mim_jax.convert.fit import FAMILIES, encoder_only, resized

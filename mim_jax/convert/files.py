@@ -200,7 +200,7 @@ def save_run(path: Path, params: dict, about: About) -> str:
         config={network: about.model, "objective": objective, "data": data},
         trajectory={"converted from": about.layout},  # no training goes on from here
     )
-    checkpoints = Checkpoints(str(path), keep=1, about=record)
+    checkpoints = Checkpoints(str(path), keep=1, record=record)
     if checkpoints.latest is not None:
         checkpoints.close()
         raise UserError(f"{path} holds checkpoints already: choose another folder.")

@@ -1,205 +1,204 @@
-"""What there is to see: batches of images as a function of the seed and the step, nothing else."""
+"""Data sets: batches of images as a function of the seed and the step alone."""
 
 import dataclasses
-import functools
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import grain
 import numpy as np
-from absl import flags
 
 from mim_jax import UserError
 from mim_jax.data.bad_files import BadFiles, usable
+from mim_jax.data.batches import stream
 from mim_jax.data.decode import BadImageError, channels_of, suits, type_of
+from mim_jax.data.fields import Field, fields_of
 from mim_jax.data.sources import Source, open_sources
-from mim_jax.data.transforms import EvaluationView, Interpolation, TrainingView
+from mim_jax.data.transforms import EvaluationView, TrainingView
+from mim_jax.keys import FREE, NOT_NEGATIVE, POSITIVE, SHARE, Smoke
+
+Photographic = Literal["bilinear", "bicubic", "lanczos"]
 
 
-class Data(NamedTuple):
-    """A data set as a run sees it."""
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A data set as a run uses it.
 
-    examples: int  # in the training split
-    views: dict[str, tuple]  # {"image": (height, width, channels)}, and "tokenizer_image"
-    dtype: str  # of the images in a batch: the source's own, uint8, uint16 or float32
+    Batches are dicts of numpy arrays (b, ...) with the data set's fields, of which an iterator
+    yields this process's rows. `on_bad(name, reason)` is called for each file that cannot be used.
+    """
+
+    train: Source
+    evaluation: Source
+    fields: tuple[Field, ...]
     num_labels: int  # 0 without labels
-    evaluation_labelled: bool  # not so where they are all -1, as of ImageNet's test images
-    fingerprint: dict
-    unread: Sequence[tuple[str, str]]  # name and reason of files that are no images
-    # Iterators over this process's rows of the global batches, as dicts of numpy arrays. `on_bad`
-    # gets the name and the reason of each file that turns out to be unusable.
-    training_batches: Callable  # (batch_size, *, seed, start, stop, on_bad) -> steps start..stop
-    # (batch_size, *, limit, of_training, on_bad) -> each example of the evaluation split once, or
-    # of the training split in the same views, and padding.
-    evaluation_batches: Callable
+    training_view: TrainingView
+    evaluation_view: EvaluationView
+    labelled: bool  # whether labels must be valid
+    split: str
+    max_bad_fraction: float
+    loading: dict  # process, processes, threads and workers, as for `stream`
+
+    @property
+    def examples(self) -> int:
+        """Number of examples in the training split."""
+        return len(self.train.examples)
+
+    @property
+    def fingerprint(self) -> dict:
+        """A description of the training split that changes whenever its examples do."""
+        return self.train.fingerprint
+
+    @property
+    def unread(self) -> Sequence[tuple[str, str]]:
+        """Names and reasons of files that are not images."""
+        return self.train.unread
+
+    @property
+    def image(self) -> Field:
+        """The field `image`."""
+        return self.fields[0]
+
+    @property
+    def image_fields(self) -> tuple[Field, ...]:
+        """The fields that are images."""
+        return tuple(field for field in self.fields if field.interpolation)
+
+    @property
+    def evaluation_labelled(self) -> bool:
+        """Whether the evaluation split has labels: ImageNet's test images have -1."""
+        try:
+            return self.num_labels > 0 and bool(self.evaluation.examples[0]["label"] >= 0)
+        except BadImageError:  # which is counted among the bad files later
+            return True
+
+    def training_batches(
+        self, batch_size: int, *, seed: int, start: int, stop: int, on_bad: Callable | None = None
+    ) -> Iterator[dict]:
+        """Yields the batches of the steps start to stop - 1."""
+        # Shuffled and augmented by global position, before each process takes its share.
+        source, view = self.train, self.training_view
+        dataset = grain.MapDataset.range(len(source.examples)).seed(seed).shuffle().repeat()
+
+        def row(i: int, rng: np.random.Generator) -> dict:
+            return usable(lambda example: self.row(example, view(example, rng)), source.examples, i)
+
+        def place(i: int, row: dict) -> dict:
+            return row | {"index": np.int32(i % batch_size), "valid": np.float32(1)}
+
+        dataset = dataset.random_map(row).map_with_index(place)
+        steps = dict(first=start, count=stop - start, batch_size=batch_size)
+        batches = self.report(stream(dataset, **steps, **self.loading), source, on_bad)
+        return self.check_labels(batches) if self.labelled else batches
+
+    def evaluation_batches(
+        self,
+        batch_size: int,
+        *,
+        limit: int = 0,
+        of_training: bool = False,
+        on_bad: Callable | None = None,
+    ) -> Iterator[dict]:
+        """Yields each of the first `limit` examples (0: all) once, and padding.
+
+        Examples are of the evaluation split, or with `of_training` of the training split.
+        """
+        source = self.train if of_training else self.evaluation
+        count = min(limit or len(source.examples), len(source.examples))
+        batches = -(-count // batch_size)
+
+        def row(i: int) -> dict:
+            see = lambda example: self.row(example, self.evaluation_view(example))  # noqa: E731
+            example = usable(see, source.examples, min(i, count - 1))
+            valid = np.float32(i < count and example["bad"] < 0)
+            return example | {"index": np.int32(i), "valid": valid}
+
+        dataset = grain.MapDataset.range(batches * batch_size).map(row)
+        rows = stream(dataset, first=0, count=batches, batch_size=batch_size, **self.loading)
+        return self.report(rows, source, on_bad)
+
+    def row(self, example: dict, views: dict) -> dict:
+        """Returns the fields of an example, given its images."""
+        sources = {field.name: field.source for field in self.fields if field.source}
+        return views | {name: example[key] for name, key in sources.items() if name not in views}
+
+    def report(self, batches: Iterator[dict], source: Source, on_bad) -> Iterator[dict]:
+        """Yields batches and reports bad files. Raises UserError if there are too many."""
+        bad_files = BadFiles(source, self.image.shape[2], self.image.dtype, self.max_bad_fraction)
+        return bad_files.noted(batches, on_bad or (lambda name, reason: None))
+
+    def check_labels(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """Yields batches. Raises UserError for a label outside 0 to num_labels - 1."""
+        for batch in batches:
+            for label in (batch["label"].min(), batch["label"].max()) if self.num_labels else ():
+                if not 0 <= label < self.num_labels:
+                    raise UserError(
+                        f"an image of {self.split} has the label {label}, outside 0 to "
+                        f"{self.num_labels - 1}: choose another data.split."
+                    )
+            yield batch
 
 
 def make(
     *,
-    name: str,
-    size: int | tuple,
-    tokenizer_size: int | tuple = 0,
-    split: str = "train",
-    evaluation_split: str = "validation",
-    data_dir: str = "",
-    labels: str = "",
-    channels: int = 3,
-    crop_scale: tuple = (0.2, 1.0),
-    clip_crop: bool = False,
-    flip: bool = True,
-    color_jitter: float = 0.0,
-    randaugment: tuple = (),
-    fill: tuple = (124, 116, 104),
-    interpolation: Interpolation = "bicubic",
-    evaluation_interpolation: Interpolation = "bicubic",
-    resizer: Literal["pillow", "simd"] = "pillow",
-    crop_fraction: float = 0.875,
-    max_bad_fraction: float = 0.05,
-    threads: int = 0,
-    workers: int = 0,
+    name: Annotated[str, FREE, Smoke("emoji"), "emoji, folder:PATH, tfds:PATH, or a TFDS name"],
+    size: Annotated[int | tuple, POSITIVE, "side of the images in pixels, or (height, width)"],
+    tokenizer_size: Annotated[
+        int | tuple, NOT_NEGATIVE, "the same of the images for the tokenizer; 0: none"
+    ] = 0,
+    split: Annotated[str, Smoke("train"), "training split, or a part, as train[:1000]"] = "train",
+    evaluation_split: Annotated[
+        str, FREE, Smoke("validation"), "split for evaluations"
+    ] = "validation",
+    data_dir: Annotated[str, FREE, Smoke(""), "where TFDS prepared the data set"] = "",
+    labels: Annotated[str, FREE, Smoke(""), "of a folder: folder, or a CSV file; '': none"] = "",
+    channels: Annotated[int, POSITIVE, Smoke(3), "channels of the images"] = 3,
+    interpolation: Annotated[Photographic, "of training images"] = "bicubic",
+    evaluation_interpolation: Annotated[Photographic, FREE, "of evaluation images"] = "bicubic",
+    max_bad_fraction: Annotated[
+        float, SHARE, FREE, "share of images that may be unusable before a run stops"
+    ] = 0.05,
+    threads: Annotated[int, NOT_NEGATIVE, FREE, "threads that decode; 0: one per core"] = 0,
+    workers: Annotated[
+        int, NOT_NEGATIVE, FREE, "processes that decode, each with threads; 0: none"
+    ] = 0,
     labelled: bool = False,
     process: int = 0,
     processes: int = 1,
+    **views: Any,
 ) -> Data:
-    """Opens a data set (see sources.py) for process `process` of `processes`.
+    """Opens a data set for process `process` of `processes`; see sources.py for names.
 
-    An image that cannot be used is replaced by the next one in training, and does not count in
-    evaluation; if there are more of them than `max_bad_fraction` of a split, batches end in a
-    UserError. So they do, in training, where the data is `labelled` and a label is none of the data
-    set's.
+    `views` are the arguments of TrainingView and EvaluationView.
 
-    Training views are random resized crops of `crop_scale` of the area (with `clip_crop` not drawn
-    again where they do not fit), flipped half of the time, of images whose brightness, contrast and
-    saturation vary by `color_jitter`; then `randaugment` of a magnitude and its deviation, which
-    fills with `fill`, 255 x the data's mean. Evaluation views are central crops of `crop_fraction`
-    of the short side. With `tokenizer_size`, batches have the same crop at that size too, resized
-    by Lanczos: `tokenizer_image` (BEiT). The `resizer` may be Pillow's, or simd (extra `[simd]`),
-    faster, a few of whose pixels differ by one.
-
-    Images are decoded in `threads` (0: one a core) or, where these do not keep up, in so many
-    `workers` (processes), with `threads` in each.
+    An image that cannot be used is replaced by the next one in training, and is not valid in
+    evaluation. If more than `max_bad_fraction` of a split cannot be used, batches end in a
+    UserError; with `labelled` also at a label that does not exist.
     """
-    sizes = [(s, s) if isinstance(s, int) else s for s in (size, tokenizer_size)]
-    how = dict(size=sizes[0], tokenizer_size=sizes[1] if tokenizer_size else None)
-    how |= dict(channels=channels, resizer=resizer)
-    augment = TrainingView(
-        **how,
-        interpolation=interpolation,
-        crop_scale=crop_scale,
-        clip_crop=clip_crop,
-        flip=flip,
-        color_jitter=color_jitter,
-        randaugment=randaugment,
-        fill=fill,
-    )
-    view = EvaluationView(
-        **how, interpolation=evaluation_interpolation, crop_fraction=crop_fraction
-    )
     splits = (split, evaluation_split)
     train, evaluation = open_sources(name, splits, data_dir=data_dir, labels=labels)
     if not suits(train.mode, channels):
         raise UserError(
             f"data.channels = {channels}, but the images of {name} have {channels_of(train.mode)} "
-            f"({train.mode}): say --config.data.channels={channels_of(train.mode)}."
+            f"({train.mode}): set --config.data.channels={channels_of(train.mode)}."
         )
-    dtype = type_of(train.mode)
-    augment, view = (dataclasses.replace(view, dtype=dtype) for view in (augment, view))
-    bad_in_training, bad_in_evaluation = (
-        BadFiles(source, channels, dtype, max_bad_fraction) for source in (train, evaluation)
+    declared = dict(
+        size=size,
+        tokenizer_size=tokenizer_size,
+        channels=channels,
+        dtype=type_of(train.mode),
+        labelled=train.num_labels > 0,
     )
-
-    def stream(dataset, first: int, batches: int, batch_size: int) -> Iterator[dict]:
-        """Global batches first, first + 1, ... of a dataset of rows; of each, our block of rows."""
-        ours = batch_size // processes
-        rows = grain.MapDataset.range(first * ours, (first + batches) * ours)
-        rows = rows.map(lambda i: dataset[i // ours * batch_size + process * ours + i % ours])
-        count = threads or -(-os.cpu_count() // max(1, workers))  # each makes a batch of its own
-        options = grain.ReadOptions(count, prefetch_buffer_size=max(4, count))
-        rows = rows.batch(ours).to_iter_dataset(options)
-        if workers:
-            flags.FLAGS.mark_as_parsed()  # Grain asks them when it starts a worker
-            options = grain.MultiprocessingOptions(workers)
-            rows = rows.mp_prefetch(options, functools.partial(end_with, os.getpid()))
-        return iter(rows)
-
-    def training_batches(
-        batch_size: int, *, seed: int, start: int, stop: int, on_bad: Callable = ignore
-    ) -> Iterator[dict]:
-        # Shuffled and augmented by global position, before any process takes its share.
-        dataset = grain.MapDataset.range(len(train.examples)).seed(seed).shuffle().repeat()
-
-        def row(i: int, rng: np.random.Generator) -> dict:
-            return usable(lambda example: augment.random_map(example, rng), train.examples, i)
-
-        dataset = dataset.random_map(row)
-        dataset = dataset.map_with_index(lambda i, row: row | {"index": np.int32(i % batch_size)})
-        batches = stream(dataset, start, stop - start, batch_size)
-        batches = bad_in_training.noted(batches, on_bad)
-        return known(batches, split, train.num_labels) if labelled else batches
-
-    def evaluation_batches(
-        batch_size: int, *, limit: int = 0, of_training: bool = False, on_bad: Callable = ignore
-    ) -> Iterator[dict]:
-        source, bad_files = evaluation, bad_in_evaluation
-        if of_training:
-            source, bad_files = train, bad_in_training
-        count = min(limit or len(source.examples), len(source.examples))
-        batches = -(-count // batch_size)
-
-        def row(i: int) -> dict:
-            example = usable(view.map, source.examples, min(i, count - 1))
-            counts = i < count and example["bad"] < 0
-            return example | {"index": np.int32(i), "mask": np.float32(counts)}
-
-        dataset = grain.MapDataset.range(batches * batch_size).map(row)
-        return bad_files.noted(stream(dataset, 0, batches, batch_size), on_bad)
-
+    fields = fields_of(**declared, interpolation=interpolation)
+    evaluation_fields = fields_of(**declared, interpolation=evaluation_interpolation)
     return Data(
-        examples=len(train.examples),
-        views={name: (*size, channels) for name, (size, _) in view.sizes().items()},
-        dtype=dtype,
+        train=train,
+        evaluation=evaluation,
+        fields=fields,
         num_labels=train.num_labels,
-        evaluation_labelled=has_labels(evaluation),
-        fingerprint=train.fingerprint,
-        unread=train.unread,
-        training_batches=training_batches,
-        evaluation_batches=evaluation_batches,
+        training_view=TrainingView.configured(fields, views),
+        evaluation_view=EvaluationView.configured(evaluation_fields, views),
+        labelled=labelled,
+        split=split,
+        max_bad_fraction=max_bad_fraction,
+        loading=dict(process=process, processes=processes, threads=threads, workers=workers),
     )
-
-
-def has_labels(source: Source) -> bool:
-    """Whether a split has labels, as its first image shows."""
-    try:
-        return source.num_labels > 0 and bool(source.examples[0]["label"] >= 0)
-    except BadImageError:  # it will be counted among the bad ones
-        return True
-
-
-def known(batches: Iterator[dict], split: str, num_labels: int) -> Iterator[dict]:
-    """The batches, whose labels are none but 0 to num_labels - 1."""
-    for batch in batches:
-        for label in (batch["label"].min(), batch["label"].max()) if num_labels else ():
-            if not 0 <= label < num_labels:
-                raise UserError(
-                    f"an image of {split} has the label {label}, none of 0 to {num_labels - 1}: "
-                    "choose another data.split; some have no labels."
-                )
-        yield batch
-
-
-def ignore(name: str, reason: str) -> None:
-    """What is done about a bad file where nothing is asked for."""
-
-
-def end_with(parent: int, worker: int, workers: int) -> None:
-    """Lets a worker process end when its parent is no more, even if that was killed."""
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

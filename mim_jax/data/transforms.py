@@ -1,24 +1,24 @@
-"""From encoded bytes to arrays of one size, pixel for pixel as PIL and torchvision do it.
+"""Transforms of images to arrays of one size, pixel for pixel as PIL and torchvision do it.
 
-Sizes are (height, width), boxes (left, top, right, bottom). Views take keyword arguments.
+Sizes are (height, width), boxes (left, top, right, bottom).
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, Self
 
-import grain
 import numpy as np
 from PIL import Image, ImageEnhance
 
 from mim_jax import UserError
 from mim_jax.data.decode import decode
+from mim_jax.data.fields import INTERPOLATIONS, Field
 from mim_jax.data.randaugment import rand_augment
+from mim_jax.keys import FREE, NOT_NEGATIVE, SHARE, Range
 
-Interpolation = Literal["bilinear", "bicubic", "lanczos"]
-INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in get_args(Interpolation)}
-LONGEST = 16  # times a view's aspect: of a longer image evaluation sees a part so long
+LONGEST = 16  # times a field's aspect: of a longer image, evaluation uses the middle
 
 
 def width_and_height(image: Image.Image | np.ndarray) -> tuple[int, int]:
@@ -26,7 +26,7 @@ def width_and_height(image: Image.Image | np.ndarray) -> tuple[int, int]:
 
 
 def crop(image: Image.Image | np.ndarray, box) -> Image.Image | np.ndarray:
-    """The part of an image in a box."""
+    """Returns the part of an image in a box."""
     if isinstance(image, Image.Image):
         return image.crop(box)
     left, top, right, bottom = box
@@ -36,7 +36,7 @@ def crop(image: Image.Image | np.ndarray, box) -> Image.Image | np.ndarray:
 def resize(
     image: Image.Image | np.ndarray, size, interpolation: str, resizer: str = "pillow"
 ) -> np.ndarray:
-    """An image at another size, with antialias -> array (H, W, c) of the image's own type."""
+    """Resizes an image with antialiasing -> array (H, W, c) of the image's own type."""
     shape, kind = (size[1], size[0]), INTERPOLATIONS[interpolation]
     if isinstance(image, Image.Image):
         simd = resizer == "simd" and image.mode in ("L", "RGB")
@@ -55,10 +55,10 @@ def resize(
 
 
 def random_crop_box(size, rng: np.random.Generator, scale, clip=False, ratio=(3 / 4, 4 / 3)):
-    """A box (left, top, right, bottom) of a random share `scale` of the area and aspect `ratio`.
+    """Draws a box with a random share `scale` of the area and a random aspect `ratio`.
 
-    torchvision's RandomResizedCrop: ten tries, then the largest central box of an allowed aspect.
-    With `clip`, the first is taken, cut to the image: MAE's for linear probing.
+    As torchvision's RandomResizedCrop: ten tries, then the largest central box of an allowed
+    aspect. With `clip` the first box is used, cut to the image (MAE's linear probe).
     """
     width, height = size
     for _ in range(10):
@@ -77,10 +77,10 @@ def random_crop_box(size, rng: np.random.Generator, scale, clip=False, ratio=(3 
 
 
 def resize_simd(image: Image.Image, size, interpolation: str) -> Image.Image:
-    """As Pillow's in a third of the time, but for pixels that differ by one, some in a hundred.
+    """Resizes as Pillow does in a third of the time; about one pixel in a hundred differs by one.
 
-    One side after the other: the width first, unless the height loses more than twice as much, as
-    Pillow 13 has it (older ones took the width first always).
+    The width is resized first, unless the height shrinks by more than twice as much, as in
+    Pillow 13 (older versions always resized the width first).
     """
     import cykooz_resizer as simd
 
@@ -98,12 +98,12 @@ def resize_simd(image: Image.Image, size, interpolation: str) -> Image.Image:
 
 
 def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation, in random order, times 1 - strength to 1 + strength.
+    """Scales brightness, contrast and saturation, in random order, by 1 - strength to 1 + strength.
 
-    torchvision's ColorJitter(strength, strength, strength) of a PIL image (BEiT, appendix).
+    As torchvision's ColorJitter(strength, strength, strength) of a PIL image (BEiT, appendix).
     """
     if not isinstance(image, Image.Image):
-        raise UserError("data.color_jitter is for 8-bit images of 1, 3 or 4 channels: set it to 0.")
+        raise UserError("data.color_jitter needs 8-bit images of 1, 3 or 4 channels: set it to 0.")
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for i in rng.permutation(len(kinds)):
         image = kinds[i](image).enhance(rng.uniform(max(0, 1 - strength), 1 + strength))
@@ -112,108 +112,128 @@ def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class View:
-    """What all views share. With `tokenizer_size`, the same part of the image is seen twice."""
+    """The transform of an example to the image fields of a batch."""
 
-    size: tuple[int, int]
-    channels: int
-    dtype: str = "uint8"
-    interpolation: Interpolation
-    resizer: str
-    tokenizer_size: tuple[int, int] | None
-
-    def sizes(self) -> dict[str, tuple]:
-        """{name of a view in the batch: (its size, how it is resized)}. BEiT's, appendix."""
-        views = {"image": (self.size, self.interpolation)}
-        if self.tokenizer_size:
-            views["tokenizer_image"] = self.tokenizer_size, "lanczos"
-        return views
+    fields: tuple[Field, ...]
+    resizer: Annotated[
+        Literal["pillow", "simd"], "simd is faster; few of its pixels differ, by one"
+    ] = "pillow"
 
     def __post_init__(self):
         if self.resizer == "simd" and not find_spec("cykooz_resizer"):
             raise UserError("data.resizer = 'simd' needs cykooz-resizer: pip install -e '.[simd]'.")
 
+    @property
+    def channels(self) -> int:
+        return self.fields[0].shape[2]
+
+    @classmethod
+    def configured(cls, fields: tuple[Field, ...], settings: Mapping[str, Any]) -> Self:
+        """Returns the view of the image fields, with those of the settings that it has."""
+        images = tuple(field for field in fields if field.interpolation)
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(fields=images, **{k: x for k, x in settings.items() if k in names})
+
+    def decode(self, example: dict) -> Image.Image | np.ndarray:
+        """Returns the image of an example, with the channels and the dtype of the fields."""
+        return decode(example["image"], self.channels, self.fields[0].dtype)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingView(View, grain.transforms.RandomMap):
-    """Colour jitter, random resized crop (with antialias), horizontal flip, RandAugment."""
+class TrainingView(View):
+    """Color jitter, random resized crop, horizontal flip and RandAugment.
 
-    crop_scale: tuple[float, float]
-    clip_crop: bool
-    flip: bool
-    color_jitter: float
-    randaugment: tuple[float, float] | tuple[()]  # magnitude, deviation
-    fill: tuple[int, ...]
+    The crop and the flip are drawn once per example and applied to every image field.
+    """
+
+    crop_scale: Annotated[
+        tuple, SHARE, "smallest and largest share of the area in a random resized crop"
+    ] = (0.2, 1.0)
+    clip_crop: Annotated[bool, "cut crops to the image instead of drawing again"] = False
+    flip: Annotated[bool, "flip half of the images horizontally"] = True
+    color_jitter: Annotated[
+        float, NOT_NEGATIVE, "strength of jitter in brightness, contrast and saturation"
+    ] = 0.0
+    randaugment: Annotated[
+        tuple, NOT_NEGATIVE, "magnitude and deviation of RandAugment, as (9, 0.5); (): none"
+    ] = ()
+    fill: Annotated[
+        tuple, Range(0, 255), "color that RandAugment fills with: 255 x the data's mean"
+    ] = (124, 116, 104)
 
     def __post_init__(self):
         super().__post_init__()
         low, high = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
         if not 0 < low <= high <= 1:
             raise UserError(
-                f"data.crop_scale = {self.crop_scale}: say two shares of the area, as (0.2, 1.0)."
-            )
-        if self.color_jitter < 0:
-            raise UserError(
-                f"data.color_jitter = {self.color_jitter}: say a strength, as 0.4, or 0 for none."
+                f"data.crop_scale = {self.crop_scale} must be two shares of the area, as (0.2, 1)."
             )
         if not self.randaugment:
             return
         if len(self.randaugment) != 2 or not 0 <= self.randaugment[0] <= 10:
             raise UserError(
-                f"data.randaugment = {self.randaugment}: say a magnitude, 0 to 10, and its "
+                f"data.randaugment = {self.randaugment} must be a magnitude from 0 to 10 and its "
                 "deviation, as (9, 0.5), or () for none."
             )
         if self.channels not in (1, 3) or len(self.fill) != self.channels:
             raise UserError(
-                f"data.randaugment is for images of 1 or 3 channels and a data.fill of as many "
-                f"values: here are {self.channels} channels and a fill of {self.fill}."
+                "data.randaugment needs images of 1 or 3 channels and a data.fill with a value for "
+                f"each: there are {self.channels} channels and data.fill = {self.fill}."
             )
-        if self.tokenizer_size:
-            raise UserError("data.randaugment and data.tokenizer_size do not go together.")
+        if len(self.fields) > 1:
+            names = ", ".join(field.name for field in self.fields[1:])
+            raise UserError(f"data.randaugment cannot be used together with {names}.")
 
-    def random_map(self, example: dict, rng: np.random.Generator) -> dict:
-        image = decode(example["image"], self.channels, self.dtype)
-        if self.color_jitter:  # of the whole image: contrast has its mean
+    def __call__(self, example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        image = self.decode(example)
+        if self.color_jitter:  # before the crop, because contrast depends on the image's mean
             image = color_jitter(image, self.color_jitter, rng)
         box = random_crop_box(width_and_height(image), rng, self.crop_scale, self.clip_crop)
         image = crop(image, box)
-        views = {name: resize(image, *how, self.resizer) for name, how in self.sizes().items()}
+        views = {
+            field.name: resize(image, field.size, field.interpolation, self.resizer)
+            for field in self.fields
+        }
         if self.flip and rng.random() < 0.5:
             views = {name: view[:, ::-1] for name, view in views.items()}
         if self.randaugment:
-            views["image"] = self.augmented(views["image"], rng)
-        return example | views
+            views = {name: self.augment(view, rng) for name, view in views.items()}
+        return views
 
-    def augmented(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Applies RandAugment to an image (H, W, c)."""
         if image.dtype != np.uint8:
-            raise UserError("data.randaugment is for 8-bit images: set it to ().")
-        image = Image.fromarray(image if self.channels > 1 else image[..., 0])
-        image = np.asarray(rand_augment(image, *self.randaugment, self.fill, rng))
-        return image.reshape(*self.size, self.channels)
+            raise UserError("data.randaugment needs 8-bit images: set it to ().")
+        pixels = Image.fromarray(image if self.channels > 1 else image[..., 0])
+        pixels = rand_augment(pixels, *self.randaugment, self.fill, rng)
+        return np.asarray(pixels).reshape(image.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationView(View, grain.transforms.Map):
-    """Resize, so that the view is `crop_fraction` of the short side, and central crop."""
+class EvaluationView(View):
+    """Resizes so that the view is `crop_fraction` of the short side, then crops the center."""
 
-    crop_fraction: float
+    crop_fraction: Annotated[
+        float, NOT_NEGATIVE, FREE, "share of the short side in evaluation views"
+    ] = 0.875
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.crop_fraction <= 1:
             raise UserError(
-                f"data.crop_fraction = {self.crop_fraction}: say a share of the side, up to 1."
+                f"data.crop_fraction = {self.crop_fraction} must be greater than 0 and at most 1."
             )
 
-    def map(self, example: dict) -> dict:
-        image = decode(example["image"], self.channels, self.dtype)
-        return example | {name: self.central(image, *how) for name, how in self.sizes().items()}
+    def __call__(self, example: dict) -> dict[str, np.ndarray]:
+        image = self.decode(example)
+        return {field.name: self.central(image, field) for field in self.fields}
 
-    def central(self, image, size, interpolation: str) -> np.ndarray:
-        height, width = size
-        h, w = (int(side / self.crop_fraction) for side in size)
+    def central(self, image: Image.Image | np.ndarray, field: Field) -> np.ndarray:
+        height, width = field.size
+        h, w = (int(side / self.crop_fraction) for side in field.size)
         across, down = width_and_height(image)
-        longest = LONGEST * max(size) // min(size) * min(across, down)
-        if max(across, down) > longest:  # a line of pixels, say: its middle is enough
+        longest = LONGEST * max(field.size) // min(field.size) * min(across, down)
+        if max(across, down) > longest:  # a line of pixels, say: resizing all of it takes memory
             left, top = max(0, across - longest) // 2, max(0, down - longest) // 2
             image = crop(image, (left, top, across - left, down - top))
             across, down = width_and_height(image)
@@ -222,5 +242,5 @@ class EvaluationView(View, grain.transforms.Map):
         else:
             h = int(w * down / across)
         left, top = round((w - width) / 2), round((h - height) / 2)
-        image = resize(image, (h, w), interpolation, self.resizer)
+        image = resize(image, (h, w), field.interpolation, self.resizer)
         return crop(image, (left, top, left + width, top + height))

@@ -8,7 +8,7 @@ Shapes: b images, n tokens on a grid (h, w), v vocabulary, d width, (p, q) patch
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import einops
 import flax.linen as nn
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mim_jax import UserError
+from mim_jax.keys import NOT_NEGATIVE, POSITIVE, Dtype, Smoke
 
 # OpenAI's convolution: zero biases, and kernels that keep the variance.
 Conv = functools.partial(
@@ -210,6 +211,18 @@ class DVAE(NamedTuple):
     channels: int
     likelihood: Likelihood
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of convolutions."""
+        return self.encoder.dtype
+
+    def with_dtype(self, dtype: str) -> "DVAE":
+        """Returns the same network with convolutions in another dtype."""
+        halves = dict(
+            encoder=self.encoder.clone(dtype=dtype), decoder=self.decoder.clone(dtype=dtype)
+        )
+        return self._replace(**halves)
+
     def init(self, rng: jax.Array, images: jax.Array) -> dict:
         """-> {"tokenizer": the encoder's parameters, "decoder": the decoder's}."""
         rng_tokenizer, rng_decoder = jax.random.split(rng)
@@ -271,25 +284,28 @@ class DVAE(NamedTuple):
 
 def dvae(
     *,
-    kind: Literal["dalle", "small"] = "dalle",
-    vocabulary: int = 8192,
-    width: int = 256,
-    layers: int = 3,
-    blocks: int = 0,
-    stem: int = 1,
-    codebook: int = 0,
-    channels: int = 3,
-    likelihood: Likelihood = "logit_laplace",
-    dtype: str = "float32",
+    kind: Annotated[
+        Literal["dalle", "small"], "OpenAI's network, or that of BEiT's code"
+    ] = "dalle",
+    vocabulary: Annotated[int, POSITIVE, Smoke(64), "number of codes"] = 8192,
+    width: Annotated[int, POSITIVE, Smoke(8), "channels of the first group"] = 256,
+    layers: Annotated[int, NOT_NEGATIVE, "how often the resolution is halved"] = 3,
+    blocks: Annotated[int, NOT_NEGATIVE, Smoke(1), "blocks per layer; 0: by kind"] = 0,
+    stem: Annotated[
+        int, POSITIVE, "side of the squares of pixels that the first convolution takes as one"
+    ] = 1,
+    codebook: Annotated[int, NOT_NEGATIVE, Smoke(8), "width of a code; 0: by kind"] = 0,
+    channels: Annotated[int, POSITIVE, "channels of the images"] = 3,
+    likelihood: Annotated[Likelihood, "likelihood of a pixel"] = "logit_laplace",
+    dtype: Annotated[Dtype, "of convolutions; auto: bfloat16, but float32 on a CPU"] = "float32",
 ) -> DVAE:
-    """A dVAE with a token for every stem * 2**layers pixels squared.
+    """Builds a dVAE with a token for every square of stem * 2**layers pixels a side.
 
-    `dalle`, with its defaults, is OpenAI's; `small`, with likelihood="mse", is BEiT's own.
-    `blocks` a layer and the `codebook`'s width have the kind's defaults. With a `stem` the image is
-    cut into squares of so many pixels a side first, and only then convolved, which a CPU likes.
+    `dalle`, with its defaults, is OpenAI's; `small`, with likelihood="mse", is that of BEiT's code.
+    A `stem` makes convolutions cheaper on a CPU.
     """
     if kind == "dalle" and width % 4:
-        raise UserError(f"tokenizer.width = {width}: the blocks of a dalle need a multiple of 4.")
+        raise UserError(f"tokenizer.width = {width} must be a multiple of 4 for kind 'dalle'.")
     encoder, decoder, sizes = KINDS[kind]
     values = channels * (2 if likelihood == "logit_laplace" else 1)
     shape = dict(width=width, layers=layers, blocks=blocks or sizes["blocks"], stem=stem)

@@ -33,8 +33,8 @@ def take(tokens: jax.Array, indices: jax.Array) -> jax.Array:
     return jnp.take_along_axis(tokens, indices[..., None], axis=1)
 
 
-def busy(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """images (b, H, W, c) in [0, 1] -> which patches are not all of one colour, nearly (b, n)."""
+def not_blank(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
+    """images (b, H, W, c) in [0, 1] -> true for patches of more than one color (b, n)."""
     patches, channels = patchify(images, patch), images.shape[-1]
     pixels = einops.rearrange(patches, "b n (p c) -> b n p c", c=channels)
     return (jnp.ptp(pixels, axis=2) > 0.02).any(-1)

@@ -4,13 +4,14 @@ Shapes: b images, n patches, k visible patches, d width, h heads, (p, q) patch, 
 """
 
 import functools
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mim_jax import UserError
+from mim_jax.keys import BELOW_ONE, FREE, NOT_NEGATIVE, POSITIVE, Dtype, Smoke
 from mim_jax.models.patches import patchify, sincos2d, take
 from mim_jax.models.stem import STRIDE, Stem
 from mim_jax.models.transformer import INITS, Dense, RelativePositionBias, drop_paths, transform
@@ -31,15 +32,21 @@ class ViT(nn.Module):
     width: int
     depth: int
     heads: int
-    dtype: str = "float32"  # of the computation; parameters are float32
-    remat: str = "none"
-    positions: str = "sincos"
-    relative_bias: str = "none"
-    layer_scale: float = 0.0
-    key_bias: bool = True
-    drop_path: float = 0.0
-    initializer: str = "mae"
-    stem: str = "none"
+    positions: Annotated[
+        Literal["sincos", "learned", "none"], "absolute positions: fixed, learned or none"
+    ] = "sincos"
+    relative_bias: Annotated[
+        Literal["none", "shared", "own"], "relative position bias, of all blocks or of each"
+    ] = "none"
+    layer_scale: Annotated[float, NOT_NEGATIVE, "initial LayerScale; 0: no LayerScale"] = 0.0
+    key_bias: Annotated[bool, "a bias of the keys, which BEiT lacks"] = True
+    drop_path: Annotated[float, BELOW_ONE, "stochastic depth of the last block"] = 0.0
+    initializer: Annotated[Literal["mae", "beit", "timm"], "the code to initialize as"] = "mae"
+    stem: Annotated[Literal["none", "resnet50"], "embed features of a ResNet (hybrid)"] = "none"
+    dtype: Annotated[Dtype, "of matrix products; auto: bfloat16, but float32 on a CPU"] = "float32"
+    remat: Annotated[
+        str, FREE, "rematerialization of blocks: none, full, or one of jax.checkpoint_policies"
+    ] = "none"
 
     def grid(self, images: jax.Array) -> tuple[int, int]:
         """Rows and columns of patches of images (b, H, W, c)."""
@@ -111,40 +118,21 @@ class ViT(nn.Module):
 
 def vit(
     *,
-    size: Literal["", "Ti", "S", "B", "L", "H"] = "",
-    patch: int | tuple = 16,
-    width: int = 0,
-    depth: int = 0,
-    heads: int = 0,
-    positions: Literal["sincos", "learned", "none"] = "sincos",
-    relative_bias: Literal["none", "shared", "own"] = "none",
-    layer_scale: float = 0.0,
-    key_bias: bool = True,
-    drop_path: float = 0.0,
-    initializer: Literal["mae", "beit", "timm"] = "mae",
-    stem: Literal["none", "resnet50"] = "none",
-    dtype: str = "float32",
-    remat: str = "none",
+    size: Annotated[
+        Literal["", "Ti", "S", "B", "L", "H"], Smoke(""), "width, depth and heads by a name"
+    ] = "",
+    patch: Annotated[int | tuple, POSITIVE, "side of a patch in pixels, or (rows, columns)"] = 16,
+    width: Annotated[int, NOT_NEGATIVE, Smoke(64), "width of the tokens; 0: by size"] = 0,
+    depth: Annotated[int, NOT_NEGATIVE, Smoke(2), "number of blocks; 0: by size"] = 0,
+    heads: Annotated[int, NOT_NEGATIVE, Smoke(2), "attention heads; 0: by size"] = 0,
+    **options: Any,
 ) -> ViT:
-    """A ViT by its `size` in the papers (Ti, S, B, L, H), or by its width, depth and heads.
-
-    Positions are fixed (sincos), learned or none; a relative_bias may be added, one for all blocks
-    (shared) or for each its own. layer_scale is what LayerScale begins with, 0: there is none.
-    drop_path is the rate of stochastic depth at the last block. Without key_bias it is BEiT's;
-    the initializer is that of the code of mae, beit or timm. With a stem it is a hybrid: patches
-    are features of a ResNet.
-    """
+    """Builds a ViT from its `size` in the papers, or from width, depth and heads; see ViT."""
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    if stem != "none" and patch != (STRIDE, STRIDE):
-        raise UserError(f"model.stem makes patches of {STRIDE} pixels: say model.patch={STRIDE}.")
+    if options.get("stem", "none") != "none" and patch != (STRIDE, STRIDE):
+        raise UserError(f"model.stem needs model.patch = {STRIDE}: its features have that stride.")
     given = {k: v for k, v in dict(width=width, depth=depth, heads=heads).items() if v}
     shape = {**SIZES.get(size, {}), **given}
     if len(shape) < 3:
-        raise UserError("the config must say model.size, or model.width, depth and heads.")
-    if min(*patch, *shape.values()) < 1:
-        raise UserError(f"a ViT of patch={patch}, {shape} cannot be: say 1 or more of each.")
-    return ViT(
-        patch=patch, **shape, stem=stem, positions=positions, relative_bias=relative_bias,
-        layer_scale=layer_scale, key_bias=key_bias, drop_path=drop_path,
-        initializer=initializer, dtype=dtype, remat=remat,
-    )  # fmt: skip
+        raise UserError("set model.size, or model.width, model.depth and model.heads.")
+    return ViT(patch=patch, **shape, **options)

@@ -1,32 +1,37 @@
-"""BEiT (Bao et al., 2021): predict the visual tokens of hidden patches.
+"""BEiT (Bao et al., 2021): predict the visual tokens of masked patches.
 
-With pixels for tokens it is SimMIM (Xie et al., 2021), and what lies between in BEiT's table 4.
+With pixels instead of tokens it is SimMIM (Xie et al., 2021); the ablations of BEiT's table 4 lie
+in between.
 
-Shapes: b images, n patches, m at most hidden, d width, v vocabulary, (p, q) patch, c channels.
+Shapes: b images, n patches, m predicted patches, v vocabulary, (p, q) patch, c channels.
 """
 
+import dataclasses
+import functools
 import math
 from collections import OrderedDict
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mim_jax import UserError, targets
+from mim_jax.keys import POSITIVE, SHARE, Smoke
 from mim_jax.masking import Sampling, corrupt, sample
-from mim_jax.models.patches import busy, patchify, take, unpatchify
+from mim_jax.models.dvae import DVAE
+from mim_jax.models.patches import not_blank, patchify, take, unpatchify
 from mim_jax.models.transformer import INITS, Dense
-from mim_jax.models.vit import ViT, vit
-from mim_jax.normalize import MEAN, STD, denormalize, normalize, unit
-from mim_jax.objectives import Objective, per_example
+from mim_jax.models.vit import ViT
+from mim_jax.normalize import MEAN, STD, Mean, Std, denormalize, normalize, unit
+from mim_jax.objectives import objective_of, per_example
 
 
 class BEiT(nn.Module):
-    """The encoder, and a linear head on the places that are asked for."""
+    """The encoder and a linear head for the predicted patches."""
 
     encoder: ViT
-    vocabulary: int = 0  # what is predicted of a patch: so many logits, or 0: its p*q*c pixels
+    vocabulary: int = 0  # logits predicted per patch; 0: its p*q*c pixels
 
     @nn.compact
     def __call__(self, images, masked, places, drop_keys=None):
@@ -38,106 +43,144 @@ class BEiT(nn.Module):
         return head(take(tokens[:, 1:], places))
 
 
-def objective(
-    model: dict,
-    tokenizer: dict | None = None,
-    *,
-    sampling: Sampling = "blockwise",
-    num_masked: int = 75,
-    min_block: int = 16,
-    mask_unit: int = 1,
-    corruption: tuple = (1.0, 0.0, 0.0),
-    recover: Literal["hidden", "all"] = "hidden",
-    target: targets.Name = "tokens",
-    error: targets.Error = "squared",
-    mean: tuple = MEAN,
-    std: tuple = STD,
-) -> Objective:
-    """BEiT: of the patches of an image `num_masked` at most are hidden, in blocks of `min_block`.
+class Masked(NamedTuple):
+    """A batch after masking."""
 
-    The loss is the mean over all hidden patches of the batch. `corruption` is BERT's: the shares of
-    hidden patches that the mask token, another patch, the patch itself stands for. recover="all"
-    asks for patches that are seen too; mean and std are the data's.
+    images: jax.Array  # (b, H, W, c), normalized
+    corrupted: jax.Array  # the same, with some patches replaced by others
+    mask_tokens: jax.Array  # (b, n), true where the mask token replaces a patch
+    places: jax.Array  # (b, m), indices of the patches to predict
+    weight: jax.Array  # (b, m), false where a place is only padding
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskedImageModeling:
+    """Masked image modelling with an encoder that sees mask tokens (Bao et al., 2021, section 2).
+
+    The loss is the mean over all masked patches of the batch. The corruption is BERT's.
     """
-    if sampling == "none" and recover != "all":
-        raise UserError('objective.sampling = "none" hides nothing: say objective.recover="all".')
-    encoder = vit(**model)
-    asked = targets.make(target, encoder.patch, tokenizer, mean=mean, std=std, error=error)
-    network = BEiT(encoder, asked.vocabulary)
 
-    def hide(batch, rng):
-        """-> images, what is seen of them, masked (b, n), places (b, m), their weight (b, m)."""
-        images = normalize(batch["image"], mean, std)
+    model: ViT
+    tokenizer: DVAE | None = None
+    _: dataclasses.KW_ONLY
+    sampling: Annotated[Sampling, "how masked patches are chosen"] = "blockwise"
+    num_masked: Annotated[int, POSITIVE, Smoke(6), "masked patches per image, at most"] = 75
+    min_block: Annotated[int, POSITIVE, Smoke(2), "patches in a block, at least"] = 16
+    mask_unit: Annotated[int, POSITIVE, "side of the masked squares, in patches (SimMIM)"] = 1
+    corruption: Annotated[
+        tuple, SHARE, "shares of masked patches replaced by the mask token, by another patch, kept"
+    ] = (1.0, 0.0, 0.0)
+    recover: Annotated[Literal["hidden", "all"], "patches in the loss: the masked ones, or all"] = (
+        "hidden"
+    )
+    target: Annotated[targets.Name, "what is predicted"] = "tokens"
+    error: Annotated[targets.Distance, "distance between pixels and their prediction"] = "squared"
+    mean: Mean = MEAN
+    std: Std = STD
+
+    def __post_init__(self):
+        if self.sampling == "none" and self.recover != "all":
+            raise UserError('objective.sampling = "none" needs objective.recover = "all".')
+
+    @functools.cached_property
+    def truth(self) -> targets.Target:
+        statistics = dict(mean=self.mean, std=self.std)
+        patch, error = self.model.patch, self.error
+        return targets.make(self.target, patch, self.tokenizer, **statistics, distance=error)
+
+    @functools.cached_property
+    def network(self) -> BEiT:
+        return BEiT(self.model, self.truth.vocabulary)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.truth.needs
+
+    def mask(self, batch, rng) -> Masked:
+        encoder = self.model
+        images = normalize(batch["image"], self.mean, self.std)
         rng_mask, rng_corrupt = jax.random.split(rng)
         hidden = sample(
-            per_example(rng_mask, batch["index"]), encoder.grid(images), num_masked, sampling,
-            min_block=min_block, unit=mask_unit,
-        )  # fmt: skip
-        masked, source = corrupt(per_example(rng_corrupt, batch["index"]), hidden, corruption)
+            per_example(rng_mask, batch["index"]),
+            encoder.grid(images),
+            self.num_masked,
+            self.sampling,
+            min_block=self.min_block,
+            unit=self.mask_unit,
+        )
+        rngs = per_example(rng_corrupt, batch["index"])
+        mask_tokens, source = corrupt(rngs, hidden, self.corruption)
         patches = take(patchify(images, encoder.patch), source)
-        seen = unpatchify(patches, encoder.patch, images.shape[1])
-        wanted = jnp.ones_like(hidden) if recover == "all" else hidden
-        # As many places for each image, whatever its mask: those that are not wanted weigh nothing.
-        count = wanted.shape[1] if recover == "all" else num_masked
+        corrupted = unpatchify(patches, encoder.patch, images.shape[1])
+        wanted = jnp.ones_like(hidden) if self.recover == "all" else hidden
+        # Masks differ in size: every image gets as many places, and the surplus weighs nothing.
+        count = wanted.shape[1] if self.recover == "all" else self.num_masked
         places = jnp.argsort(~wanted, axis=1)[:, :count]
-        return images, seen, masked, places, jnp.take_along_axis(wanted, places, axis=1)
+        weight = jnp.take_along_axis(wanted, places, axis=1)
+        return Masked(images, corrupted, mask_tokens, places, weight)
 
-    def forward(params, buffers, batch, rng, drop_keys=None):
-        """-> images, masked (b, n), places (b, m), weight (b, m), answers (b, n, ...), predicted"""
-        images, seen, masked, places, weight = hide(batch, rng)
-        predicted = network.apply({"params": params}, seen, masked, places, drop_keys)
-        answers = asked.answers(buffers, batch, images)
-        return images, masked, places, weight, answers, predicted
+    def predict(self, params, buffers, batch, rng, drop_keys=None):
+        """Returns the masked batch, predictions (b, m, v) and the truth (b, n, ...)."""
+        masked = self.mask(batch, rng)
+        predicted = self.network.apply(
+            {"params": params}, masked.corrupted, masked.mask_tokens, masked.places, drop_keys
+        )
+        return masked, predicted, self.truth.of(buffers, batch, masked.images)
 
-    def init(rng, batch):
-        _, seen, masked, places, _ = hide(batch, rng)
+    def init(self, rng, batch):
+        masked = self.mask(batch, rng)
         rng_params, rng_buffers = jax.random.split(rng)
-        params = network.init(rng_params, seen, masked, places)["params"]
-        return params, asked.init(rng_buffers, batch)
+        inputs = masked.corrupted, masked.mask_tokens, masked.places
+        params = self.network.init(rng_params, *inputs)["params"]
+        return params, self.truth.init(rng_buffers, batch)
 
-    def loss(params, buffers, batch, rng, step):
+    def loss(self, params, buffers, batch, rng, step):
         drop_keys = per_example(jax.random.fold_in(rng, 1), batch["index"])
-        *_, places, weight, answers, predicted = forward(params, buffers, batch, rng, drop_keys)
-        found = asked.errors(predicted, take(answers, places))
-        sums = jax.tree.map(lambda x: (x * weight).sum(), found)
-        total, count = sums.pop("loss"), weight.sum()
+        masked, predicted, truth = self.predict(params, buffers, batch, rng, drop_keys)
+        losses = self.truth.loss(predicted, take(truth, masked.places))
+        sums = jax.tree.map(lambda x: (x * masked.weight).sum(), losses)
+        total, count = sums.pop("loss"), masked.weight.sum()
         means = {name: x / jnp.maximum(count, 1) for name, x in sums.items()}
         return total, count, (means, buffers)
 
-    def evaluate(params, buffers, batch, rng):
-        _, _, places, weight, answers, predicted = forward(params, buffers, batch, rng)
-        wanted = take(answers, places)
-        found = asked.errors(predicted, wanted)
-        sums = jax.tree.map(lambda x: (x * weight).sum(1), found) | {"count": weight.sum(1)}
-        if not asked.vocabulary:
+    def evaluate(self, params, buffers, batch, rng):
+        """Returns sums over the masked patches of each image, and their number."""
+        masked, predicted, truth = self.predict(params, buffers, batch, rng)
+        weight, truth = masked.weight, take(truth, masked.places)
+        losses = self.truth.loss(predicted, truth)
+        sums = jax.tree.map(lambda x: (x * weight).sum(1), losses) | {"count": weight.sum(1)}
+        if not self.truth.vocabulary:
             return sums
-        # Much of a drawing is blank, which is easy to predict: how well is the rest?
-        lively = busy(unit(batch["image"]), encoder.patch)
-        lively = weight & jnp.take_along_axis(lively, places, axis=1)
-        tokens = jax.nn.one_hot(wanted[..., 0], asked.vocabulary)
+        # Much of a drawing is blank and easy to predict: report the other patches separately.
+        busy = not_blank(unit(batch["image"]), self.model.patch)
+        busy = weight & jnp.take_along_axis(busy, masked.places, axis=1)
+        tokens = jax.nn.one_hot(truth[..., 0], self.truth.vocabulary)
         return sums | {
-            "accuracy_not_blank": (found["accuracy"] * lively).sum(1),
-            "count_not_blank": lively.sum(1),
-            "tokens_not_blank": (tokens * lively[..., None]).sum(1),
+            "accuracy_not_blank": (losses["accuracy"] * busy).sum(1),
+            "count_not_blank": busy.sum(1),
+            "tokens_not_blank": (tokens * busy[..., None]).sum(1),
         }
 
-    def summarize(sums):
-        """Sums over the hidden patches of an image -> means over all hidden patches."""
+    def summarize(self, sums):
+        """Turns sums over the masked patches of an image into means over all masked patches."""
         means = {name: sums[name] / sums["count"] for name in ("loss", "accuracy") if name in sums}
-        if lively := sums.get("count_not_blank"):
-            means["accuracy_not_blank"] = sums["accuracy_not_blank"] / lively
-            means["most_frequent_not_blank"] = sums["tokens_not_blank"].max() / lively
+        if count := sums.get("count_not_blank"):
+            means["accuracy_not_blank"] = sums["accuracy_not_blank"] / count
+            means["most_frequent_not_blank"] = sums["tokens_not_blank"].max() / count
         return means
 
-    def pictures(params, buffers, batch, rng):
-        images, masked, places, weight, answers, predicted = forward(params, buffers, batch, rng)
-        n, grid = masked.shape[1], encoder.grid(images)
-        shown = jnp.where(weight, places, n)  # there is no place n: what is not wanted is not put
-        blank = targets.blank(images, encoder.patch, jnp.where(masked, jnp.arange(n), n))
+    def pictures(self, params, buffers, batch, rng):
+        masked, predicted, truth = self.predict(params, buffers, batch, rng)
+        encoder, n = self.model, masked.mask_tokens.shape[1]
+        places = jnp.where(masked.weight, masked.places, n)  # `put` ignores place n
+        covered = jnp.where(masked.mask_tokens, jnp.arange(n), n)
+        blank = targets.blank(masked.images, encoder.patch, covered)
+        grid = encoder.grid(masked.images)
         return OrderedDict(
-            masked=denormalize(blank, mean, std),
-            **asked.paint(buffers, predicted, answers, shown, grid),
-            original=denormalize(images, mean, std),
+            masked=denormalize(blank, self.mean, self.std),
+            **self.truth.paint(buffers, predicted, truth, places, grid),
+            original=denormalize(masked.images, self.mean, self.std),
         )
 
-    return Objective(init, loss, evaluate, pictures, summarize, asked.needs)
+
+objective = objective_of(MaskedImageModeling)

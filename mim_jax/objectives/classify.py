@@ -1,12 +1,14 @@
-"""Classification: training from scratch, fine-tuning, and linear probes of a frozen encoder.
+"""Classification: training from scratch, fine-tuning, and probes of a frozen encoder.
 
-What of the encoder is frozen lies among the buffers: it has no gradient and no optimizer state.
+Frozen parameters of the encoder are buffers: they have no gradient and no optimizer state.
 
-Shapes: b images, n patches, d width, k classes, l layers.
+Shapes: b images, d width, k classes, l layers.
 """
 
+import dataclasses
+import functools
 from collections import OrderedDict
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -17,19 +19,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mim_jax import UserError
 from mim_jax.augment import erase, mix, smooth
+from mim_jax.keys import NOT_NEGATIVE, PER_DEVICE, SHARE, Range
 from mim_jax.models.transformer import LayerNorm
-from mim_jax.models.vit import ViT, vit
-from mim_jax.normalize import MEAN, STD, denormalize, normalize
-from mim_jax.objectives import Objective, per_example
+from mim_jax.models.vit import ViT
+from mim_jax.normalize import MEAN, STD, Mean, Std, denormalize, normalize
+from mim_jax.objectives import objective_of, per_example
 
 MLP = ("norm2", "fc1", "fc2", "gamma_2")  # the second half of a block
+STATISTICS = "batch_statistics"  # the collection of BatchNorm's running averages
 
 
 class BatchNorm(nn.Module):
-    """Features at mean 0 and variance 1: PyTorch's BatchNorm1d(affine=False, eps=1e-6).
+    """Batch normalization without gain and bias: PyTorch's BatchNorm1d(affine=False, eps=1e-6).
 
-    Each `group` of consecutive rows has statistics of its own, as those of a device in MAE's code;
-    their running average, for evaluation, is of the unbiased variance.
+    Each `group` of consecutive rows has its own statistics, as the rows of a device in MAE's code.
+    The running averages used in evaluation are of the unbiased variance.
     """
 
     group: int
@@ -38,7 +42,7 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, training: bool) -> jax.Array:
         """x (b, d) -> (b, d)"""
         running = {
-            name: self.variable("batch_statistics", name, fill, x.shape[1:], x.dtype)
+            name: self.variable(STATISTICS, name, fill, x.shape[1:], x.dtype)
             for name, fill in (("mean", jnp.zeros), ("variance", jnp.ones))
         }
         if not training:
@@ -46,10 +50,10 @@ class BatchNorm(nn.Module):
             return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
         if len(x) % self.group:
             raise UserError(
-                f"objective.batch_norm = {self.group} does not divide the {len(x)} images that are "
-                "computed at once: make it a divisor of batch_size / devices / accumulate."
+                f"objective.batch_norm = {self.group} does not divide the {len(x)} images that a "
+                "device processes at once: make it a divisor of batch_size / devices / accumulate."
             )
-        groups = x.reshape(-1, self.group, x.shape[1])
+        groups = x.reshape(-1, self.group, x.shape[1])  # (b / group, group, d)
         mean, variance = groups.mean(1, keepdims=True), groups.var(1, keepdims=True)
         unbiased = variance * self.group / max(self.group - 1, 1)
         for name, now in (("mean", mean), ("variance", unbiased)):
@@ -58,7 +62,7 @@ class BatchNorm(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The encoder, what is pooled of its tokens, and a linear head."""
+    """The encoder, pooling of its tokens, and a linear head."""
 
     encoder: ViT
     num_labels: int
@@ -68,7 +72,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, images, drop_keys=None, training: bool = False) -> jax.Array:
-        """images (b, H, W, c) -> logits (b, l, k) in float32 or better; l is 1 but for `layers`."""
+        """images (b, H, W, c) -> logits (b, l, k), at least float32; l > 1 only for `layers`."""
         depth = self.encoder.depth
         if self.pooling == "cls":
             pooled = [self.encoder(images, drop_keys=drop_keys)[:, 0]]
@@ -89,109 +93,125 @@ class Classifier(nn.Module):
         return jnp.stack(logits, axis=1)
 
 
-def objective(
-    model: dict,
-    num_labels: int,
-    *,
-    pooling: Literal["mean", "cls", "layers"] = "mean",
-    batch_norm: int = 0,
-    head_std: float = 2e-5,
-    tuned_blocks: float = -1.0,
-    smoothing: float = 0.0,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    mixup_group: int = 128,
-    erasing: float = 0.0,
-    mean: tuple = MEAN,
-    std: tuple = STD,
-) -> Objective:
-    """Which of `num_labels` classes an image is of.
+def is_tuned(path: tuple[str, ...], depth: int, tuned_blocks: float) -> bool:
+    """Returns whether a parameter of an encoder of `depth` blocks is trained."""
+    if tuned_blocks < 0:
+        return True
+    if not path[0].startswith("block_"):
+        return path[0] == "norm" and tuned_blocks > 0
+    from_the_end = depth - int(path[0].removeprefix("block_"))  # 1 for the last block
+    return from_the_end <= tuned_blocks or (from_the_end - tuned_blocks == 0.5 and path[1] in MLP)
 
-    pooling: "mean" of the patches after the last block, then a norm of its own (fine-tuning, MAE
-        and BEiT); "cls": the class token after the encoder's norm; "layers": class token and mean
-        of the patches after each block, with a head for each (BEiT's linear probe).
-    batch_norm: what the head is given is normalised (MAE's linear probe), by the statistics of so
-        many consecutive images.
-    tuned_blocks: how many of the last blocks are trained beside the head. 0 is a linear probe, 0.5
-        the MLP of the last block, 1.5 that of the last but one and all after it, -1: everything.
-    mixup, cutmix: their betas; each `mixup_group` consecutive images are mixed by one share.
-    head_std, smoothing, erasing: the head's deviation at first, label smoothing, the probability
-        of random erasing. mean and std are the data's.
-    """
-    encoder = vit(**model)
-    if num_labels < 2:
-        there = "one label alone" if num_labels else "no labels"
-        raise UserError(f"classify needs images with labels: this data set has {there}.")
-    if tuned_blocks != -1 and (tuned_blocks % 0.5 or not 0 <= tuned_blocks <= encoder.depth):
-        raise UserError(
-            f"objective.tuned_blocks = {tuned_blocks:g}: say 0, 0.5, 1, 1.5, ... of the "
-            f"{encoder.depth} blocks, or -1 for the whole encoder."
-        )
-    if (mixup or cutmix) and (mixup_group < 2 or mixup_group % 2):
-        raise UserError(
-            f"objective.mixup_group = {mixup_group}: images are mixed in pairs, say an even number."
-        )
-    if batch_norm == 1:
-        raise UserError("objective.batch_norm = 1: say 0, or 2 images at least.")
-    network = Classifier(encoder, num_labels, pooling, batch_norm, head_std)
 
-    def tuned(path: tuple[str, ...]) -> bool:
-        """Whether a parameter of the encoder is trained."""
-        if tuned_blocks < 0:
-            return True
-        if not path[0].startswith("block_"):
-            return path[0] == "norm" and tuned_blocks > 0
-        behind = encoder.depth - int(path[0].removeprefix("block_"))  # 1: the last block
-        return behind <= tuned_blocks or (behind - tuned_blocks == 0.5 and path[1] in MLP)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classification:
+    """Classification into `num_labels` classes (fine-tuning and probes of MAE and BEiT)."""
 
-    def init(rng, batch):
-        buffers = network.init(rng, normalize(batch["image"], mean, std))
+    head = ("fc_norm", "head", STATISTICS)
+
+    model: ViT
+    num_labels: int
+    _: dataclasses.KW_ONLY
+    pooling: Annotated[
+        Literal["mean", "cls", "layers"],
+        "features of the head: mean of the patches after the last block, then a norm (fine-tuning);"
+        " the class token after the final norm; class token and mean of each block, a head for each"
+        " (BEiT's linear probe)",
+    ] = "mean"
+    batch_norm: Annotated[
+        int, NOT_NEGATIVE, PER_DEVICE, "normalize the head's input in groups of images; 0: do not"
+    ] = 0
+    head_std: Annotated[float, NOT_NEGATIVE, "initial standard deviation of the head"] = 2e-5
+    tuned_blocks: Annotated[
+        float,
+        Range(-1),
+        "last blocks that are trained: 0 none (a linear probe), 0.5 the MLP of the last, -1 all",
+    ] = -1.0
+    smoothing: Annotated[float, SHARE, "label smoothing"] = 0.0
+    mixup: Annotated[float, NOT_NEGATIVE, "beta of mixup; 0: none"] = 0.0
+    cutmix: Annotated[float, NOT_NEGATIVE, "beta of CutMix; 0: none"] = 0.0
+    mixup_group: Annotated[
+        int, NOT_NEGATIVE, PER_DEVICE, "consecutive images that are mixed by one share"
+    ] = 128
+    erasing: Annotated[float, SHARE, "probability of random erasing"] = 0.0
+    mean: Mean = MEAN
+    std: Std = STD
+
+    def __post_init__(self):
+        if self.num_labels < 2:
+            number = "only one label" if self.num_labels else "no labels"
+            raise UserError(f"classify needs images with labels: this data set has {number}.")
+        blocks, depth = self.tuned_blocks, self.model.depth
+        if blocks != -1 and (blocks % 0.5 or not 0 <= blocks <= depth):
+            raise UserError(
+                f"objective.tuned_blocks = {blocks:g} must be 0, 0.5, 1, 1.5, ... up to the "
+                f"{depth} blocks, or -1 for the whole encoder."
+            )
+        if (self.mixup or self.cutmix) and (self.mixup_group < 2 or self.mixup_group % 2):
+            raise UserError(
+                f"objective.mixup_group = {self.mixup_group} must be even, to mix pairs of images."
+            )
+        if self.batch_norm == 1:
+            raise UserError("objective.batch_norm = 1 must be 0 or at least 2.")
+
+    @functools.cached_property
+    def network(self) -> Classifier:
+        shape = dict(batch_norm=self.batch_norm, head_std=self.head_std)
+        return Classifier(self.model, self.num_labels, self.pooling, **shape)
+
+    def init(self, rng, batch):
+        buffers = self.network.init(rng, normalize(batch["image"], self.mean, self.std))
         params = buffers.pop("params")
-        whole = flatten_dict(params.pop("encoder"))
-        for tree, is_here in ((params, True), (buffers, False)):
-            if part := {path: x for path, x in whole.items() if tuned(path) == is_here}:
+        encoder, depth = flatten_dict(params.pop("encoder")), self.model.depth
+        for tree, tuned in ((params, True), (buffers, False)):
+            part = {
+                k: x for k, x in encoder.items() if is_tuned(k, depth, self.tuned_blocks) == tuned
+            }
+            if part:
                 tree["encoder"] = unflatten_dict(part)
         return params, buffers
 
-    def forward(params, buffers, images, drop_keys=None, training=False):
-        """-> logits (b, l, k), buffers"""
+    def forward(self, params, buffers, images, drop_keys=None, training=False):
+        """Returns logits (b, l, k) and buffers."""
         parts = (flatten_dict(tree.get("encoder", {})) for tree in (buffers, params))
-        whole = unflatten_dict({k: v for part in parts for k, v in part.items()})
-        variables = {"params": params | {"encoder": whole}}
-        if not batch_norm:
-            return network.apply(variables, images, drop_keys, training), buffers
-        name = "batch_statistics"
-        logits, changed = network.apply(
-            variables | {name: buffers[name]}, images, drop_keys, training, mutable=[name]
+        encoder = unflatten_dict({path: x for part in parts for path, x in part.items()})
+        variables = {"params": params | {"encoder": encoder}}
+        if not self.batch_norm:
+            return self.network.apply(variables, images, drop_keys, training), buffers
+        variables[STATISTICS] = buffers[STATISTICS]
+        logits, changed = self.network.apply(
+            variables, images, drop_keys, training, mutable=[STATISTICS]
         )
         return logits, buffers | changed
 
-    def augmented(batch, rng, group=mixup_group):
-        """-> images and targets (b, k), as they are trained on."""
-        images = normalize(batch["image"], mean, std)
-        targets = smooth(batch["label"], num_labels, smoothing)
+    def augment(self, batch, rng, group: int):
+        """Returns images and targets (b, k) after erasing and mixing groups of images."""
+        images = normalize(batch["image"], self.mean, self.std)
+        targets = smooth(batch["label"], self.num_labels, self.smoothing)
         rng_erase, rng_mix = jax.random.split(rng)
-        if erasing:
-            images = erase(images, per_example(rng_erase, batch["index"]), erasing)
-        if mixup or cutmix:
-            shares = dict(group=group, mixup=mixup, cutmix=cutmix)
-            images, targets = mix(images, targets, rng_mix, batch["index"], **shares)
+        if self.erasing:
+            images = erase(images, per_example(rng_erase, batch["index"]), self.erasing)
+        if self.mixup or self.cutmix:
+            settings = dict(group=group, mixup=self.mixup, cutmix=self.cutmix)
+            images, targets = mix(images, targets, rng_mix, batch["index"], **settings)
         return images, targets
 
-    def loss(params, buffers, batch, rng, step):
+    def loss(self, params, buffers, batch, rng, step):
         rng_augment, rng_drop = jax.random.split(rng)
-        images, targets = augmented(batch, rng_augment)
-        drop_keys = None if tuned_blocks == 0 else per_example(rng_drop, batch["index"])
-        logits, buffers = forward(params, buffers, images, drop_keys, training=True)
-        found = optax.losses.softmax_cross_entropy(logits, targets[:, None])  # (b, l)
-        return found.sum(), len(images), ({}, buffers)
+        images, targets = self.augment(batch, rng_augment, self.mixup_group)
+        frozen = self.tuned_blocks == 0
+        drop_keys = None if frozen else per_example(rng_drop, batch["index"])
+        logits, buffers = self.forward(params, buffers, images, drop_keys, training=True)
+        losses = optax.losses.softmax_cross_entropy(logits, targets[:, None])  # (b, l)
+        return losses.sum(), len(images), ({}, buffers)
 
-    def evaluate(params, buffers, batch, rng):
-        logits, _ = forward(params, buffers, normalize(batch["image"], mean, std))
+    def evaluate(self, params, buffers, batch, rng):
+        images = normalize(batch["image"], self.mean, self.std)
+        logits, _ = self.forward(params, buffers, images)
         labels = jnp.broadcast_to(batch["label"][:, None], logits.shape[:2])
-        likeliest = jax.lax.top_k(logits, min(5, num_labels))[1]
+        likeliest = jax.lax.top_k(logits, min(5, self.num_labels))[1]
         hits = likeliest == labels[..., None]
-        classes = jax.nn.one_hot(batch["label"], num_labels)
+        classes = jax.nn.one_hot(batch["label"], self.num_labels)
         return {
             "loss": optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels),
             "accuracy": hits[..., 0],
@@ -200,27 +220,29 @@ def objective(
             "right": hits[..., :1] * classes[:, None],
         }
 
-    def summarize(means):
-        """The figures of the best layer; `by_class`: of each class the share and the accuracy."""
-        if (known := means["share"].sum()) < 1 - 1e-6:
+    def summarize(self, means):
+        """Returns the metrics of the best layer; `by_class` (k, 2) has shares and accuracies."""
+        if (labelled := means["share"].sum()) < 1 - 1e-6:
             raise UserError(
-                f"{1 - known:.1%} of the images have a label that is none of 0 to "
-                f"{num_labels - 1}: choose another data.evaluation_split; some have no labels."
+                f"{1 - labelled:.1%} of the images have a label outside 0 to "
+                f"{self.num_labels - 1}: choose another data.evaluation_split."
             )
         best = means["accuracy"].argmax()
-        numbers = {name: means[name][best] for name in ("loss", "accuracy", "top5")}
+        metrics = {name: means[name][best] for name in ("loss", "accuracy", "top5")}
         if len(means["accuracy"]) > 1:
             layers = enumerate(means["accuracy"], 1)
-            numbers |= {f"accuracy_layer_{i}": value for i, value in layers}
-            numbers["best_layer"] = best + 1
+            metrics |= {f"accuracy_layer_{i}": value for i, value in layers}
+            metrics["best_layer"] = best + 1
         by_class = means["right"][best] / means["share"].clip(min=1e-12)
-        return numbers | {"by_class": np.stack([means["share"], by_class], axis=1)}
+        return metrics | {"by_class": np.stack([means["share"], by_class], axis=1)}
 
-    def pictures(params, buffers, batch, rng):
-        images, _ = augmented(batch, rng, group=len(batch["image"]))
+    def pictures(self, params, buffers, batch, rng):
+        images, _ = self.augment(batch, rng, group=len(batch["image"]))
+        original = normalize(batch["image"], self.mean, self.std)
         return OrderedDict(
-            trained=denormalize(images, mean, std),
-            original=denormalize(normalize(batch["image"], mean, std), mean, std),
+            trained=denormalize(images, self.mean, self.std),
+            original=denormalize(original, self.mean, self.std),
         )
 
-    return Objective(init, loss, evaluate, pictures, summarize)
+
+objective = objective_of(Classification)

@@ -1,16 +1,18 @@
-"""The tokenizer (Ramesh et al., 2021, section 2.1): images through a grid of discrete tokens.
+"""The tokenizer (Ramesh et al., 2021, section 2.1): a discrete VAE, trained by Gumbel-softmax.
 
-Maximised is a bound on the likelihood of an image (ELBO) of two terms. `reconstruction` is what the
-decoder makes of the tokens. `kl` is what they cost where any code is as likely as another: ln v
-nats a token once they are certain. BEiT is the second stage of the same bound: it keeps the tokens
-and learns a better prior, and its loss is what a token costs then (Bao et al., 2021, section 2.4).
+The loss is the negative of a lower bound on the likelihood of an image (ELBO), with two terms.
+`reconstruction` is the negative log-likelihood of the pixels, given the tokens. `kl` is the
+divergence of the tokens' distribution from a uniform prior: ln v nats per token once they are
+certain. BEiT is the second stage of the same bound: with the tokens fixed it learns a better prior
+(Bao et al., 2021, section 2.4).
 
 Shapes: b images, n tokens on a grid (h, w), v vocabulary, (p, q) patch, c channels.
 """
 
+import dataclasses
 import math
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import einops
 import jax
@@ -18,21 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax import UserError
-from mim_jax.models.dvae import dvae
-from mim_jax.models.patches import busy, patchify
+from mim_jax.keys import NOT_NEGATIVE, POSITIVE, Range
+from mim_jax.models.dvae import DVAE
+from mim_jax.models.patches import not_blank, patchify
 from mim_jax.normalize import unit
-from mim_jax.objectives import Objective, per_example
+from mim_jax.objectives import objective_of, per_example
 
 
 def logit_laplace(x: jax.Array, painted: jax.Array) -> jax.Array:
-    """ln f of x (..., c) in (0, 1) (appendix A.3); painted (..., 2c): locations, then ln scales."""
+    """Returns ln f of x (..., c) in (0, 1) (appendix A.3); painted (..., 2c): mean, ln scale."""
     location, log_scale = jnp.split(painted, 2, axis=-1)
     distance = jnp.abs(jax.scipy.special.logit(x) - location) / jnp.exp(log_scale)
     return -jnp.log(2 * x * (1 - x)) - log_scale - distance
 
 
 def smooth_l1(x: jax.Array, painted: jax.Array) -> jax.Array:
-    """Minus Huber's loss, which is quadratic up to a distance of 1."""
+    """Returns the negative Huber loss with a threshold of 1."""
     distance = jnp.abs(x - painted)
     return -jnp.where(distance < 1, distance**2 / 2, distance - 0.5)
 
@@ -45,15 +48,15 @@ LIKELIHOODS = {
 
 
 def cosine(start: float, end: float, steps: int, step: jax.Array) -> jax.Array:
-    """Half a cosine from `start` at step 0 to `end` at step `steps`, and that from there on."""
+    """Half a cosine from `start` at step 0 to `end` at step `steps`, then constant."""
     done = jnp.clip(step / steps, 0, 1) if steps else 1.0
     return end + (start - end) * (1 + jnp.cos(jnp.pi * done)) / 2
 
 
 def relax(logits: jax.Array, noise: jax.Array, temperature, hard) -> jax.Array:
-    """Gumbel-softmax samples (Jang et al., 2016) of logits (..., v), noise (..., v) -> (..., v).
+    """Draws Gumbel-softmax samples (Jang et al., 2016): logits and noise (..., v) -> (..., v).
 
-    Where `hard` they are straight-through: one-hot, with the gradient of the soft ones.
+    If `hard`, samples are one-hot with the gradient of the soft ones (straight-through).
     """
     noisy = (logits + noise) / temperature
     soft = jax.nn.softmax(noisy)
@@ -61,18 +64,18 @@ def relax(logits: jax.Array, noise: jax.Array, temperature, hard) -> jax.Array:
 
 
 def one_hot(logits: jax.Array) -> jax.Array:
-    """The likeliest code (..., v)."""
+    """Returns the most likely code as a one-hot vector (..., v)."""
     return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=logits.dtype)
 
 
 def perplexity(counts: jax.Array) -> jax.Array:
-    """counts (v,): the codes are as hard to guess as so many that are used evenly."""
+    """Returns the exponential of the entropy of counts (v,): how many codes are in even use."""
     share = counts / counts.sum()
     return jnp.exp(-jax.scipy.special.xlogy(share, share).sum())
 
 
 def palette(vocabulary: int) -> np.ndarray:
-    """A colour for each code (v, 3) in [0, 1]: hues by the golden ratio, at several strengths."""
+    """Returns a color for each code (v, 3) in [0, 1]: hues by the golden ratio."""
     code = np.arange(vocabulary)[:, None]
     hue = np.clip(np.abs((code * 0.618034 * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     strength, light = 0.45 + 0.55 * (code * 0.754878 % 1), 0.45 + 0.55 * (code * 0.569840 % 1)
@@ -80,171 +83,179 @@ def palette(vocabulary: int) -> np.ndarray:
 
 
 class Forward(NamedTuple):
-    """What a pass through the network gives."""
+    """The results of a pass through encoder and decoder."""
 
     images: jax.Array  # (b, H, W, c) in [0, 1]
     logits: jax.Array  # (b, h, w, v)
-    painted: jax.Array  # the parameters of the likelihood of each pixel
+    painted: jax.Array  # the likelihood's parameters for each pixel
     likelihood: jax.Array  # ln f, summed over the pixels of an image (b,)
-    kl: jax.Array  # from the uniform prior, at each token (b, n)
-    busy: jax.Array  # 1 where the pixels of a token are not all of one colour, else 0 (b, n)
+    kl: jax.Array  # divergence from the uniform prior at each token (b, n)
+    not_blank: jax.Array  # 1.0 where the pixels of a token differ, else 0.0 (b, n)
 
 
-def objective(
-    tokenizer: dict,
-    *,
-    temperature: float = 1.0,
-    min_temperature: float = 0.0625,
-    temperature_steps: int = 150_000,
-    kl_weight: float = 6.6,
-    kl_warmup_steps: int = 5_000,
-    straight_through: bool = False,
-    soft_steps: int = 0,
-    balance: float = 0.0,
-    window: int = 100,
-) -> Objective:
-    """A dVAE with the paper's schedules (appendix A.2), cosines of the step.
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiscreteVAE:
+    """A dVAE with the paper's schedules (appendix A.2), which are cosines of the step.
 
-    The temperature falls over `temperature_steps`. The weight of the KL divergence, which is summed
-    over an image's tokens as ln f is over its pixels, grows from 0 over `kl_warmup_steps`.
-    Samples are soft; with `straight_through` they are hard after `soft_steps`.
-
-    The use of the codes is watched over the last `window` steps, in cells that are not of one
-    colour. `balance` weighs how far it is from even, as kl_weight does the KL divergence: of that
-    it is the part that all images have in common (Hoffman & Johnson, 2016), and a remedy for codes
-    that nothing uses.
+    The KL divergence is summed over an image's tokens, as ln f is over its pixels. The use of codes
+    is measured in cells that are not of one color. `balance` weighs how far it is from even, the
+    part of the KL divergence that all images share (Hoffman & Johnson, 2016): it brings unused
+    codes back.
     """
-    network = dvae(**tokenizer)
-    v, density = network.encoder.vocabulary, LIKELIHOODS[network.likelihood]
-    if not 0 < min_temperature <= temperature:
-        raise UserError(
-            f"objective.min_temperature = {min_temperature} must lie above 0, and not above "
-            f"objective.temperature = {temperature}."
+
+    tokenizer: DVAE
+    _: dataclasses.KW_ONLY
+    temperature: Annotated[float, Range(0, above=True), "temperature of the first step"] = 1.0
+    min_temperature: Annotated[float, Range(0, above=True), "temperature at the end"] = 0.0625
+    temperature_steps: Annotated[int, NOT_NEGATIVE, "steps until min_temperature"] = 150_000
+    kl_weight: Annotated[float, NOT_NEGATIVE, "weight of the KL divergence"] = 6.6
+    kl_warmup_steps: Annotated[int, NOT_NEGATIVE, "steps in which it grows from 0"] = 5_000
+    straight_through: Annotated[bool, "draw one-hot samples after soft_steps"] = False
+    soft_steps: Annotated[int, NOT_NEGATIVE, "steps with soft samples"] = 0
+    balance: Annotated[float, NOT_NEGATIVE, "weight against an uneven use of the codes"] = 0.0
+    window: Annotated[int, POSITIVE, "steps over which the use of codes is averaged"] = 100
+
+    def __post_init__(self):
+        if not 0 < self.min_temperature <= self.temperature:
+            raise UserError(
+                f"objective.min_temperature = {self.min_temperature} must be greater than 0 and at "
+                f"most objective.temperature = {self.temperature}."
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        return self.tokenizer.encoder.vocabulary
+
+    def init(self, rng, batch):
+        images, v = unit(batch["image"]), self.vocabulary
+        n = self.cells(images).shape[1]
+        # Statistics start as those of an even use, so that a collapse shows within the window.
+        buffers = dict(
+            usage=jnp.full(v, n / v),
+            kl=math.log(v),
+            error_hard=0.0,
+            temperature=self.temperature,
         )
+        return self.tokenizer.init(rng, images), jax.tree.map(jnp.float32, buffers)
 
-    def cells(images):
-        """-> the pixels of each token (b, n, p * q, c)."""
-        patches = patchify(images, network.patch)
-        return einops.rearrange(patches, "b n (p c) -> b n p c", c=network.channels)
+    def cells(self, images):
+        """Returns the pixels of each token (b, n, p * q, c)."""
+        patches = patchify(images, self.tokenizer.patch)
+        return einops.rearrange(patches, "b n (p c) -> b n p c", c=self.tokenizer.channels)
 
-    def forward(params, batch, rng, temperature, hard) -> Forward:
-        images = unit(batch["image"])
+    def forward(self, params, batch, rng, temperature, hard) -> Forward:
+        network, images = self.tokenizer, unit(batch["image"])
         logits = network.logits(params["tokenizer"], images)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))
         codes = relax(logits, noise(per_example(rng, batch["index"])), temperature, hard)
         painted = network.paint(params["decoder"], codes)
+        density = LIKELIHOODS[network.likelihood]
         likelihood = density(network.map_pixels(images), painted).sum((1, 2, 3))
         log_q = jax.nn.log_softmax(logits)
-        kl = (jnp.exp(log_q) * (log_q + math.log(v))).sum(-1).reshape(len(images), -1)
-        counts = busy(images, network.patch).astype(logits.dtype)
-        return Forward(images, logits, painted, likelihood, kl, counts)
+        kl = (jnp.exp(log_q) * (log_q + math.log(self.vocabulary))).sum(-1)
+        weight = not_blank(images, network.patch).astype(logits.dtype)
+        return Forward(images, logits, painted, likelihood, kl.reshape(len(images), -1), weight)
 
-    def squared_error(images, painted):
-        """-> of each image, in [0, 1] (b,)."""
-        return ((images - network.to_images(painted)) ** 2).mean((1, 2, 3))
+    def squared_error(self, images, painted):
+        """Returns the mean squared error of each image in [0, 1] (b,)."""
+        return ((images - self.tokenizer.to_images(painted)) ** 2).mean((1, 2, 3))
 
-    def hard_error(params, images, logits):
-        return squared_error(images, network.paint(params["decoder"], one_hot(logits)))
+    def hard_error(self, params, images, logits):
+        """Returns the squared error of a reconstruction from the most likely codes (b,)."""
+        return self.squared_error(images, self.tokenizer.paint(params["decoder"], one_hot(logits)))
 
-    def histogram(logits, weights):
-        """-> how often each code is the likeliest, tokens counted by weights (b, n) -> (b, v)."""
+    def histogram(self, logits, weights):
+        """Counts the most likely codes, weighted by weights (b, n) -> (b, v)."""
         tokens = logits.argmax(-1).reshape(weights.shape)
-        return jax.vmap(lambda t, w: jnp.zeros(v, w.dtype).at[t].add(w))(tokens, weights)
+        zeros = jnp.zeros(self.vocabulary, weights.dtype)
+        return jax.vmap(lambda t, w: zeros.at[t].add(w))(tokens, weights)
 
-    def init(rng, batch):
-        images = unit(batch["image"])
-        # As if all were well before the first step: a collapse shows within the window.
-        even = jnp.full(v, cells(images).shape[1] / v)
-        watched = dict(usage=even, kl=math.log(v), error_hard=0.0, temperature=temperature)
-        return network.init(rng, images), jax.tree.map(jnp.float32, watched)
-
-    def loss(params, buffers, batch, rng, step):
-        tau = cosine(temperature, min_temperature, temperature_steps, step)
-        beta = cosine(0.0, kl_weight, kl_warmup_steps, step)
-        x = forward(params, batch, rng, tau, straight_through & (step >= soft_steps))
+    def loss(self, params, buffers, batch, rng, step):
+        temperature = cosine(self.temperature, self.min_temperature, self.temperature_steps, step)
+        kl_weight = cosine(0.0, self.kl_weight, self.kl_warmup_steps, step)
+        hard = self.straight_through & (step >= self.soft_steps)
+        x = self.forward(params, batch, rng, temperature, hard)
         share = buffers["usage"] / buffers["usage"].sum()
-        surplus = jnp.log(0.99 * v * share + 0.01)  # above 0 for codes used too often
-        uneven = (jax.nn.softmax(x.logits) @ surplus).reshape(x.busy.shape) * x.busy
+        surplus = jnp.log(0.99 * self.vocabulary * share + 0.01)  # above 0 for overused codes
+        uneven = (jax.nn.softmax(x.logits) @ surplus).reshape(x.kl.shape) * x.not_blank
+        penalties = kl_weight * x.kl.sum(1) + self.balance * uneven.sum(1)
         values = x.images[0].size
-        total = -(x.likelihood - beta * x.kl.sum(1) - balance * uneven.sum(1)) / values
+        total = (penalties - x.likelihood) / values  # (b,)
 
         frozen, logits = jax.lax.stop_gradient((params, x.logits))
-        error_hard = jax.lax.cond(  # for the log, which one step in ten will do
+        error_hard = jax.lax.cond(  # only a metric: computed in one step of ten
             (step + 1) % 10 == 0,
-            lambda: hard_error(frozen, x.images, logits).mean(),
+            lambda: self.hard_error(frozen, x.images, logits).mean(),
             lambda: buffers["error_hard"],
         )
-        now = dict(usage=histogram(logits, x.busy).mean(0), kl=x.kl.mean())
-        moved = {name: buffers[name] + (now[name] - buffers[name]) / window for name in now}
+        now = dict(usage=self.histogram(logits, x.not_blank).mean(0), kl=x.kl.mean())
+        moved = {name: buffers[name] + (now[name] - buffers[name]) / self.window for name in now}
         metrics = dict(
             reconstruction=-x.likelihood.mean() / values,
             kl=x.kl.mean(),
             perplexity=perplexity(buffers["usage"]),
-            used=(v * share > 0.01).mean(),
-            entropy=math.log(v) - buffers["kl"],
-            error_soft=squared_error(x.images, x.painted).mean(),
+            used=(self.vocabulary * share > 0.01).mean(),
+            entropy=math.log(self.vocabulary) - buffers["kl"],
+            error_soft=self.squared_error(x.images, x.painted).mean(),
             error_hard=error_hard,
-            temperature=tau,
-            kl_weight=beta,
+            temperature=temperature,
+            kl_weight=kl_weight,
         )
-        buffers = moved | dict(error_hard=error_hard, temperature=tau)
+        buffers = moved | dict(error_hard=error_hard, temperature=temperature)
         return total.sum(), len(total), (metrics, jax.lax.stop_gradient(buffers))
 
-    def evaluate(params, buffers, batch, rng):
-        x = forward(params, batch, rng, buffers["temperature"], False)
+    def evaluate(self, params, buffers, batch, rng):
+        x = self.forward(params, batch, rng, buffers["temperature"], False)
         values = x.images[0].size
         return dict(
-            loss=-(x.likelihood - kl_weight * x.kl.sum(1)) / values,
+            loss=-(x.likelihood - self.kl_weight * x.kl.sum(1)) / values,
             reconstruction=-x.likelihood / values,
             kl=x.kl.mean(1),
-            error_soft=squared_error(x.images, x.painted),
-            error_hard=hard_error(params, x.images, x.logits),
-            error_cell_means=cells(x.images).var(2).mean((1, 2)),
-            codes=histogram(x.logits, jnp.ones_like(x.busy)),
-            codes_busy=histogram(x.logits, x.busy),
+            error_soft=self.squared_error(x.images, x.painted),
+            error_hard=self.hard_error(params, x.images, x.logits),
+            error_cell_means=self.cells(x.images).var(2).mean((1, 2)),
+            codes=self.histogram(x.logits, jnp.ones_like(x.not_blank)),
+            codes_not_blank=self.histogram(x.logits, x.not_blank),
         )
 
-    def summarize(means):
-        """Of the whole split: perplexity in cells that are not of one colour, and in all."""
-        codes, busy = means.pop("codes"), means.pop("codes_busy")
+    def summarize(self, means):
+        """Returns the means and the perplexity of the whole split, in all cells and not blank."""
+        codes, not_blank_codes = means.pop("codes"), means.pop("codes_not_blank")
         return means | dict(
             error_hard_to_cell_means=means["error_hard"] / means["error_cell_means"],
-            perplexity=float(perplexity(busy)),
+            perplexity=float(perplexity(not_blank_codes)),
             perplexity_all=float(perplexity(codes)),
             used=float((codes > 0).mean()),
         )
 
-    def warn(step, metrics):
-        if step < 10 * window:  # every codebook begins with few codes
+    def warn(self, step, metrics):
+        v = self.vocabulary
+        if step < 10 * self.window:  # every codebook starts with few codes in use
             return ""
         if metrics["entropy"] > 0.95 * math.log(v):
             return (
-                "the codebook has collapsed: all codes are as likely everywhere, and say nothing "
-                "of the images. Lower objective.kl_weight, or lengthen objective.kl_warmup_steps."
+                "the codebook has collapsed: all codes are equally likely and say nothing about "
+                "the images. Lower objective.kl_weight or raise objective.kl_warmup_steps."
             )
         if metrics["perplexity"] < v / 8:
             state = "has collapsed" if metrics["perplexity"] < v / 32 else "is close to collapse"
             return (
-                f"the codebook {state}: the tokens are few of its codes. Raise objective.balance "
-                "or objective.kl_weight, lower the learning rate, or lengthen "
+                f"the codebook {state}: few codes are in use. Raise objective.balance or "
+                "objective.kl_weight, lower the learning rate, or raise "
                 "objective.temperature_steps."
             )
         return ""
 
-    def pictures(params, buffers, batch, rng):
-        images = unit(batch["image"])
+    def pictures(self, params, buffers, batch, rng):
+        network, images = self.tokenizer, unit(batch["image"])
         logits = network.logits(params["tokenizer"], images)
         p, q = network.patch
-        colours = jnp.asarray(palette(v))[logits.argmax(-1)]
+        colors = jnp.asarray(palette(self.vocabulary))[logits.argmax(-1)]
+        colors = einops.repeat(colors, "b h w c -> b (h p) (w q) c", p=p, q=q)
         painted = network.to_images(network.paint(params["decoder"], one_hot(logits)))
         return OrderedDict(
-            {
-                "original": images,
-                "from its tokens": painted,
-                "its tokens, a colour a code": einops.repeat(
-                    colours, "b h w c -> b (h p) (w q) c", p=p, q=q
-                ),
-            }
+            {"original": images, "from its tokens": painted, "its tokens, one color each": colors}
         )
 
-    return Objective(init, loss, evaluate, pictures, summarize, warn=warn)
+
+objective = objective_of(DiscreteVAE)

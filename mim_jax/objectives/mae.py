@@ -1,45 +1,47 @@
-"""Masked autoencoders (He et al., 2021): see a quarter of the patches, paint the rest.
+"""Masked autoencoders (He et al., 2021): encode the visible patches, reconstruct the hidden ones.
 
 Shapes: b images, n patches, k visible, m hidden, d width, (p, q) patch, c channels.
 """
 
 import math
 from collections import OrderedDict
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mim_jax import targets
-from mim_jax.masking import hide
+from mim_jax.keys import POSITIVE, SHARE, Smoke
+from mim_jax.masking import count_visible, hide
 from mim_jax.models.decoder import Decoder
+from mim_jax.models.dvae import DVAE
 from mim_jax.models.patches import take
-from mim_jax.models.vit import ViT, vit
-from mim_jax.normalize import MEAN, STD, denormalize, normalize
+from mim_jax.models.vit import ViT
+from mim_jax.normalize import MEAN, STD, Mean, Std, denormalize, normalize
 from mim_jax.objectives import Objective, per_example
 
 
 class MAE(nn.Module):
-    """Encoder and decoder: the whole network."""
+    """The encoder of visible patches and the decoder that predicts hidden ones."""
 
     encoder: ViT
     decoder: Decoder
     mask_tokens: str = "decoder"
-    vocabulary: int = 0  # what is predicted of a patch: so many logits, or 0: its p*q*c pixels
+    vocabulary: int = 0  # logits predicted per patch; 0: its p*q*c pixels
 
     def __call__(self, images, visible, hidden, last: int | None = None):
         """images (b, H, W, c), visible (b, k), hidden (b, m) -> predictions (b, m, p*q*c).
 
-        Hidden patches alone are painted: the loss reads no others. With last=n all are, in the
-        order visible, hidden.
+        Only hidden patches are decoded, because the loss reads no others. With last=n all patches
+        are decoded, in the order visible, hidden.
         """
         order = jnp.concatenate([visible, hidden], axis=1)
-        if self.mask_tokens == "encoder":  # all are encoded, in their own order
+        if self.mask_tokens == "encoder":  # the encoder gets all patches, in their own order
             latent = self.encoder(images, masked=jnp.argsort(order, axis=1) >= visible.shape[1])
             latent = jnp.concatenate([latent[:, :1], take(latent[:, 1:], order)], axis=1)
         else:
-            latent = self.encoder(images, visible=visible)
+            latent = self.encoder(images, visible=visible)  # (b, 1 + k, d)
         return self.decoder(
             latent,
             order,
@@ -50,65 +52,70 @@ class MAE(nn.Module):
 
 
 def objective(
-    model: dict,
-    tokenizer: dict | None = None,
+    model: ViT,
+    tokenizer: DVAE | None = None,
     *,
-    mask_ratio: float = 0.75,
-    sampling: Literal["random", "blockwise", "grid"] = "random",
-    mask_tokens: Literal["decoder", "encoder"] = "decoder",
-    target: targets.Name = "normalized_pixels",
-    decoder_width: int = 512,
-    decoder_depth: int = 8,
-    decoder_heads: int = 16,
-    mean: tuple = MEAN,
-    std: tuple = STD,
+    mask_ratio: Annotated[float, SHARE, "share of patches hidden from the encoder"] = 0.75,
+    sampling: Annotated[
+        Literal["random", "blockwise", "grid"], "which patches are hidden (table 1f)"
+    ] = "random",
+    mask_tokens: Annotated[
+        Literal["decoder", "encoder"], "the network that gets mask tokens (table 1c)"
+    ] = "decoder",
+    target: Annotated[targets.Name, "what is predicted (table 1d)"] = "normalized_pixels",
+    decoder_width: Annotated[int, POSITIVE, Smoke(32), "width of the decoder"] = 512,
+    decoder_depth: Annotated[int, POSITIVE, Smoke(1), "number of decoder blocks"] = 8,
+    decoder_heads: Annotated[int, POSITIVE, Smoke(2), "attention heads of the decoder"] = 16,
+    mean: Mean = MEAN,
+    std: Std = STD,
 ) -> Objective:
-    """MAE; mean and std are the data's.
-
-    Its ablations (table 1): `sampling` may be blockwise or grid, `mask_tokens` may stand in the
-    encoder already, the `target` may be pixels, or tokens of a frozen `tokenizer`.
-    """
-    encoder = vit(**model)
-    decoder = Decoder(decoder_width, decoder_depth, decoder_heads, encoder.dtype, encoder.remat)
-    asked = targets.make(target, encoder.patch, tokenizer, mean=mean, std=std)
-    network = MAE(encoder, decoder, mask_tokens, asked.vocabulary)
+    """Masked autoencoding with its ablations (He et al., 2021, section 3 and table 1)."""
+    decoder = Decoder(decoder_width, decoder_depth, decoder_heads, model.dtype, model.remat)
+    target = targets.make(target, model.patch, tokenizer, mean=mean, std=std)
+    network = MAE(model, decoder, mask_tokens, target.vocabulary)
 
     def prepare(batch, rng):
-        """-> images, normalised, and the indices of visible (b, k) and hidden patches (b, m)."""
+        """Returns normalized images, visible indices (b, k) and hidden indices (b, m)."""
         images, rngs = normalize(batch["image"], mean, std), per_example(rng, batch["index"])
-        return images, *hide(rngs, encoder.grid(images), mask_ratio, sampling)
+        return images, *hide(rngs, model.grid(images), mask_ratio, sampling)
 
-    def forward(params, buffers, batch, rng):
-        """-> images, hidden (b, m), the answers (b, n, ...), what is predicted (b, m, values)."""
+    def predict(params, buffers, batch, rng):
+        """Returns images, hidden (b, m), predictions (b, m, ...) and the truth (b, n, ...)."""
         images, visible, hidden = prepare(batch, rng)
         predicted = network.apply({"params": params}, images, visible, hidden)
-        return images, hidden, asked.answers(buffers, batch, images), predicted
-
-    def errors(params, buffers, batch, rng):
-        """-> {"loss": (b, m), and what else there is to know}"""
-        _, hidden, answers, predicted = forward(params, buffers, batch, rng)
-        return asked.errors(predicted, take(answers, hidden))
+        return images, hidden, predicted, target.of(buffers, batch, images)
 
     def init(rng, batch):
         rng_mask, rng_params = jax.random.split(rng)
-        return network.init(rng_params, *prepare(batch, rng_mask))["params"], asked.init(rng, batch)
+        params = network.init(rng_params, *prepare(batch, rng_mask))["params"]
+        return params, target.init(rng, batch)
+
+    def losses(params, buffers, batch, rng):
+        """Returns {"loss": (b, m), ...} of the hidden patches."""
+        _, hidden, predicted, truth = predict(params, buffers, batch, rng)
+        return target.loss(predicted, take(truth, hidden))
 
     def loss(params, buffers, batch, rng, step):
-        found = errors(params, buffers, batch, rng)
-        error = found.pop("loss")
-        return error.sum(), error.size, (jax.tree.map(jnp.mean, found), buffers)
+        metrics = losses(params, buffers, batch, rng)
+        error = metrics.pop("loss")
+        return error.sum(), error.size, (jax.tree.map(jnp.mean, metrics), buffers)
 
     def evaluate(params, buffers, batch, rng):
-        return jax.tree.map(lambda x: x.mean(1), errors(params, buffers, batch, rng))
+        return jax.tree.map(lambda x: x.mean(1), losses(params, buffers, batch, rng))
 
     def pictures(params, buffers, batch, rng):
-        images, hidden, answers, predicted = forward(params, buffers, batch, rng)
-        masked = targets.blank(images, encoder.patch, hidden)
-        painted = asked.paint(buffers, predicted, answers, hidden, encoder.grid(images))
+        images, hidden, predicted, truth = predict(params, buffers, batch, rng)
+        masked = targets.blank(images, model.patch, hidden)
+        painted = target.paint(buffers, predicted, truth, hidden, model.grid(images))
         return OrderedDict(
             masked=denormalize(masked, mean, std),
             **painted,
             original=denormalize(images, mean, std),
         )
 
-    return Objective(init, loss, evaluate, pictures, needs=asked.needs)
+    def describe(images):
+        n = math.prod(model.grid(images))
+        k = count_visible(n, mask_ratio)
+        return f"{n - k} of {n} patches are hidden and {k} visible (mask_ratio = {mask_ratio:g})"
+
+    return Objective(init, loss, evaluate, pictures, needs=target.needs, describe=describe)

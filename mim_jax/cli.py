@@ -1,0 +1,146 @@
+"""The command line: `mim-jax COMMAND`, and what all commands share.
+
+    mim-jax train --config=configs/mae_emoji.py      the same as python -m mim_jax.main
+    mim-jax evaluate --config=runs/mae_base_finetune
+
+Exit codes: 0 done, 1 failed, 2 a mistake of the user, reported in one sentence.
+"""
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mim_jax import UserError, __version__
+
+COMMANDS = {  # name: module with main(argv), what it does
+    "train": ("main", "train a config, or continue a run"),
+    "check": ("check", "check data, memory and disk of a run before it starts"),
+    "evaluate": ("evaluate", "evaluate a run"),
+    "embed": ("embed", "write the features of a data set"),
+    "tokenize": ("tokenize", "write the visual tokens of a data set"),
+    "prepare": ("data.prepare", "pack a folder of images, or prepare a data set of TFDS"),
+    "statistics": ("data.statistics", "compute the mean and std of a data set"),
+    "convert": ("convert.__main__", "convert weights from and to PyTorch"),
+    "inspect": ("inspect", "describe a run or a file of weights"),
+}
+NO_WRITE = (  # errors that mean: this path cannot be written
+    *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `mim-jax COMMAND ...` and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    lines = "\n".join(f"  {name:11s} {purpose}" for name, (_, purpose) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="mim-jax",
+        description="Masked image modelling in JAX.",
+        epilog=f"commands:\n{lines}\n\n`mim-jax COMMAND --help` describes a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mim_jax {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    options = parser.parse_args(argv[:1])
+    module = importlib.import_module(f"mim_jax.{COMMANDS[options.command][0]}")
+    return module.main(argv[1:])
+
+
+def parser_of(command: str, text: str) -> argparse.ArgumentParser:
+    """Returns a parser for a command, described by the docstring of its module."""
+    return argparse.ArgumentParser(
+        prog=f"mim-jax {command}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_config(parser: argparse.ArgumentParser, text: str = "a config file") -> None:
+    """Adds --config and --trust-code to a parser."""
+    parser.add_argument("--config", required=True, help=text)
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="allow a run to import its objective from outside mim_jax, which executes that code",
+    )
+    parser.epilog = "--config.KEY=VALUE changes a key of the config, as --config.optimizer.b2=0.99"
+
+
+def workdir_of(options: argparse.Namespace) -> str:
+    """Returns the run directory that --workdir names, by default runs/CONFIG."""
+    return os.path.expanduser(options.workdir or f"runs/{Path(options.config).stem}")
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses arguments -> options, and the overrides "key=value" of --config.key=value."""
+    options, rest = parser.parse_known_args(argv)
+    overrides = []
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--config."):
+            parser.error(f"unknown argument {flag}")
+        separate = "=" not in flag and rest and not rest[0].startswith("--")
+        overrides.append(flag.removeprefix("--config.") + (f"={rest.pop(0)}" if separate else ""))
+    return options, overrides
+
+
+def exit_code(command: Callable[[], int], workdir: str) -> int:
+    """Runs a command and returns its exit code; expected errors are printed as one sentence."""
+    import jax  # late, so that --help is fast
+
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in NO_WRITE:
+            raise
+        path = error.filename or workdir
+        print(f"error: cannot write to {path}: {error.strerror}.", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"failed: process {jax.process_index()} of {jax.process_count()} lost another process "
+            f"({reason}): run the same command again to continue from the newest checkpoint.",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Runs the main function of a process and exits with its code.
+
+    One of several processes that failed does not wait for those that wait for it.
+    """
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    jax = sys.modules.get("jax")
+    if code in (1, 2) and jax and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def entry() -> NoReturn:
+    """The console script `mim-jax`."""
+    exit_with(main)

@@ -1,0 +1,49 @@
+"""Streams of batches: pure functions of the seed and the step, in threads or processes."""
+
+import functools
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import grain
+from absl import flags
+
+
+def stream(
+    dataset: grain.MapDataset,
+    *,
+    first: int,
+    count: int,
+    batch_size: int,
+    process: int,
+    processes: int,
+    threads: int,
+    workers: int,
+) -> Iterator[dict]:
+    """Yields this process's rows of `count` global batches of a dataset of rows, from `first` on.
+
+    Rows are made in `threads` (0: one per core), in each of `workers` processes if there are any.
+    """
+    local = batch_size // processes  # rows of a batch in this process
+    rows = grain.MapDataset.range(first * local, (first + count) * local)
+    rows = rows.map(lambda i: dataset[i // local * batch_size + process * local + i % local])
+    threads = threads or -(-os.cpu_count() // max(1, workers))  # each makes a batch of its own
+    options = grain.ReadOptions(threads, prefetch_buffer_size=max(4, threads))
+    batches = rows.batch(local).to_iter_dataset(options)
+    if workers:
+        flags.FLAGS.mark_as_parsed()  # Grain reads flags when it starts a worker
+        exit_with_parent = functools.partial(exit_with, os.getpid())
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers), exit_with_parent)
+    return iter(batches)
+
+
+def exit_with(parent: int, worker: int, workers: int) -> None:
+    """Starts a thread that ends a worker process when its parent is gone, even if killed."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

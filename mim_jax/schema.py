@@ -1,0 +1,398 @@
+"""The keys of a config: their types, ranges, defaults and meanings, and how they are set.
+
+Every block of a config configures one or two functions (or NamedTuples); their keyword arguments
+are the block's keys. A config may leave out what has a default.
+"""
+
+import ast
+import copy
+import difflib
+import inspect
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mim_jax import UserError, data, objectives, optim, workdir
+from mim_jax.keys import (
+    BELOW_ONE,
+    FREE,
+    NOT_NEGATIVE,
+    PER_DEVICE,
+    POSITIVE,
+    Key,
+    Range,
+    Smoke,
+    key_of,
+)
+from mim_jax.models.dvae import dvae
+from mim_jax.models.vit import ViT, vit
+
+Epochs = Annotated[float, NOT_NEGATIVE, FREE, "the interval in epochs"]
+Steps = Annotated[int, NOT_NEGATIVE, FREE, "the interval in steps; takes precedence over epochs"]
+
+
+class Top(NamedTuple):
+    """Keys outside any block."""
+
+    batch_size: Annotated[int, POSITIVE, "images per update, over all devices"]
+    seed: Annotated[int, Range(0, 2**32 - 1), "seed of everything random"] = 0
+    epochs: Annotated[float, NOT_NEGATIVE, "length of the run"] = 0.0
+    steps: Annotated[int, NOT_NEGATIVE, Smoke(20), "length in steps; overrides epochs"] = 0
+    accumulate: Annotated[
+        int, POSITIVE, FREE, Smoke(1), "parts of a batch that are processed one after another"
+    ] = 1
+    fsdp: Annotated[
+        int, NOT_NEGATIVE, FREE, "devices that share one copy of the state; 0: all of a slice"
+    ] = 1
+    compile_cache: Annotated[str, FREE, "folder for compiled programs"] = "~/.cache/mim_jax"
+    ema: Annotated[
+        float, BELOW_ONE, "decay of the moving average of parameters for evaluation; 0: none"
+    ] = 0.0
+
+
+class InitFrom(NamedTuple):
+    """Runs that a run starts from."""
+
+    encoder: Annotated[str, Smoke(""), "run directory of the encoder; random: none"] = ""
+    tokenizer: Annotated[str, Smoke("random"), "run directory of the tokenizer; random: none"] = ""
+
+
+class Schedule(NamedTuple):
+    """The learning rate, the part of the optimizer block that all optimizers share."""
+
+    base_lr: Annotated[float, NOT_NEGATIVE, "rate for 256 images: lr = base_lr x batch / 256"] = 0.0
+    lr: Annotated[float, NOT_NEGATIVE, "rate after warm-up; overrides base_lr"] = 0.0
+    min_lr: Annotated[float, NOT_NEGATIVE, Smoke(0.0), "rate at the end"] = 0.0
+    warmup_epochs: Annotated[float, NOT_NEGATIVE, Smoke(0.0), "length of the warm-up"] = 0.0
+    warmup_steps: Annotated[int, NOT_NEGATIVE, Smoke(2), "the same in steps; overrides it"] = 0
+    decay_epochs: Annotated[
+        float, NOT_NEGATIVE, Smoke(0.0), "when the rate reaches min_lr; 0: at the end"
+    ] = 0.0
+    decay_steps: Annotated[int, NOT_NEGATIVE, Smoke(0), "the same in steps; overrides it"] = 0
+    schedule: Annotated[Literal["mae", "beit"], "the code whose warm-up is used"] = "mae"
+    clip_norm: Annotated[float, NOT_NEGATIVE, "largest norm of the gradient; 0: any"] = 0.0
+
+
+class Logging(NamedTuple):
+    """Lines on the screen and in metrics.jsonl."""
+
+    every_epochs: Epochs = 0.0
+    every_steps: Annotated[Steps, Smoke(5)] = 50
+    tensorboard: Annotated[bool, FREE, "also write TensorBoard events"] = False
+    wandb: Annotated[str, FREE, "also log to this project of Weights & Biases"] = ""
+
+
+class Evaluate(NamedTuple):
+    """Evaluation of the evaluation split."""
+
+    every_epochs: Annotated[Epochs, Smoke(0.0)] = 0.0
+    every_steps: Annotated[Steps, Smoke(10)] = 0
+    limit: Annotated[int, NOT_NEGATIVE, FREE, Smoke(100), "number of examples; 0: all"] = 0
+
+
+class Pictures(NamedTuple):
+    """Sheets of what the objective makes of images of the evaluation split."""
+
+    every_epochs: Annotated[Epochs, Smoke(0.0)] = 0.0
+    every_steps: Annotated[Steps, Smoke(10)] = 0
+    count: Annotated[int, NOT_NEGATIVE, FREE, "images on a sheet; 0: no pictures"] = 12
+
+
+class Probe(NamedTuple):
+    """k-NN, a linear classifier and the rank of the features."""
+
+    every_epochs: Annotated[Epochs, Smoke(0.0)] = 0.0
+    every_steps: Annotated[Steps, Smoke(10)] = 0
+    images: Annotated[int, NOT_NEGATIVE, FREE, "images of each split; 0: no probe"] = 0
+
+
+class Save(NamedTuple):
+    """Checkpoints."""
+
+    every_epochs: Annotated[Epochs, Smoke(0.0)] = 0.0
+    every_steps: Annotated[Steps, Smoke(10)] = 0
+    keep: Annotated[int, POSITIVE, FREE, "number of checkpoints that are kept"] = 3
+
+
+NETWORKS = {"model": vit, "tokenizer": dvae}  # passed to an objective that has these arguments
+SUPPLIED = (*NETWORKS, "num_labels")  # arguments of an objective that are not keys
+CHOICES = ("objective", "optimizer")  # blocks with a key `name` that decides which others there are
+
+
+def functions(config: Mapping) -> dict[str, tuple[Callable, ...]]:
+    """Returns the functions and classes that each block configures; "" is the top level."""
+    for block in (*CHOICES, "data"):
+        if block not in config:
+            raise UserError(f"the config has no block {block!r}.")
+    for block in CHOICES:
+        if "name" not in config[block]:
+            raise UserError(f"the config must set {block}.name.")
+    objective = objectives.find(config["objective"]["name"])
+    optimizer = choose("optimizer.name", config["optimizer"]["name"], optim.OPTIMIZERS)
+    takes = inspect.signature(objective).parameters
+    networks = {"model": (vit, ViT), "tokenizer": (dvae,)}
+    return {
+        "": (Top,),
+        "init_from": (InitFrom,),
+        **{name: network for name, network in networks.items() if name in takes},
+        "objective": (objective,),
+        "data": (data.make, data.TrainingView, data.EvaluationView),
+        "optimizer": (Schedule, optim.OPTIMIZERS[optimizer]),
+        "log": (Logging,),
+        "evaluate": (Evaluate,),
+        "pictures": (Pictures,),
+        "probe": (Probe,),
+        "save": (Save,),
+    }
+
+
+def keys_of(config: Mapping) -> dict[str, Key]:
+    """Returns all keys of a config by their full names, as "optimizer.b2".
+
+    Keys are the annotated arguments of the functions that a block configures. Of an objective,
+    which may be a user's, all keyword arguments are keys that are not supplied by the builder.
+    """
+    required = inspect.Parameter.empty
+    keys = {f"{block}.name": Key(str, required, Range(), "", None, ()) for block in CHOICES}
+    for block, configured in functions(config).items():
+        for function in configured:
+            hints = get_type_hints(function, include_extras=True)
+            for name, parameter in inspect.signature(function).parameters.items():
+                hint = hints.get(name, type(parameter.default))
+                annotated = get_origin(hint) is Annotated
+                if annotated or (block == "objective" and name not in SUPPLIED):
+                    keys[f"{block}.{name}".lstrip(".")] = key_of(hint, parameter.default)
+    for block in NETWORKS.keys() & functions(config):
+        keys[f"{block}.dtype"] = keys[f"{block}.dtype"]._replace(default="auto")
+    return keys
+
+
+def choose(key: str, name: str, options: Iterable[str]) -> str:
+    """Returns `name` if it is one of the options, otherwise raises a UserError that lists them."""
+    if name not in (options := sorted(options)):
+        raise UserError(f"{key} = {name!r} is unknown; choose one of {', '.join(options)}.")
+    return name
+
+
+# --- Reading configs. ---
+
+
+def load(
+    path: str, overrides: Sequence[str] = (), smoke: bool = False, trust_code: bool = False
+) -> ConfigDict:
+    """Returns the complete config of a Python file or of a run, changed by overrides "key=value".
+
+    With `smoke` the config is made small first: a tiny model, the built-in images, 20 steps.
+    An objective outside the package is imported if a config file or an override names it, and if a
+    run does only with `trust_code`.
+
+    Raises:
+        UserError: if the file is missing, a key does not exist, or a value has a wrong type or is
+            out of range.
+    """
+    changes = []
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"--config.{override} has no value: write --config.{override}=VALUE.")
+        changes.append(override.split("=", 1))
+    given = read(path)
+    named_by_user = not workdir.is_run(path)
+    changed = ""
+    for key, text in changes:
+        if key in [f"{block}.name" for block in CHOICES]:
+            block = given.get(key.split(".")[0], {})
+            if block.get("name", text) != text:
+                changed = f" (the file is for {block['name']}; write a config for {text})"
+            block["name"] = text
+            named_by_user |= key == "objective.name"
+    load_objective(given, path, named_by_user, trust_code)
+    try:
+        config = complete(given)
+    except UserError as error:
+        raise UserError(f"{path}: {error}{changed}") from None
+    if smoke:
+        shrink(config)
+    keys = keys_of(config)
+    for key, text in changes:
+        set_key(config, keys, key, text, typed=True)
+    return config
+
+
+def load_objective(given: dict, path: str, named_by_user: bool, trust_code: bool) -> None:
+    """Imports the objective of a config if it lies outside the package and may be imported."""
+    name = str(given.get("objective", {}).get("name", ""))
+    if not name or name in objectives.names():
+        return
+    folder = Path(path).absolute().parent
+    if not named_by_user:
+        code = workdir.read(path).get("code", "")
+        if not trust_code:
+            raise UserError(
+                f"{path} was trained by {name!r}, which is not part of mim_jax ({code}), and "
+                "loading it executes that code: pass --trust-code if you trust it."
+            )
+        folder = Path(code).parents[name.count(".")] if code else folder
+    try:
+        objectives.load_external(name, folder)
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: it is the user's code
+        raise UserError(f"objective.name = {name!r}: {explain(error, '')}.") from error
+
+
+def read(path: str) -> dict:
+    """Returns the dict of get_config() of a Python file, or the config of a run directory.
+
+    A file may import its neighbours, as configs.x.
+    """
+    if workdir.is_run(path):
+        record = workdir.read(path)
+        if workdir.is_converted(record):
+            raise UserError(
+                f"{path} holds converted weights and names no data: pass a config file and "
+                f"--config.init_from.encoder={path} (or tokenizer)."
+            )
+        return record["config"]
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.py")], 1)
+        hint = f": did you mean {file.parent / near[0]}?" if near else "."
+        raise UserError(f"there is no config file {path}{hint}")
+    sys.path.insert(0, str(file.absolute().parent.parent))
+    try:
+        get_config = runpy.run_path(str(file)).get("get_config", lambda: None)
+        config = get_config()
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: it is the user's code
+        raise UserError(
+            f"{path}, {explain(error, str(file))}: a config is a Python file with get_config()."
+        ) from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path} needs a function get_config() that returns a ConfigDict.")
+    return config.to_dict()
+
+
+def explain(error: Exception, file: str) -> str:
+    """Returns the line in `file` where an error arose, or in the last file, and its message."""
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if file in ("", frame.filename)]
+    return f"line {lines[-1] if lines else 1}: {type(error).__name__}: {error}"
+
+
+def complete(given: Mapping) -> ConfigDict:
+    """Returns a config with all keys; those that are not given have their defaults."""
+    keys, full = keys_of(given), {}
+    for key, entry in keys.items():
+        block, _, name = key.rpartition(".")
+        (full.setdefault(block, {}) if block else full)[name] = copy.copy(entry.default)
+    config = ConfigDict(full)
+    for key, value in given.items():
+        for name, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            set_key(config, keys, f"{key}.{name}".strip("."), inner)
+    for key, value in flatten(config).items():
+        if value is inspect.Parameter.empty:
+            raise UserError(f"the config must set {key}.")
+    return config
+
+
+# --- Setting keys. ---
+
+
+def set_key(
+    config: ConfigDict, keys: Mapping[str, Key], key: str, value: Any, typed: bool = False
+) -> None:
+    """Sets a key to a value of its type and in its range; `typed` values are text to be parsed."""
+    if key not in keys:
+        raise UserError(unknown(key, keys))
+    kind = keys[key].kind
+    value = parse(value, kind) if typed else value
+    value = tuple(value) if isinstance(value, list) else value
+    value = float(value) if kind is float and type(value) is int else value
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            choose(key, value, filter(None, get_args(kind)))
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{key} = {value!r} must be {getattr(kind, '__name__', kind)}.")
+    numbers = [x for x in np.ravel(value).tolist() if isinstance(x, int | float)]
+    if not all(keys[key].range.allows(x) for x in numbers):
+        raise UserError(f"{key} = {value!r} must be {keys[key].range}.")
+    if kind == int | tuple and isinstance(value, tuple) and len(numbers) != 2:
+        raise UserError(f"{key} = {value!r} must be one number, or two: (rows, columns).")
+    block, _, name = key.rpartition(".")
+    with config.ignore_type():
+        (config[block] if block else config)[name] = value
+
+
+def unknown(key: str, keys: Mapping[str, Key]) -> str:
+    """Returns the message for a key that does not exist."""
+    block = [name for name in keys if name.startswith(f"{key}.")]
+    if block:
+        return f"{key} is a block: set {block[0]} or another of its keys."
+    near = difflib.get_close_matches(key, keys, 1) or [name for name in keys if name.endswith(key)]
+    hint = f": did you mean {near[0]}?" if near else "."
+    return f"the config has no key {key}{hint}"
+
+
+def parse(text: str, kind: Any) -> Any:
+    """Parses a value from the command line: a Python literal, true, false, or plain text."""
+    if kind is str or get_origin(kind) is Literal:
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Returns {"optimizer.base_lr": 1.5e-4, ...}."""
+    flat = {}
+    for key, value in tree.items():
+        inner = isinstance(value, dict | ConfigDict)
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
+
+
+# --- What configs have in common. ---
+
+
+def networks(config: Mapping) -> dict[str, Any]:
+    """Builds the networks of a config: {"model": ViT, "tokenizer": DVAE}, as far as it has them."""
+    return {name: build(**config[name]) for name, build in NETWORKS.items() if name in config}
+
+
+def shrink(config: ConfigDict) -> None:
+    """Turns a config into a rehearsal of its run that takes less than a minute on two cores."""
+    keys, devices = keys_of(config), jax.device_count()
+    p, q = next(iter(networks(config).values())).patch
+    rows = 2 * -(-8 // devices)  # per device, and even: mixup takes pairs
+    for key, entry in keys.items():
+        if PER_DEVICE in entry.markers and flatten(config)[key]:
+            set_key(config, keys, key, rows)
+        elif entry.smoke:
+            set_key(config, keys, key, entry.smoke.value)
+    config.batch_size = rows * devices
+    if config.data.tokenizer_size:  # keep as many tokens as patches
+        tokens = np.multiply(config.data.tokenizer_size, (4 * p, 4 * q)) // config.data.size
+        set_key(config, keys, "data.tokenizer_size", tuple(tokens.tolist()))
+    set_key(config, keys, "data.size", (4 * p, 4 * q))
+
+
+def trajectory(config: ConfigDict, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns everything that decides what a run learns: equal for runs that learn the same."""
+    keys = keys_of(config)
+    decisive = {k: v for k, v in flatten(config).items() if FREE not in keys[k].markers}
+    return decisive | {f"data set's {k}": v for k, v in fingerprint.items()}

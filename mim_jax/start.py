@@ -1,0 +1,162 @@
+"""The start of a run: its run directory, its initial state, and its compiled step."""
+
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mim_jax import UserError, schema, workdir
+from mim_jax.checkpoint import abstract
+from mim_jax.recipe import Run
+from mim_jax.sharding import by_row, place, replicated
+from mim_jax.train import TrainState, initialize, jit_step
+from mim_jax.transfer import start_from
+
+
+class Start:
+    """The initial state of a run: its shapes immediately, its values when requested."""
+
+    def __init__(self, run: Run, config: ConfigDict):
+        if not jax.config.jax_compilation_cache_dir:  # the environment takes precedence
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
+        self.run, self.config = run, config
+        self.initialize = functools.partial(
+            initialize, run.objective, run.optimizer, run.example, config.seed, config.ema > 0
+        )
+        shapes = jax.eval_shape(self.initialize)
+        self.shardings = place(shapes, run.mesh)
+        self.like = jax.tree.map(abstract, shapes, self.shardings)  # as a checkpoint is restored
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(x.size for x in jax.tree.leaves(self.like.params))
+
+    @property
+    def bytes(self) -> int:
+        """Size of the state, and of a checkpoint."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.like))
+
+    def state(self, entire: bool = False) -> TrainState:
+        """Returns a random state, with the parts that the config's init_from takes from other runs.
+
+        Raises UserError if `entire` is set and any parameter would stay random.
+        """
+        sources = {k: x for k, x in self.config.init_from.items() if x not in ("", "random")}
+        for key, source in sources.items():  # before anything is compiled
+            if not (workdir.open_path(source) / "checkpoints").is_dir():
+                raise UserError(
+                    f"init_from.{key} = {source} is not a run directory: {how_to(key, source)}"
+                )
+        state = jax.jit(self.initialize, out_shardings=self.shardings)()
+        head = self.run.objective.head
+        for key, source in sources.items():
+            state = start_from(state, key, source, self.config.to_dict(), head, entire)
+        return state
+
+    def trace_step(self):
+        """Traces the run's own step with shapes alone: `.lower().compile()` continues from it.
+
+        Raises the UserErrors that the step would raise.
+        """
+        rows, mesh = by_row(self.run.mesh), self.run.mesh
+        size = self.config.batch_size
+        batch = {
+            name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=rows)
+            for name, x in self.run.example.items()
+        }
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        rng = abstract(key, replicated(mesh))
+        step = jit_step(
+            self.run.objective,
+            self.run.optimizer,
+            self.like,
+            mesh=mesh,
+            accumulate=self.config.accumulate,
+            ema=self.config.ema,
+        )
+        return step.trace(self.like, batch, rng)
+
+
+def how_to(key: str, source: str) -> str:
+    """Returns what to do if init_from's `source` is not a run directory."""
+    path = Path(source)
+    for folder in path.absolute().parents:
+        if (folder / "checkpoints").is_dir() and path.exists():
+            return f"set --config.init_from.{key}={os.path.relpath(folder)}."
+    weights = path.is_file() and path.suffix not in (".py", ".json")
+    if weights or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        return f"convert it first: python -m mim_jax.convert {source} RUN --to=mim_jax."
+    return f"train one first, or set --config.init_from.{key}=RUN."
+
+
+def source_run(path: str, config: ConfigDict, key: str) -> str:
+    """Returns the run whose weights are meant: `path`, or the one that init_from's `key` names."""
+    source = path if workdir.is_run(path) else config.init_from[key]
+    if source in ("", "random"):
+        raise UserError(
+            f"{path} is not a run: set --config.init_from.{key}=RUN to the run that is meant."
+        )
+    return source
+
+
+def claim_workdir(path: str, run: Run, config: ConfigDict, state_bytes: int) -> dict[str, Any]:
+    """Creates a run directory if it is free or belongs to this very run -> the run's trajectory.
+
+    A run that never saved leaves its directory free.
+
+    Raises:
+        UserError: if it belongs to another run, or has no space for two checkpoints.
+    """
+    if "://" in path:
+        raise UserError(f"--workdir={path}: a run directory must be local, or mounted.")
+    trajectory = schema.trajectory(config, run.data.fingerprint)
+    trajectory = json.loads(json.dumps(trajectory))  # tuples become lists, as in a record
+    if workdir.has_checkpoints(path) and workdir.is_run(path):
+        compare_trajectories(path, trajectory, run, config.objective.name)
+    folder = workdir.open_path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {path}: {error.strerror}.") from error
+    free, needed = shutil.disk_usage(folder).free, 2 * state_bytes
+    if free < needed:
+        raise UserError(
+            f"{path} has {free / 2**30:.1f} GiB free, but two checkpoints need "
+            f"{needed / 2**30:.1f} GiB: choose another --workdir."
+        )
+    return trajectory
+
+
+def compare_trajectories(path: str, trajectory: dict, run: Run, objective: str) -> None:
+    """Raises UserError if the run in a directory has another trajectory."""
+    record = workdir.read(path)
+    if workdir.is_converted(record):
+        raise UserError(
+            f"{path} holds converted weights: set --config.init_from.encoder={path} (or tokenizer) "
+            "and choose another --workdir."
+        )
+    saved = record["trajectory"]
+    theirs = saved.get("objective.name", objective)
+    if theirs != objective:
+        raise UserError(
+            f"{path} holds a run of {theirs}, this is one of {objective}: choose another --workdir."
+        )
+    # A key that is newer than the saved run had its default value in that run.
+    defaults = schema.trajectory(schema.complete(record["config"]), run.data.fingerprint)
+    saved = json.loads(json.dumps(defaults)) | saved
+    changes = [
+        f"{key} is {trajectory.get(key)!r}, was {saved.get(key)!r}"
+        for key in sorted(saved | trajectory)
+        if trajectory.get(key) != saved.get(key)
+    ]
+    if changes:
+        raise UserError(
+            f"{path} holds a run with other settings: {'; '.join(changes)}. "
+            "Choose another --workdir, or continue with the same settings."
+        )

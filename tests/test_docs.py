@@ -1,0 +1,98 @@
+"""The code in docs/ runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks.pod import collectives
+from mim_jax import objectives, recipe, schema
+from mim_jax.start import Start
+from mim_jax.train import train
+from tests.conftest import ROOT, environment
+
+
+@pytest.fixture
+def teacher(tmp_path, monkeypatch):
+    """Writes the files of docs/add_an_objective.md -> the config's path."""
+    text = (ROOT / "docs" / "add_an_objective.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        name = re.match(r"# (\w+\.py)\n", block)[1]
+        (tmp_path / name).write_text(block)
+    monkeypatch.setattr(objectives, "EXTERNAL", {})
+    return str(tmp_path / "my_config.py")
+
+
+def test_an_objective_outside_the_package(teacher, tmp_path, command):
+    """It trains, its run is refused without --trust-code, and its teacher moves."""
+    run = tmp_path / "run"
+    trained = command("mim_jax.main", f"--config={teacher}", "--smoke", f"--workdir={run}")
+    assert trained.returncode == 0, trained.stderr
+    assert (run / "pictures" / "step_0000020.png").exists()
+    refused = command("mim_jax.evaluate", f"--config={run}")
+    assert refused.returncode == 2
+    assert "which is not part of mim_jax" in refused.stderr
+    assert "my_teacher.py" in refused.stderr
+    evaluated = command("mim_jax.evaluate", f"--config={run}", "--trust-code")
+    assert evaluated.returncode == 0, evaluated.stderr
+    resumed = command("mim_jax.main", f"--config={teacher}", "--smoke", f"--workdir={run}")
+    assert "is complete" in resumed.stdout
+
+
+def test_a_teacher_adds_no_all_reduce(teacher):
+    """With fsdp=8 its moving average is computed where its parts lie."""
+    config = schema.load(teacher, ["fsdp=8", "batch_size=16"], smoke=True)
+    run = recipe.build(config)
+    start = Start(run, config)
+    still = run.objective._replace(after=lambda params, buffers, step: buffers)
+    moved = {}
+    for name, objective in (("teacher", run.objective), ("still", still)):
+        text = Start(run._replace(objective=objective), config).trace_step().lower().compile()
+        moved[name] = {kind: size for kind, (_, size) in collectives(text.as_text()).items()}
+    assert moved["teacher"] == moved["still"]
+    assert moved["teacher"]["all-reduce f32"] < 0.1 * 4 * start.parameters
+
+    state, before = start.state(), start.state().buffers["teacher"]
+    steps = train(
+        run.objective,
+        run.optimizer,
+        lambda step: run.data.training_batches(16, seed=0, start=step, stop=3),
+        state=state,
+        mesh=run.mesh,
+        steps=3,
+        seed=0,
+    )
+    for _, state, _ in steps:
+        teacher, student = state.buffers["teacher"], state.params["encoder"]
+    for kernel, old, new in zip(
+        *(jax.tree.leaves(tree["block_0"]["fc1"]["kernel"]) for tree in (teacher, before, student)),
+        strict=True,
+    ):
+        assert 0 < abs(kernel - old).max() < abs(new - old).max()
+
+
+def test_the_contract_tests_take_a_config(teacher):
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/test_contract.py", f"--config={teacher}"],
+        cwd=ROOT,
+        env=environment(8),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    assert "8 passed" in result.stdout
+
+
+def test_links_in_the_documentation_exist():
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path} links to {target}"
+
+
+def test_named_configs_exist():
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for name in re.findall(r"configs/(\w+\.py)", path.read_text()):
+            assert Path(ROOT, "configs", name).exists(), f"{path} names {name}"

@@ -1,0 +1,225 @@
+"""Config keys: defaults, overrides, ranges, rehearsals and trajectories."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mim_jax import UserError, recipe, schema
+
+CONFIGS = sorted(Path("configs").glob("*.py"))
+EMOJI = "configs/mae_emoji.py"
+
+
+def test_overrides_have_the_last_word():
+    config = schema.load(EMOJI, ["optimizer.b2=0.99", "data.size=(32,64)", "data.flip=false"])
+    assert config.optimizer.b2 == 0.99
+    assert config.data.size == (32, 64)
+    assert config.data.flip is False
+    smoke = schema.load(EMOJI, ["steps=7", "seed=3"], smoke=True)
+    assert (smoke.steps, smoke.seed, smoke.model.width) == (7, 3, 64)
+
+
+def test_a_rehearsal_keeps_as_many_tokens_as_patches():
+    config = schema.load(EMOJI, ["data.size=224", "data.tokenizer_size=112"])
+    schema.shrink(config)
+    assert config.data.size == (32, 32)
+    assert config.data.tokenizer_size == (16, 16)
+    example = recipe.build(config).example
+    assert example["tokenizer_image"].shape == (1, 16, 16, 3)
+
+
+def test_a_whole_number_is_a_float_where_one_is_asked_for():
+    assert schema.load(EMOJI, ["optimizer.weight_decay=0"]).optimizer.weight_decay == 0.0
+    assert schema.load(EMOJI, ["data.crop_scale=0.5,1"]).data.crop_scale == (0.5, 1)
+    assert schema.load(EMOJI, ["log.wandb=2026"]).log.wandb == "2026"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optimizer.bas_lr=1", "no key optimizer.bas_lr: did you mean optimizer.base_lr?"),
+        ("base_lr=1", "no key base_lr: did you mean optimizer.base_lr?"),
+        ("objective.decoder_dept=1", "did you mean objective.decoder_depth?"),
+        ("modell.width=1", "did you mean model.width?"),
+        ("nothing.like.it=1", "the config has no key nothing.like.it"),
+        ("batch_size=many", "batch_size = 'many' must be int"),
+        ("batch_size=1.5", "batch_size = 1.5 must be int"),
+        ("data.flip=3", "data.flip = 3 must be bool"),
+        ("data.size=large", "data.size = 'large' must be int | tuple"),
+        ("data.crop_scale=0.5", "data.crop_scale = 0.5 must be tuple"),
+        ("steps=True", "steps = True must be int"),
+        ("model=3", "model is a block: set model.size"),
+        ("steps", "--config.steps has no value"),
+        ("model.size=XL", "model.size = 'XL' is unknown; choose one of B, H, L, S, Ti"),
+        ("objective.name=mea", "objective.name = 'mea' is unknown; choose one of beit, classify"),
+        ("optimizer.name=adam", "optimizer.name = 'adam' is unknown; choose one of adamw"),
+    ],
+)
+def test_overrides_that_cannot_be(override, sentence):
+    with pytest.raises(UserError) as error:
+        schema.load(EMOJI, [override])
+    assert sentence in str(error.value)
+
+
+def test_config_files_that_cannot_be(tmp_path):
+    with pytest.raises(
+        UserError, match=r"no config file configs/mae_emojy.py: did you mean .*emoji"
+    ):
+        schema.load("configs/mae_emojy.py")
+
+    def load(body):
+        path = tmp_path / "configs" / "mine.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(body)
+        return schema.load(str(path))
+
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "small.py").write_text(Path(EMOJI).read_text())
+    body = (
+        "from configs import {}\ndef get_config():\n    c = {}.get_config()\n    {}\n    return c\n"
+    )
+    assert load(body.format("mae_emoji", "mae_emoji", "c.model.width = 96")).model.width == 96
+    for line, sentence in [
+        ("c.model.widht = 96", "no key model.widht: did you mean model.width?"),
+        ("c.optimizer.rate = 1.0", "no key optimizer.rate"),
+        ("del c.data.size", "the config must set data.size"),
+        ("del c.batch_size", "the config must set batch_size"),
+        ("del c.objective", "the config has no block 'objective'"),
+        ("del c.objective.name", "the config must set objective.name"),
+        ("c.model = dict(width='wide')", "model.width = 'wide' must be int"),
+        ("del c.model\n    c.model = 3", "model is a block"),
+    ]:
+        with pytest.raises(UserError) as error:
+            load(body.format("mae_emoji", "mae_emoji", line))
+        assert f"{tmp_path}/configs/mine.py: " in str(error.value)
+        assert sentence in str(error.value)
+    for body in ("", "def get_config(): return 3"):
+        with pytest.raises(UserError, match=r"get_config\(\)"):
+            load(body)
+
+
+def test_trajectories_differ_by_what_is_learned_alone():
+    def trajectory(*overrides):
+        config = schema.load(EMOJI, overrides)
+        return schema.trajectory(config, recipe.build(config).data.fingerprint)
+
+    same = trajectory()
+    for override in ("log.every_steps=1", "accumulate=2", "data.threads=3", "model.remat=full"):
+        assert trajectory(override) == same
+    for override in ("seed=1", "optimizer.b2=0.9", "model.width=96", "data.split=train[:50]"):
+        assert trajectory(override) != same
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("batch_size=0", "at least 1"),
+        ("batch_size=-16", "at least 1"),
+        ("accumulate=0", "at least 1"),
+        ("steps=-5", "at least 0"),
+        ("seed=-1", "at least 0 and at most 4294967295"),
+        ("ema=1", "at least 0 and less than 1"),
+        ("save.keep=0", "at least 1"),
+        ("evaluate.limit=-5", "at least 0"),
+        ("probe.images=-5", "at least 0"),
+        ("pictures.count=-5", "at least 0"),
+        ("data.threads=-1", "at least 0"),
+        ("data.channels=0", "at least 1"),
+        ("data.size=0", "at least 1"),
+        ("data.size=(32,-32)", "at least 1"),
+        ("data.size=()", "one number, or two: (rows, columns)"),
+        ("data.size=(32,32,3)", "one number, or two: (rows, columns)"),
+        ("data.fill=(300,-1,0)", "at least 0 and at most 255"),
+        ("model.patch=0", "at least 1"),
+        ("model.width=-64", "at least 0"),
+        ("model.drop_path=1.0", "at least 0 and less than 1"),
+        ("objective.std=(0,)", "greater than 0"),
+        ("objective.mask_ratio=1.5", "at least 0 and at most 1"),
+        ("objective.decoder_width=0", "at least 1"),
+        ("optimizer.base_lr=-1", "at least 0"),
+        ("optimizer.base_lr=1e999", "at least 0"),
+        ("optimizer.b1=1", "at least 0 and less than 1"),
+        ("optimizer.b2=1.5", "at least 0 and less than 1"),
+        ("optimizer.layer_decay=2", "greater than 0 and at most 1"),
+        ("optimizer.layer_decay=0", "greater than 0 and at most 1"),
+        ("optimizer.clip_norm=-1", "at least 0"),
+        ("optimizer.weight_decay=-1", "at least 0"),
+    ],
+)
+def test_numbers_out_of_their_range(override, words):
+    key = override.split("=")[0]
+    with pytest.raises(UserError, match=rf"^{re.escape(key)} = .* must be {re.escape(words)}\.$"):
+        schema.load(EMOJI, [override])
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "sentence"),
+    [
+        ("emoji_scratch", "objective.mixup=-0.5", "objective.mixup = -0.5 must be at least 0."),
+        (
+            "emoji_scratch",
+            "objective.smoothing=2",
+            "objective.smoothing = 2.0 must be at least 0 and at most 1.",
+        ),
+        (
+            "emoji_scratch",
+            "objective.erasing=3",
+            "objective.erasing = 3.0 must be at least 0 and at most 1.",
+        ),
+        (
+            "emoji_scratch",
+            "objective.batch_norm=-2",
+            "objective.batch_norm = -2 must be at least 0.",
+        ),
+        ("dvae_emoji", "objective.window=0", "objective.window = 0 must be at least 1."),
+        ("dvae_emoji", "tokenizer.vocabulary=0", "tokenizer.vocabulary = 0 must be at least 1."),
+        ("emoji_linear", "optimizer.momentum=1", "must be at least 0 and less than 1."),
+    ],
+)
+def test_numbers_of_other_objectives_out_of_their_range(name, override, sentence):
+    with pytest.raises(UserError) as error:
+        schema.load(f"configs/{name}.py", [override])
+    assert str(error.value).endswith(sentence)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_key_has_a_meaning(path):
+    config = schema.load(str(path))
+    keys = schema.keys_of(config)
+    assert keys.keys() == schema.flatten(config).keys()
+    silent = [name for name, key in keys.items() if not key.meaning]
+    assert silent == ["objective.name", "optimizer.name"]
+
+
+def test_a_mean_may_be_negative_and_blocks_be_all():
+    config = schema.load("configs/emoji_finetune.py", ["objective.mean=(-0.5,0,1)"])
+    assert config.objective.mean == (-0.5, 0, 1)
+    assert config.objective.tuned_blocks == -1
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("import nothing_such", "line 1: ModuleNotFoundError: No module named 'nothing_such'"),
+        ("def get_config():\n    return name_", "line 2: NameError: name 'name_' is not defined"),
+        ("# A README\nwith words", "line 2: SyntaxError"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, text, sentence):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        schema.load(str(path))
+    assert f"{path}, {sentence}" in str(error.value)
+
+
+def test_a_run_whose_config_is_damaged(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {')
+    with pytest.raises(UserError, match=r"config\.json is damaged: "):
+        schema.load(str(tmp_path))
+
+
+def test_a_config_is_of_one_objective():
+    with pytest.raises(UserError, match=r"the file is for mae; write a config for classify"):
+        schema.load(EMOJI, ["objective.name=classify"])
