@@ -81,7 +81,7 @@ def load(
     if "encoder" not in params:
         raise UserError(f"{source} holds a tokenizer, not an encoder: use mim_jax.tokenize.")
     given = {name: value for name, value in (("mean", mean), ("std", std)) if value}
-    known = {k: about.facts[k] for k in IMAGENET if k in about.facts} | given
+    known = {k: about.metadata[k] for k in IMAGENET if k in about.metadata} | given
     if missing := " and ".join(name for name in IMAGENET if name not in known):
         print(f"{source} has no {missing} of its images: using ImageNet's", file=sys.stderr)
     if image_size:

@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(source: str) -> int:
     """Prints what lies there: its network, parts, arrays, and what lay beside them."""
-    params, about, beside = load(source)
-    print(story(params, about))
+    params, network, beside = load(source)
+    print(story(params, network))
     if note := licence(source):
         print(note)
     for part, tree in params.items():
@@ -40,10 +40,10 @@ def show(source: str) -> int:
         print(f"\n{part}: {count:,} parameters in {len(arrays)} arrays")
         for path, x in arrays.items():
             print(f"  {path:44s} {x.dtype!s:8s} {' x '.join(map(str, x.shape))}")
-    for name in about.left_out:
+    for name in network.left_out:
         print(f"left out: {name}")
-    facts = about.facts | {k: v for k, v in beside.items() if k not in HIDDEN}
-    print("\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in facts.items()))
+    metadata = network.metadata | {k: v for k, v in beside.items() if k not in HIDDEN}
+    print("\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in metadata.items()))
     if "config" in beside:
         print(f"config: {json.dumps(beside['config'], indent=2)}")
     return 0

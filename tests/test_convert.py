@@ -130,10 +130,10 @@ def assert_identical(state, other):
 def test_what_transformers_writes(name, tmp_path):
     module = hugging_face(name)
     state = written(module, tmp_path)
-    params, about = from_torch(state, heads=4, decoder_heads=2)
+    params, network = from_torch(state, heads=4, decoder_heads=2)
     pooler = [key for key in state if "pooler.dense" in key]  # of a ViT, which no one trains
-    assert sorted(key.removeprefix("vit.") for key in about.left_out) == sorted(pooler)
-    back = to_torch(params, about, layout="hf")
+    assert sorted(key.removeprefix("vit.") for key in network.left_out) == sorted(pooler)
+    back = to_torch(params, network, layout="hf")
     assert_identical(back, {key: x for key, x in state.items() if key not in pooler})
     # transformers 5 calls the same otherwise in memory, and in MAE's files
     renamed = {
@@ -147,8 +147,8 @@ def test_what_transformers_writes(name, tmp_path):
     double.load_state_dict(module.state_dict())
     if name == "mae":  # its tables in float64, as ours
         fix_positions(double)
-    batch = check.example(about)
-    assert_same_numbers(check.run(exact(params), about, batch), theirs(double, batch))
+    batch = check.example(network)
+    assert_same_numbers(check.run(exact(params), network, batch), theirs(double, batch))
 
 
 TIMM = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=3)
@@ -172,19 +172,21 @@ def test_timm_both_ways(name, monkeypatch):
     kind, settings = TIMMS[name]
     module = randomize(attrgetter(kind)(timm_models())(**TIMM | settings))
     state, size = module.state_dict(), settings.get("img_size")
-    params, about = from_torch({f"module.{key}": x for key, x in state.items()}, heads=4, size=size)
-    back = to_torch(params, about, layout="timm")
+    params, network = from_torch(
+        {f"module.{key}": x for key, x in state.items()}, heads=4, size=size
+    )
+    back = to_torch(params, network, layout="timm")
     assert_identical(back, {key: x.numpy() for key, x in state.items()})
-    module, batch = module.double(), check.example(about)
+    module, batch = module.double(), check.example(network)
     images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
     with torch.no_grad():
         answers = dict(tokens=module.forward_features(images), logits=module(images))
     if name == "vit_encoder":
         del answers["logits"]
-    ours = check.run(exact(params), about, batch)
+    ours = check.run(exact(params), network, batch)
     assert_same_numbers(ours, {key: x.numpy() for key, x in answers.items()})
     for ran in ("timm ", "plain torch"):  # what --check does with timm, and without it
-        title, far = check.differences(params, about, "timm")
+        title, far = check.differences(params, network, "timm")
         assert title.startswith(ran)
         assert max(far.values()) < check.TOLERANCE
         monkeypatch.setattr(torch_models, "of_timm", lambda *_: None)
@@ -203,28 +205,28 @@ def test_the_official_mae():
     state = official_mae()
     optimizer = {"state": {0: {"exp_avg": np.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
     whole = {"model": {f"module.{k}": x for k, x in state.items()}, "optimizer": optimizer}
-    params, about = from_torch(whole | {"epoch": 3}, heads=4, decoder_heads=2)
-    assert (about.layout, about.kind, about.grid) == ("mae", "mae", (4, 4))
-    assert about.model["positions"] == "sincos"
-    assert about.left_out == ("optimizer.state.0.exp_avg",)
+    params, network = from_torch(whole | {"epoch": 3}, heads=4, decoder_heads=2)
+    assert (network.layout, network.kind, network.grid) == ("mae", "mae", (4, 4))
+    assert network.encoder.positions == "sincos"
+    assert network.left_out == ("optimizer.state.0.exp_avg",)
     learned = {k: x for k, x in state.items() if "pos_embed" not in k}
     jax.tree.map(np.testing.assert_array_equal, params, to_params(learned))
-    assert_identical(to_torch(params, about, layout="mae"), state)
+    assert_identical(to_torch(params, network, layout="mae"), state)
     # A table that is not MAE's is one that was learned; the class token's row counts
     state["pos_embed"] = state["pos_embed"] + np.float32(1e-3) * (np.arange(17) == 0)[:, None]
-    params, about = from_torch(state, heads=4, decoder_heads=2)
-    assert about.model["positions"] == "learned"
-    assert_identical(to_torch(params, about, layout="mae"), state)
+    params, network = from_torch(state, heads=4, decoder_heads=2)
+    assert network.encoder.positions == "learned"
+    assert_identical(to_torch(params, network, layout="mae"), state)
     # the encoder alone, as released; timm's names
-    alone = to_torch(params, about, layout="timm")
+    alone = to_torch(params, network, layout="timm")
     assert sorted(alone) == sorted(k for k in state if "decoder" not in k and k != "mask_token")
 
 
 def test_the_official_beit():
     """q and v have biases, keys have none; the index of relative positions is a buffer."""
     module = hugging_face("beit_shared")
-    params, about = from_torch(module.state_dict())
-    state = to_torch(params, about, layout="beit")
+    params, network = from_torch(module.state_dict())
+    state = to_torch(params, network, layout="beit")
     index = state["rel_pos_bias.relative_position_index"]
     assert (index.dtype, index.shape, index[0, 0], index[0, 1], index[1, 0]) == (
         *(np.int64, (17, 17)),
@@ -233,7 +235,7 @@ def test_the_official_beit():
     assert "blocks.0.attn.qkv.bias" not in state
     again, _ = from_torch({"module": state})
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    _, far = check.differences(params, about, "beit")  # whose index is not computed as ours
+    _, far = check.differences(params, network, "beit")  # whose index is not computed as ours
     assert far["logits"] < check.TOLERANCE
 
 
@@ -243,34 +245,34 @@ def test_the_encoder_of_a_segmentation(tmp_path, capsys):
     settings |= dict(out_indices=[1, 2, 3, 4], pool_scales=[1, 2], auxiliary_channels=8)
     module = transformers.BeitForSemanticSegmentation(transformers.BeitConfig(**settings))
     state = written(randomize(module), tmp_path / "hf")
-    params, about = from_torch(state)
-    assert (about.layout, about.kind) == ("hf_beit", "encoder")
+    params, network = from_torch(state)
+    assert (network.layout, network.kind) == ("hf_beit", "encoder")
     beside = {key for key in state if not key.startswith("beit.")}
     assert {"fpn1.1.running_var", "fpn2.0.bias", "decode_head.classifier.bias"} < beside
-    assert set(about.left_out) == beside
+    assert set(network.left_out) == beside
     again, _ = from_torch(module.state_dict())  # whose neck transformers 5 calls otherwise
     jax.tree.map(np.testing.assert_array_equal, again, params)
     alone = {key.removeprefix("beit."): x for key, x in state.items() if key not in beside}
-    assert_identical(to_torch(params, about, layout="hf"), alone)
+    assert_identical(to_torch(params, network, layout="hf"), alone)
 
-    batch = check.example(about)
+    batch = check.example(network)
     images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
     with torch.no_grad():
         found = module.double()(images, output_hidden_states=True).hidden_states
     with jax.enable_x64(True):
-        encoder = vit(**about.model | dict(dtype="float64"))
+        encoder = network.encoder.clone(dtype="float64")
         inner = {"params": exact(params)["encoder"]}
         ours = encoder.apply(inner, batch["image"], layers=(0, 1, 2, 3))
         assert_same_numbers(dict(enumerate(ours)), dict(enumerate(x.numpy() for x in found[1:])))
 
-    official = to_torch(params, about, layout="beit")
+    official = to_torch(params, network, layout="beit")
     assert sum(key.endswith("relative_position_index") for key in official) == 4
     whole = {f"backbone.{key}": x for key, x in official.items()}
     whole |= {f"backbone.{key}" if "fpn" in key else key: state[key] for key in beside}
-    again, about = from_torch({"meta": {"epoch": 1}, "state_dict": whole})
+    again, network = from_torch({"meta": {"epoch": 1}, "state_dict": whole})
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    assert about.layout == "beit_finetuned"
-    assert len(about.left_out) == len(beside) + 4
+    assert network.layout == "beit_finetuned"
+    assert len(network.left_out) == len(beside) + 4
     whole = {key: torch.tensor(x) for key, x in whole.items()}
     torch.save({"state_dict": whole}, tmp_path / "a.pth")
     for source, destination, to in (
@@ -281,7 +283,7 @@ def test_the_encoder_of_a_segmentation(tmp_path, capsys):
     ):
         arguments = [f"{tmp_path}/{source}", f"{tmp_path}/{destination}", f"--to={to}", "--check"]
         assert convert.main(arguments) == 0
-        assert "no norm at its end" in capsys.readouterr().out
+        assert "no final norm" in capsys.readouterr().out
     assert_identical(read(tmp_path / "b.pth")[0], official)
 
 
@@ -296,11 +298,11 @@ def test_a_linear_probe():
         "head.1.bias": rng.normal(size=3).astype(np.float32),
     }
     count = {"head.0.num_batches_tracked": np.array(7)}
-    params, about = from_torch(encoder | probe | count, heads=4)
-    assert (about.layout, about.kind) == ("mae_linear", "classify")
-    assert_identical(to_torch(params, about, layout="mae"), encoder | probe)
+    params, network = from_torch(encoder | probe | count, heads=4)
+    assert (network.layout, network.kind) == ("mae_linear", "classify")
+    assert_identical(to_torch(params, network, layout="mae"), encoder | probe)
     for layout in ("mae", "timm", "hf"):  # in the last two folded into the head
-        _, far = check.differences(params, about, layout)
+        _, far = check.differences(params, network, layout)
         assert far["logits"] < check.TOLERANCE
 
 
@@ -342,19 +344,19 @@ def test_dino_and_moco(code, width, heads, tmp_path):
     whole["optimizer"] = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
     for number, content in enumerate([whole, *files]):
         torch.save(content, tmp_path / "a.pth")
-        params, about, _ = load(tmp_path / "a.pth")
-        assert (about.kind, about.model["heads"], bool(about.left_out)) == (
+        params, network, _ = load(tmp_path / "a.pth")
+        assert (network.kind, network.encoder.heads, bool(network.left_out)) == (
             *("encoder", heads),
             number == 0,
         )
         assert_identical(
-            to_torch(params, about, layout="timm"), {k: x.numpy() for k, x in state.items()}
+            to_torch(params, network, layout="timm"), {k: x.numpy() for k, x in state.items()}
         )
-    batch = check.example(about)
+    batch = check.example(network)
     with torch.no_grad():
         images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
         tokens = module.double().forward_features(images).numpy()
-    assert_same_numbers(check.run(exact(params), about, batch), dict(tokens=tokens))
+    assert_same_numbers(check.run(exact(params), network, batch), dict(tokens=tokens))
 
 
 def test_what_does_not_fit_is_listed():
@@ -365,8 +367,8 @@ def test_what_does_not_fit_is_listed():
     with pytest.raises(UserError) as error:
         from_torch(state)
     assert str(error.value) == (
-        "this is not the official MAE as we know it: 2 missing: blocks.1.mlp.fc1.bias, "
-        "decoder_norm.weight; 1 too many: head_dist.weight; 1 of another shape: "
+        "this is not the official MAE as we know it: 2 missing: decoder_norm.weight, "
+        "blocks.1.mlp.fc1.bias; 1 too many: head_dist.weight; 1 of another shape: "
         "blocks.0.attn.qkv.bias (90,), should be (96,)."
     )
     resnet = {"conv1.weight": np.zeros((64, 3, 7, 7)), "bn1.running_mean": np.zeros(64)}
@@ -388,15 +390,15 @@ def test_what_does_not_fit_is_listed():
 @pytest.mark.parametrize(
     ("name", "layout", "sentence"),
     [
-        ("beit_shared", "mae", "say --to=beit"),
-        ("mae", "beit", "no bias of the keys: say --to=mae"),
-        ("mae", "tensorflow", "there is no layout 'tensorflow'; there are mae, beit, timm, hf"),
+        ("beit_shared", "mae", "use --to=beit"),
+        ("mae", "beit", "BEiT has no key bias: use --to=mae"),
+        ("mae", "tensorflow", "there is no layout 'tensorflow'; choose one of mae, beit, timm, hf"),
     ],
 )
 def test_what_a_layout_cannot_say(name, layout, sentence):
-    params, about = from_torch(hugging_face(name).state_dict(), heads=4, decoder_heads=2)
+    params, network = from_torch(hugging_face(name).state_dict(), heads=4, decoder_heads=2)
     with pytest.raises(UserError, match=sentence):
-        to_torch(params, about, layout=layout)
+        to_torch(params, network, layout=layout)
 
 
 def test_a_classifier_by_the_mean_is_no_vit_of_hugging_face():
@@ -404,10 +406,10 @@ def test_a_classifier_by_the_mean_is_no_vit_of_hugging_face():
     fine_tuned = {k.replace("norm.", "fc_norm.") if k in ("norm.weight", "norm.bias") else k: x
                   for k, x in encoder.items()}  # fmt: skip
     fine_tuned |= {"head.weight": np.ones((3, 32), np.float32), "head.bias": np.ones(3, np.float32)}
-    params, about = from_torch(fine_tuned, heads=4)
-    assert_identical(to_torch(params, about, layout="mae"), fine_tuned)
-    with pytest.raises(UserError, match=r"by the mean of the patches: say --to=timm or --to=mae\."):
-        to_torch(params, about, layout="hf")
+    params, network = from_torch(fine_tuned, heads=4)
+    assert_identical(to_torch(params, network, layout="mae"), fine_tuned)
+    with pytest.raises(UserError, match=r"the mean of the patches: use --to=timm or --to=mae\."):
+        to_torch(params, network, layout="hf")
 
 
 def run_of_ours(folder):
@@ -421,7 +423,7 @@ def run_of_ours(folder):
 def test_the_command_there_and_back(tmp_path, capsys):
     run, state = run_of_ours(tmp_path), official_mae()
     assert "the official MAE, mae: width 32, 2 blocks, 4 heads" in capsys.readouterr().out
-    params, about = from_torch(state, heads=4, decoder_heads=2)
+    params, network = from_torch(state, heads=4, decoder_heads=2)
     # it is what init_from takes
     zeros = jax.tree.map(np.zeros_like, params)
     begun = begin_from(
@@ -436,7 +438,7 @@ def test_the_command_there_and_back(tmp_path, capsys):
         assert convert.main([source, f"{tmp_path}/{file}", "--to=mae", "--check"]) == 0
         assert_identical(read(tmp_path / file)[0], state)
     _, same = from_torch(read(tmp_path / "b.pth")[0], heads=4, decoder_heads=2)
-    assert same == about
+    assert same == network
     # which PyTorch's own readers take
     loaded = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
     assert_identical({k: x.numpy() for k, x in loaded.items()}, state)
@@ -445,9 +447,9 @@ def test_the_command_there_and_back(tmp_path, capsys):
     )
     assert not any(info.values())
     assert (model.config.layer_norm_eps, model.config.decoder_num_attention_heads) == (1e-6, 2)
-    batch = check.example(about)
+    batch = check.example(network)
     far = theirs(model, {k: x.astype(np.float32) for k, x in batch.items()})
-    ours = check.run(exact(params), about, batch)
+    ours = check.run(exact(params), network, batch)
     for name, x in far.items():
         np.testing.assert_allclose(ours[name], x, atol=1e-5 * np.abs(x).max(), rtol=0)
     assert inspect([run]) == 0
@@ -461,8 +463,8 @@ def test_the_command_there_and_back(tmp_path, capsys):
 def test_a_proof_that_fails(error, tmp_path, monkeypatch, capsys):
     run, there = run_of_ours(tmp_path), check.to_torch
 
-    def wrong(params, about, layout):
-        state = there(params, about, layout=layout)
+    def wrong(params, network, layout):
+        state = there(params, network, layout=layout)
         return state | {"blocks.1.norm2.bias": state["blocks.1.norm2.bias"] + error}
 
     monkeypatch.setattr(check, "to_torch", wrong)
@@ -490,12 +492,12 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, capsys):
         ("short.pth", "b.pth", "mae", "damaged or cut off"),
         ("resnet.pth", "b.pth", "mae", "no layout has arrays of these names"),
         ("nothing.pth", "b.pth", "mae", "nothing.pth: No such file"),
-        ("empty", "b.pth", "mae", "is neither the folder of a run"),
-        ("run", "b.txt", "mae", "say a file that ends with .safetensors or .pth"),
+        ("empty", "b.pth", "mae", "is neither a run, with checkpoints"),
+        ("run", "b.txt", "mae", "must end with .safetensors or .pth"),
         ("run", "no/where/b.pth", "mae", "there is no folder"),
-        ("run", "run", "mim_jax", "holds checkpoints already"),
-        ("run", "b.pth", "beit", "say --to=mae or --to=timm"),
-        ("a.pth", "hf", "hf", "say --heads=N"),
+        ("run", "run", "mim_jax", "already holds checkpoints"),
+        ("run", "b.pth", "beit", "use --to=mae or --to=timm"),
+        ("a.pth", "hf", "hf", "set --heads=N"),
     ):
         capsys.readouterr()
         code = convert.main([f"{tmp_path}/{source}", f"{tmp_path}/{destination}", f"--to={to}"])
@@ -517,7 +519,7 @@ def test_images_of_another_size(tmp_path, capsys):
     run_of_ours(tmp_path)
     arguments = [f"{tmp_path}/a.pth", "--heads=4", "--decoder-heads=2", "--image-size=48"]
     assert convert.main([*arguments, f"{tmp_path}/b.pth", "--to=timm"]) == 2
-    assert "say --encoder-only" in capsys.readouterr().err
+    assert "set --encoder-only" in capsys.readouterr().err
     arguments += ["--encoder-only", "--check"]
     assert convert.main([*arguments, f"{tmp_path}/b.pth", "--to=timm"]) == 0
     larger = read(tmp_path / "b.pth")[0]["pos_embed"]
@@ -565,7 +567,7 @@ def test_a_hybrid_begins_a_run(tmp_path, capsys):
     assert_identical(read(tmp_path / "b.pth")[0], read(tmp_path / "a.pth")[0])
     for to in ("mae", "beit", "hf"):
         assert convert.main([f"{tmp_path}/run", f"{tmp_path}/c.pth", f"--to={to}"]) == 2
-        assert "a ResNet before the encoder is in timm's ViT alone" in capsys.readouterr().err
+        assert "only timm's ViT has a ResNet stem: use --to=timm" in capsys.readouterr().err
 
 
 def test_images_that_are_not_square(tmp_path, capsys):
@@ -575,13 +577,13 @@ def test_images_that_are_not_square(tmp_path, capsys):
     torch.save(module.state_dict(), tmp_path / "a.pth")
     arguments = [f"{tmp_path}/a.pth", "--heads=4", "--check"]
     assert convert.main([*arguments, f"{tmp_path}/b.pth", "--to=timm"]) == 2
-    assert "say --image-size=HEIGHT,WIDTH" in capsys.readouterr().err
+    assert "set --image-size=HEIGHT,WIDTH" in capsys.readouterr().err
     arguments.append("--image-size=24,48")
     assert convert.main([*arguments, f"{tmp_path}/b.pth", "--to=timm"]) == 0
     assert_identical(read(tmp_path / "a.pth")[0], read(tmp_path / "b.pth")[0])
     assert convert.main([*arguments, f"{tmp_path}/run", "--to=mim_jax"]) == 0
     assert convert.main([f"{tmp_path}/run", f"{tmp_path}/hf", "--to=hf"]) == 2
-    assert "positions are of square images: say --to=timm" in capsys.readouterr().err
+    assert "images are square: use --to=timm" in capsys.readouterr().err
 
 
 def test_dalle_as_a_tokenizer(tmp_path, capsys):

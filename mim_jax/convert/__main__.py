@@ -14,6 +14,8 @@ from mim_jax.cli import exit_code
 from mim_jax.convert.check import TOLERANCE, differences
 from mim_jax.convert.files import licence, load, save, story
 from mim_jax.convert.fit import FAMILIES, encoder_only, resized
+from mim_jax.convert.hugging_face import EPS
+from mim_jax.convert.network import Network
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,36 +47,41 @@ def size(text: str) -> tuple[int, int]:
 
 def convert(options: argparse.Namespace) -> int:
     """What the command does. -> its exit code."""
-    known = dict(heads=options.heads, decoder_heads=options.decoder_heads, size=options.image_size)
-    params, about, _ = load(options.source, **known)
-    print(f"{options.source}: {story(params, about)}")
-    if about.left_out:
-        more = ", ..." if len(about.left_out) > 3 else ""
-        print(f"left out: {len(about.left_out)} arrays, {', '.join(about.left_out[:3])}{more}")
+    given = dict(heads=options.heads, decoder_heads=options.decoder_heads, size=options.image_size)
+    params, network, _ = load(options.source, **given)
+    print(f"{options.source}: {story(params, network)}")
+    if network.left_out:
+        more = ", ..." if len(network.left_out) > 3 else ""
+        names = ", ".join(network.left_out[:3])
+        print(f"left out: {len(network.left_out)} arrays, {names}{more}")
     if options.encoder_only:
-        params, about = encoder_only(params, about)
-    if options.image_size and about.kind != "dvae":
-        if about.grid is None:  # said now: nothing is known to be of another size
-            grid = [side // p for side, p in zip(options.image_size, about.patch, strict=True)]
-            about = about._replace(grid=tuple(grid))
-        elif options.image_size != about.size:
-            params, about = resized(params, about, options.image_size)
-            print("for images of {} x {}: positions are interpolated".format(*about.size))
+        params, network = encoder_only(params, network)
+    if options.image_size and network.kind != "dvae":
+        if network.grid is None:  # no array depends on it
+            (height, width), (p, q) = options.image_size, network.encoder.patch
+            network = network._replace(grid=(height // p, width // q))
+        elif options.image_size != network.size:
+            params, network = resized(params, network, options.image_size)
+            print("resized to {} x {}: positions are interpolated".format(*network.size))
     if note := licence(options.source):
         print(note)
-    if (eps := about.facts.get("layer_norm_eps", 1e-6)) != 1e-6:
-        print(f"its config says layer_norm_eps = {eps:g}; MAE's, BEiT's and our code have 1e-06")
-    print(f"{options.destination}: {save(options.destination, params, about, options.to)}")
-    if not options.check:
-        return 0
-    to = options.to
+    if (eps := network.metadata.get("layer_norm_eps", EPS)) != EPS:
+        print(
+            f"warning: its config has layer_norm_eps = {eps:g}; MAE, BEiT and mim_jax use {EPS:g}"
+        )
+    print(f"{options.destination}: {save(options.destination, params, network, options.to)}")
+    return check(params, network, options.to) if options.check else 0
+
+
+def check(params: dict, network: Network, to: str) -> int:
+    """Compares the network with PyTorch's, and prints the differences. Returns the exit code."""
     if to == "mim_jax":
-        to = about.layout if about.layout != "mim_jax" else "timm"
-    title, far = differences(params, about, to)
-    print(f"ours and {title}, in float64: max|difference| by max|value|")
-    for name, value in far.items():
+        to = network.layout if network.layout != "mim_jax" else "timm"
+    title, largest = differences(params, network, to)
+    print(f"mim_jax and {title} in float64, largest difference / largest value:")
+    for name, value in largest.items():
         print(f"  {name:12s} {value:.1e}")
-    if all(value <= TOLERANCE for value in far.values()):  # a NaN is not
+    if all(value <= TOLERANCE for value in largest.values()):  # False for NaN
         return 0
     print(f"failed: more than {TOLERANCE:g}", file=sys.stderr)
     return 1

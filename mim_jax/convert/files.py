@@ -1,10 +1,11 @@
-"""Weights where they lie: runs of ours, files of PyTorch and safetensors, Hugging Face folders."""
+"""Loads and saves weights: runs, files of PyTorch and safetensors, folders of Hugging Face."""
 
 import hashlib
 import inspect
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +14,58 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mim_jax import UserError
-from mim_jax.convert.about import About, describe, extra
 from mim_jax.convert.fit import fit
-from mim_jax.convert.hugging_face import known_from, write
+from mim_jax.convert.hugging_face import read_config, write
+from mim_jax.convert.network import Network, describe, extra, kind_of
 from mim_jax.convert.read import read
 from mim_jax.convert.states import from_torch, to_torch
 from mim_jax.convert.tables import LAYOUTS
-from mim_jax.models.vit import vit
+from mim_jax.models.decoder import Decoder
+from mim_jax.models.dvae import DVAE, KINDS, dvae
+from mim_jax.models.vit import ViT, vit
 
-FOLDER = ("model.safetensors", "pytorch_model.bin")  # Hugging Face's, the better first
-RELEASED = {  # MD5 sums begin so, as its README says
+FOLDER = ("model.safetensors", "pytorch_model.bin")  # Hugging Face's, in order of preference
+RELEASED = {  # the first digits of the MD5 sums in MAE's README
     *("8cad7c", "b8b06e", "9bdbb0"),
     *("1b25e9", "51f550", "2541f2"),
 }
-NOTED = ("heads", "decoder_heads", "facts")
-FACTS = ("mean", "std", "target", "mask_ratio", "pooling")  # of an objective, that are kept
+OBJECTIVE_KEYS = ("mean", "std", "target", "mask_ratio", "pooling")  # kept in metadata
 
 
-def load(path: str | Path, **known: Any) -> tuple[dict, About, dict[str, Any]]:
-    """-> our parameters, what they are of, and what lay beside them, from whatever lies there.
+def load(path: str | Path, **options: Any) -> tuple[dict, Network, dict[str, Any]]:
+    """Loads a run, a file of weights or a folder of Hugging Face.
 
-    `known` is as for `from_torch`. Raises UserError for what cannot be read, or is no such network.
+    `options` are those of `from_torch` and take precedence over what the source says; false values
+    are ignored. Returns our parameters, their network, and the other entries of the source.
+    Raises UserError if the source cannot be read or holds another network.
     """
-    path, known = Path(path), {name: value for name, value in known.items() if value}
+    path, options = Path(path), {name: value for name, value in options.items() if value}
     if (path / "checkpoints").is_dir():
-        known.pop("size", None)
-        return load_run(path, known)
+        return load_run(path, **options)
     if (path / "encoder.pkl").exists() and (path / "decoder.pkl").exists():
         halves = [from_torch(read(path / f"{half}.pkl")[0])[0] for half in ("encoder", "decoder")]
         params = halves[0] | halves[1]
         return params, describe(params, layout="dalle"), {}
     if path.is_dir():
-        arrays, noted = read_folder(path), known_from(path)
-        params, about = from_torch(arrays, **noted | known)
-        return params, about, {}
-    arrays, metadata = read(path)
-    noted = beside(metadata.pop("mim_jax", "{}"))
-    params, about = from_torch(arrays, **noted | known)
-    return params, about, metadata
+        return *from_torch(read_folder(path), **read_config(path) | options), {}
+    arrays, entries = read(path)
+    recorded = read_record(entries.pop("mim_jax", "{}"))
+    return *from_torch(arrays, **recorded | options), entries
 
 
-def beside(text: str) -> dict[str, Any]:
-    """What `save` noted in a file that has no other place for it."""
+def read_record(text: str) -> dict[str, Any]:
+    """Reads what `save` recorded in a file: options of `from_torch`."""
     try:
-        noted = json.loads(text)
-        grid = {"grid": tuple(noted["grid"])} if "grid" in noted else {}
-        return {name: noted[name] for name in NOTED if name in noted} | grid
-    except (ValueError, TypeError):
+        entries = json.loads(text)
+        record = {k: entries[k] for k in ("heads", "decoder_heads") if k in entries}
+        record |= {"grid": tuple(entries["grid"])} if "grid" in entries else {}
+        return record | {"metadata": entries.get("facts", {})}
+    except (ValueError, TypeError, AttributeError):
         return {}
 
 
 def read_folder(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a folder of Hugging Face, in one file or in several."""
+    """Reads the arrays of a folder of Hugging Face, in one file or in several."""
     for name in FOLDER:
         if (path / name).exists():
             return read(path / name)[0]
@@ -74,67 +75,88 @@ def read_folder(path: Path) -> dict[str, np.ndarray]:
                 raise UserError(f"{path}/{name}.index.json names files outside its folder.")
             return {k: x for part in sorted(set(parts)) for k, x in read(path / part)[0].items()}
     raise UserError(
-        f"{path} is neither the folder of a run, with checkpoints, nor one of Hugging Face, with "
+        f"{path} is neither a run, with checkpoints, nor a folder of Hugging Face, with "
         f"{' or '.join(FOLDER)}."
     )
 
 
-def load_run(path: Path, known: dict) -> tuple[dict, About, dict]:
-    """The newest checkpoint of a run, or of what was converted to one."""
+def load_run(path: Path, **options: Any) -> tuple[dict, Network, dict]:
+    """Loads the newest checkpoint of a run, or of converted weights."""
     from mim_jax import checkpoint
 
     params, buffers, metadata = checkpoint.load(str(path))
     frozen = {name: buffers[name] for name in ("encoder", "batch_statistics") if name in buffers}
-    whole = flatten_dict(frozen) | flatten_dict(params)
-    params, noted = unflatten_dict(whole), metadata["config"]
-    facts = {name: noted["objective"][name] for name in FACTS if name in noted["objective"]}
-    facts |= {"crop_fraction": noted["data"].get("crop_fraction", 0.875)}
+    params = unflatten_dict(flatten_dict(frozen) | flatten_dict(params))
+    return params, network_of_run(params, metadata["config"], **options), metadata
+
+
+def network_of_run(
+    params: dict, config: dict, *, heads: int = 0, decoder_heads: int = 0, size: Any = None
+) -> Network:
+    """Returns the network of a run's parameters by its config, which also has the image `size`."""
+    objective, data = config["objective"], config["data"]
+    metadata = {name: objective[name] for name in OBJECTIVE_KEYS if name in objective}
+    metadata["crop_fraction"] = data.get("crop_fraction", 0.875)
     if "encoder" not in params:
-        about, model = describe(params, facts=facts), noted["tokenizer"]
-        model = {k: v for k, v in model.items() if k != "dtype" and (v or k == "layers")}
-        return params, about._replace(model=about.model | model), metadata
-    settings = {k: v for k, v in noted["model"].items() if k in inspect.signature(vit).parameters}
-    model = vit(**settings | dict(dtype="float32"))
-    size = noted["data"]["size"]
-    size = (size, size) if isinstance(size, int) else size
-    noted = dict(
-        patch=model.patch,
-        grid=(size[0] // model.patch[0], size[1] // model.patch[1]),
-        heads=model.heads,
-        decoder_heads=noted["objective"].get("decoder_heads", 0),
-        positions=model.positions,
-        facts=facts,
-    )
-    return params, describe(params, **noted | known), metadata
+        tokenizer = build(dvae, config["tokenizer"])
+        return Network(tokenizer, "dvae", channels=tokenizer.channels, metadata=metadata)
+    encoder = build(vit, config["model"], heads=heads)
+    height, width = np.broadcast_to(data["size"], 2).tolist()
+    grid = height // encoder.patch[0], width // encoder.patch[1]
+    decoder = None
+    if "decoder" in params:
+        width, depth = objective["decoder_width"], objective["decoder_depth"]
+        heads = decoder_heads or objective["decoder_heads"]
+        decoder = Decoder(width, depth, heads, "float32", "none")
+    channels = data.get("channels", 3)
+    return Network(encoder, kind_of(params), decoder, grid, channels, metadata=metadata)
 
 
-def story(params: dict, about: About) -> str:
-    """What they are, in a line."""
+def build(function: Callable, settings: dict, **options: Any) -> Any:
+    """Calls `vit` or `dvae` with the settings of a config that it still takes, in float32."""
+    names = inspect.signature(function).parameters
+    settings = {name: value for name, value in settings.items() if name in names}
+    settings |= {name: value for name, value in options.items() if value}
+    return function(**settings | {"dtype": "float32"})
+
+
+def story(params: dict, network: Network) -> str:
+    """Describes a network in a line."""
     count = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
-    model, title = about.model, "ours" if about.layout == "mim_jax" else LAYOUTS[about.layout].title
-    if about.kind == "dvae":
-        return f"{title}: {model['kind']} dVAE, {model['vocabulary']} tokens, {count:,} parameters"
-    words = [f"width {model['width']}", f"{model['depth']} blocks"]
-    words += [f"{model['heads'] or 'unknown'} heads", "patches of {} x {}".format(*about.patch)]
-    words[-1] += f" from a {model['stem']}" if model["stem"] != "none" else ""
-    words += ["images of {} x {}".format(*about.size)] if about.grid else []
-    words += [f"{model['positions']} positions"] if model["positions"] != "none" else []
-    if model["relative_bias"] != "none":
-        words.append(f"{model['relative_bias']} relative positions")
-    if about.decoder:
+    title = "ours" if network.layout == "mim_jax" else LAYOUTS[network.layout].title
+    if isinstance(model := network.model, DVAE):
+        tokens = model.encoder.vocabulary
+        return f"{title}: {kind_of_dvae(model)} dVAE, {tokens} tokens, {count:,} parameters"
+    words = [f"width {model.width}", f"{model.depth} blocks", f"{model.heads or 'unknown'} heads"]
+    words.append("patches of {} x {}".format(*model.patch))
+    if model.stem != "none":
+        words[-1] += f" from a {model.stem}"
+    if network.grid:
+        words.append("images of {} x {}".format(*network.size))
+    if model.positions != "none":
+        words.append(f"{model.positions} positions")
+    if model.relative_bias != "none":
+        words.append(f"{model.relative_bias} relative positions")
+    if decoder := network.decoder:
         words.append(
-            "decoder of width {width}, {depth} blocks, {heads} heads".format(**about.decoder)
+            f"decoder of width {decoder.width}, {decoder.depth} blocks, "
+            f"{decoder.heads or 'unknown'} heads"
         )
-    if about.kind == "encoder" and not {"norm", "fc_norm"} & {*params, *params["encoder"]}:
-        words.append("no norm at its end")
-    head = params.get("head", {}).get("bias")
-    if head is not None:
-        words.append(f"{len(head)} {'values a patch' if about.kind == 'beit' else 'classes'}")
-    return f"{title}, {about.kind}: {', '.join(words)}; {count:,} parameters"
+    if network.kind == "encoder" and not {"norm", "fc_norm"} & {*params, *params["encoder"]}:
+        words.append("no final norm")
+    bias = params.get("head", {}).get("bias")
+    if bias is not None:
+        words.append(f"{len(bias)} {'values a patch' if network.kind == 'beit' else 'classes'}")
+    return f"{title}, {network.kind}: {', '.join(words)}; {count:,} parameters"
+
+
+def kind_of_dvae(tokenizer: DVAE) -> str:
+    """Returns the key of KINDS of a dVAE."""
+    return next(kind for kind, parts in KINDS.items() if isinstance(tokenizer.encoder, parts[0]))
 
 
 def licence(path: str | Path) -> str:
-    """What must be said of weights that others released, "" if they are not known."""
+    """Returns the licence note of MAE's released weights, "" for others."""
     path = Path(path)
     named = re.search(r"mae_(pretrain|finetuned|visualize)_vit|vit-mae-", str(path.absolute()))
     if not named and path.is_file():
@@ -143,70 +165,94 @@ def licence(path: str | Path) -> str:
     return "MAE's released weights are CC-BY-NC-4.0: not for commercial use." if named else ""
 
 
-def save(path: str | Path, params: dict, about: About, to: str) -> str:
-    """Writes params in a family of layouts, or for us -> what was written, in a line.
+def save(path: str | Path, params: dict, network: Network, to: str) -> str:
+    """Saves parameters in a family of layouts, or as a run, and describes what was written.
 
-    A file (.safetensors, .pth, .pt, .bin), or for hf and mim_jax a folder.
+    Arguments:
+        path: a file (.safetensors, .pth, .pt, .bin), or for hf and mim_jax a folder.
+        to: a family of layouts, or mim_jax.
+
+    Raises UserError if the family cannot hold the network, or for another path.
     """
     path = Path(path)
     if to == "mim_jax":
-        return save_run(path, params, about)
-    layout, taken = fit(params, about, to)
-    state = to_torch(taken, about, layout=layout)
+        return save_run(path, params, network)
+    layout, fitted = fit(params, network, to)
+    state = to_torch(fitted, network, layout=layout)
     title = f"{LAYOUTS[layout].title}, {len(state)} arrays"
-    names = [part for part in params if part not in (*taken, "batch_statistics")]
-    names += ["the mask token"] if has_mask_token(params) and not has_mask_token(taken) else []
+    names = [part for part in params if part not in (*fitted, "batch_statistics")]
+    names += ["the mask token"] if has_mask_token(params) and not has_mask_token(fitted) else []
     title += f"; left out: {', '.join(names)}" if names else ""
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"there is no folder {path.parent} to write {path.name} to.")
-        known = dict(heads=about.model.get("heads"), grid=about.grid, facts=about.facts)
-        known |= dict(decoder_heads=about.decoder["heads"]) if about.decoder else {}
-        metadata = json.dumps({name: value for name, value in known.items() if value})
-        if path.suffix == ".safetensors":
-            with extra():
-                from safetensors.numpy import save_file
-
-            save_file(state, path, metadata={"format": "pt", "mim_jax": metadata})
-        else:
-            with extra():
-                from mim_jax.convert.torch_files import save_file
-
-            save_file(state, path, metadata={"mim_jax": metadata})
+        save_file(path, state, network)
     elif to == "hf" and not path.is_file():
-        write(path, state, about, layout)
+        write(path, state, network, layout)
     else:
-        raise UserError(f"{path}: say a file that ends with .safetensors or .pth.")
+        raise UserError(f"{path} must end with .safetensors or .pth.")
     return title
 
 
 def has_mask_token(params: dict) -> bool:
+    """Returns whether an encoder has a mask token."""
     return "mask_token" in params.get("encoder", ())
 
 
-def save_run(path: Path, params: dict, about: About) -> str:
-    """A run's folder that init_from takes."""
+def save_file(path: Path, state: dict[str, np.ndarray], network: Network) -> None:
+    """Saves a state dict, and what `read_record` reads beside it."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} for {path.name}.")
+    heads = network.model.heads if isinstance(network.model, ViT) else 0
+    decoder_heads = network.decoder.heads if network.decoder else 0
+    record = dict(heads=heads, decoder_heads=decoder_heads, grid=network.grid)
+    record |= dict(facts=network.metadata)
+    text = json.dumps({name: value for name, value in record.items() if value})
+    with extra():
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import save_file as write_file
+
+            write_file(state, path, metadata={"format": "pt", "mim_jax": text})
+        else:
+            from mim_jax.convert import torch_files
+
+            torch_files.save_file(state, path, metadata={"mim_jax": text})
+
+
+def save_run(path: Path, params: dict, network: Network) -> str:
+    """Saves a folder that init_from takes."""
     from mim_jax.checkpoint import Checkpoints
     from mim_jax.train import TrainState
 
-    objective = {"name": about.kind} | {k: v for k, v in about.facts.items() if k in FACTS}
-    if about.decoder:
-        objective |= {f"decoder_{name}": value for name, value in about.decoder.items()}
-    data = dict(crop_fraction=about.facts.get("crop_fraction", 0.875))
-    if about.kind != "dvae":
-        data |= dict(size=about.size, channels=about.channels)
-    network = "tokenizer" if about.kind == "dvae" else "model"
-    record = dict(
-        config={network: about.model, "objective": objective, "data": data},
-        trajectory={"converted from": about.layout},  # no training goes on from here
-    )
+    record = dict(config=config_of(network), trajectory={"converted from": network.layout})
     checkpoints = Checkpoints(str(path), keep=1, record=record)
     if checkpoints.latest is not None:
         checkpoints.close()
-        raise UserError(f"{path} holds checkpoints already: choose another folder.")
+        raise UserError(f"{path} already holds checkpoints: choose another folder.")
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     buffers = {k: params.pop(k) for k in ("batch_statistics",) if k in params}
     checkpoints.save(TrainState(np.zeros((), np.int32), params, buffers, ()))
     checkpoints.close()
     (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    return f"a checkpoint of ours with {', '.join(params)}"
+    return f"a checkpoint of mim_jax with {', '.join(params)}"
+
+
+def config_of(network: Network) -> dict[str, dict[str, Any]]:
+    """Returns the config that `network_of_run` reads."""
+    model, metadata = network.model, network.metadata
+    objective = {"name": network.kind} | {k: metadata[k] for k in OBJECTIVE_KEYS if k in metadata}
+    data = dict(channels=network.channels, crop_fraction=metadata.get("crop_fraction", 0.875))
+    if isinstance(model, DVAE):
+        names = ("vocabulary", "width", "layers", "blocks", "stem")
+        tokenizer = {name: getattr(model.encoder, name) for name in names}
+        tokenizer |= dict(
+            kind=kind_of_dvae(model),
+            codebook=model.decoder.codebook,
+            channels=model.channels,
+            likelihood=model.likelihood,
+        )
+        return dict(tokenizer=tokenizer, objective=objective, data=data)
+    if decoder := network.decoder:
+        sizes = dict(width=decoder.width, depth=decoder.depth, heads=decoder.heads)
+        objective |= {f"decoder_{name}": value for name, value in sizes.items()}
+    names = inspect.signature(vit).parameters
+    encoder = {name: value for name, value in vars(model).items() if name in names}
+    return dict(model=encoder, objective=objective, data=data | dict(size=network.size))

@@ -1,131 +1,140 @@
-"""What a network of ours must become to be said by others: its layout, its parts, its size."""
+"""Fits a network to a layout: which layout of a family can hold it, and what must change."""
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mim_jax import UserError
-from mim_jax.convert.about import About, expected, kind_of
+from mim_jax.convert.network import Network, expected, kind_of
 from mim_jax.convert.tables import LAYOUTS
 from mim_jax.models import resize
+from mim_jax.models.dvae import DVAE, DalleEncoder
 
 FAMILIES = ("mae", "beit", "timm", "hf")
 
 
-def fit(params: dict, about: About, to: str) -> tuple[str, dict]:
-    """-> the layout of a family, and what of params it takes. LAYOUTS' own names stand as they are.
+def fit(params: dict, network: Network, to: str) -> tuple[str, dict]:
+    """Returns the layout of a family that holds a network, and the parameters that it holds.
 
-    Raises UserError, with what to say instead, where no layout of the family has such a network.
+    Arguments:
+        params: the parameters of the network.
+        network: its description.
+        to: a family, or a key of LAYOUTS, which is returned unchanged.
+
+    Raises UserError, with an alternative, if no layout of the family can hold the network.
     """
-    if about.kind == "dvae":
-        return fit_dvae(params, about, to)
-    model, kind = about.model, about.kind
-    mean, relative = "fc_norm" in params, model["relative_bias"] != "none"
+    if isinstance(network.model, DVAE):
+        return fit_dvae(params, network.model, to)
     if to not in (*FAMILIES, *LAYOUTS):
-        raise UserError(f"there is no layout {to!r}; there are {', '.join(FAMILIES)}.")
-    if to in LAYOUTS and to not in FAMILIES:
+        raise UserError(f"there is no layout {to!r}; choose one of {', '.join(FAMILIES)}.")
+    if to not in FAMILIES:
         return to, params
-    if model["key_bias"] and relative:
-        raise UserError(
-            f"--to={to}: relative positions beside a bias of the keys are in no other code; train "
-            "with --config.model.key_bias=False, or keep it with --to=mim_jax."
-        )
-    if model["stem"] != "none" and not (to == "timm" and model["key_bias"]):
-        instead = "timm" if model["key_bias"] else "mim_jax"
-        raise UserError(
-            f"--to={to}: a ResNet before the encoder is in timm's ViT alone, whose keys have a "
-            f"bias: say --to={instead}."
-        )
+    if reason := obstacle(params, network, to):
+        raise UserError(f"--to={to}: {reason}.")
+    kind, key_bias = network.kind, network.encoder.key_bias
     if to == "timm":
-        params = encoder_only(params, about)[0] if kind in ("mae", "beit", "encoder") else params
-        return "timm_vit" if model["key_bias"] else "timm_beit", folded(params)
+        params = encoder_only(params, network)[0] if kind in ("mae", "beit", "encoder") else params
+        return "timm_vit" if key_bias else "timm_beit", folded(params)
     if to == "mae":
-        if not model["key_bias"]:
-            raise UserError(
-                "--to=mae: in MAE keys have a bias, in BEiT and here they have none: say --to=beit."
-            )
-        if model["layer_scale"]:
-            raise UserError("--to=mae: the official MAE has no LayerScale: say --to=timm.")
-        if kind == "mae" and "mask_token" in params["encoder"]:
-            raise UserError(
-                "--to=mae: the official MAE has no mask tokens in its encoder: say --to=timm for "
-                "the encoder alone."
-            )
-        named = "mae_linear" if "batch_statistics" in params else "timm_vit"
-        return "mae" if kind == "mae" else named, params
+        without = "mae_linear" if "batch_statistics" in params else "timm_vit"
+        return "mae" if kind == "mae" else without, params
     if to == "beit":
-        if model["key_bias"]:
-            raise UserError("--to=beit: BEiT has no bias of the keys: say --to=mae or --to=timm.")
         return "beit" if kind == "beit" else "beit_finetuned", folded(params)
-    if about.grid and about.grid[0] != about.grid[1]:
-        raise UserError("--to=hf: Hugging Face's positions are of square images: say --to=timm.")
-    if not model["key_bias"]:
-        return "hf_beit_mim" if kind == "beit" else "hf_beit", folded(params)
-    if mean:
-        raise UserError(
-            "--to=hf: Hugging Face's ViT classifies by the class token, this one by the mean of "
-            "the patches: say --to=timm or --to=mae."
-        )
-    if model["layer_scale"]:
-        raise UserError("--to=hf: Hugging Face's ViT has no LayerScale: say --to=timm.")
-    if "norm" not in params["encoder"]:
-        raise UserError("--to=hf: Hugging Face's ViT has a norm at its end: say --to=timm.")
-    if kind == "beit":
-        raise UserError(
-            "--to=hf: Hugging Face's BEiT has no bias of the keys: say --to=timm for the encoder "
-            "alone."
-        )
-    return "hf_vit_mae" if kind == "mae" else "hf_vit", folded(params)
+    if key_bias:
+        return "hf_vit_mae" if kind == "mae" else "hf_vit", folded(params)
+    return "hf_beit_mim" if kind == "beit" else "hf_beit", folded(params)
 
 
-def fit_dvae(params: dict, about: About, to: str) -> tuple[str, dict]:
-    """The same of a dVAE."""
-    if about.model.get("stem", 1) != 1:
-        raise UserError("a dVAE with model.stem is in no other code: keep it with --to=mim_jax.")
-    dalle, layers = about.model["kind"] == "dalle", about.model["layers"]
-    layout = "dalle" if dalle else f"small_dvae_{layers}"
+def obstacle(params: dict, network: Network, to: str) -> str:
+    """Returns why no layout of a family can hold an encoder and its head, or ""."""
+    encoder, kind, key_bias = network.encoder, network.kind, network.encoder.key_bias
+    stem, scaled, relative = encoder.stem != "none", encoder.layer_scale > 0, encoder.relative_bias
+    vit, square = to == "hf" and key_bias, not network.grid or len({*network.grid}) == 1
+    rules = [
+        (
+            key_bias and relative != "none",
+            "no other library has relative positions and a key bias: use --to=mim_jax",
+        ),
+        (
+            stem and not key_bias,
+            "no other library has a ResNet stem without key bias: use --to=mim_jax",
+        ),
+        (stem and to != "timm", "only timm's ViT has a ResNet stem: use --to=timm"),
+        (to == "mae" and not key_bias, "MAE has a key bias, as BEiT has not: use --to=beit"),
+        (to == "mae" and scaled, "the official MAE has no LayerScale: use --to=timm"),
+        (
+            to == kind == "mae" and "mask_token" in params["encoder"],
+            "the official MAE has no mask token in its encoder: use --to=timm for the encoder",
+        ),
+        (to == "beit" and key_bias, "BEiT has no key bias: use --to=mae or --to=timm"),
+        (to == "hf" and not square, "Hugging Face's images are square: use --to=timm"),
+        (
+            vit and "fc_norm" in params,
+            "Hugging Face's ViT classifies the class token, this network the mean of the patches: "
+            "use --to=timm or --to=mae",
+        ),
+        (vit and scaled, "Hugging Face's ViT has no LayerScale: use --to=timm"),
+        (
+            vit and "norm" not in params["encoder"],
+            "Hugging Face's ViT has a final norm: use --to=timm",
+        ),
+        (vit and kind == "beit", "Hugging Face's BEiT has no key bias: use --to=timm"),
+    ]
+    return next((reason for applies, reason in rules if applies), "")
+
+
+def fit_dvae(params: dict, tokenizer: DVAE, to: str) -> tuple[str, dict]:
+    """Returns the layout of a dVAE, and its parameters."""
+    encoder = tokenizer.encoder
+    if encoder.stem != 1:
+        raise UserError("no other library has a dVAE with tokenizer.stem: use --to=mim_jax.")
+    dalle = isinstance(encoder, DalleEncoder)
+    layout = "dalle" if dalle else f"small_dvae_{encoder.layers}"
     if to not in (layout, "beit"):
-        raise UserError(f"--to={to} has no tokenizers: say --to=beit.")
+        raise UserError(f"--to={to} has no tokenizers: use --to=beit.")
     if dalle and len(params) > 1:
-        raise UserError("DALL-E keeps its encoder and its decoder in two files: one at a time.")
-    if not dalle and (layout not in LAYOUTS or about.model["blocks"] != 1):
-        raise UserError("BEiT's dVAE has up to four layers of one block: say --to=mim_jax.")
+        raise UserError("DALL-E keeps its encoder and decoder in two files: convert one at a time.")
+    if not dalle and (layout not in LAYOUTS or encoder.blocks != 1):
+        raise UserError("BEiT's dVAE has one to four layers of one block: use --to=mim_jax.")
     return layout, params
 
 
-def encoder_only(params: dict, about: About) -> tuple[dict, About]:
-    """The encoder without its mask token: what is taken from pretraining to anything else."""
-    if "encoder" not in params:
-        raise UserError("a dVAE has no encoder in this sense: leave out --encoder-only.")
+def encoder_only(params: dict, network: Network) -> tuple[dict, Network]:
+    """Returns the encoder without its mask token, as other tasks take it from pretraining."""
+    network.encoder  # noqa: B018 - raises UserError for a dVAE
     encoder = {name: x for name, x in params["encoder"].items() if name != "mask_token"}
     params = {"encoder": encoder} | {k: params[k] for k in ("fc_norm",) if k in params}
-    return params, about._replace(kind=kind_of(params), decoder=None)
+    return params, network._replace(kind=kind_of(params), decoder=None)
 
 
-def resized(params: dict, about: About, size: tuple[int, int]) -> tuple[dict, About]:
-    """For images of another size: positions are interpolated, as in fine-tuning.
+def resized(params: dict, network: Network, size: tuple[int, int]) -> tuple[dict, Network]:
+    """Returns the network for images of another size, with interpolated positions.
 
-    Fixed positions become learned ones. Raises UserError where MAE's decoder is among params.
+    Fixed positions become learned ones. Raises UserError if params include MAE's decoder.
     """
-    (height, width), (p, q) = size, about.patch
-    if "decoder" in params:
-        raise UserError("MAE's decoder is for its own size alone: say --encoder-only.")
+    encoder = network.encoder
+    (height, width), (p, q) = size, encoder.patch
+    if network.decoder:
+        raise UserError("MAE's decoder cannot be resized: set --encoder-only.")
     if min(size) < 1 or height % p or width % q:
         raise UserError(f"patches of {p} x {q} do not divide images of {height} x {width}.")
-    fixed = about.model["positions"] == "sincos"
-    model = about.model | (dict(positions="learned") if fixed else {})
-    larger = about._replace(model=model, grid=(height // p, width // q))
+    fixed = encoder.positions == "sincos"
+    larger = network._replace(
+        model=encoder.clone(positions="learned") if fixed else encoder,
+        grid=(height // p, width // q),
+    )
     shapes = {
         path.removeprefix("encoder/"): shape
         for path, shape in expected(params, larger).items()
         if path.startswith("encoder/")
     }
-    grids = dict(before=about.size and about.grid, after=larger.grid)
-    encoder = resize.fit(flatten_dict(params["encoder"], sep="/"), shapes, **grids, fixed=fixed)
-    return params | {"encoder": unflatten_dict(encoder, sep="/")}, larger
+    arrays = flatten_dict(params["encoder"], sep="/")
+    network.size  # noqa: B018 - raises UserError if it is unknown
+    arrays = resize.fit(arrays, shapes, before=network.grid, after=larger.grid, fixed=fixed)
+    return params | {"encoder": unflatten_dict(arrays, sep="/")}, larger
 
 
 def folded(params: dict) -> dict:
-    """A linear probe with the normalisation of its features folded into its head."""
+    """Returns a linear probe with the normalization of its features folded into its head."""
     if "batch_statistics" not in params:
         return params
     params = dict(params)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mim_jax import UserError
-from mim_jax.convert.about import About, extra
+from mim_jax.convert.network import Network, extra, require_heads
 
 EPS = 1e-6  # of MAE's, BEiT's and our norms; transformers' own default is 1e-12
 MODELS = {  # by layout: model_type, the class with a head, the class without
@@ -20,26 +20,27 @@ NEEDED = ("hidden_size", "num_attention_heads", "image_size", "patch_size")
 STATISTICS = {"mean": "image_mean", "std": "image_std"}  # ours: theirs
 
 
-def config_of(state: dict[str, np.ndarray], about: About, layout: str) -> dict[str, Any]:
+def config_of(state: dict[str, np.ndarray], network: Network, layout: str) -> dict[str, Any]:
     """config.json of a state dict in one of Hugging Face's layouts."""
-    if about.patch[0] != about.patch[1] or about.size[0] != about.size[1]:
-        raise UserError("--to=hf: Hugging Face's images and patches are square: say --to=timm.")
-    model, (kind, whole, bare) = about.model, MODELS[layout]
+    encoder, (kind, whole, bare) = network.encoder, MODELS[layout]
+    if encoder.patch[0] != encoder.patch[1] or network.size[0] != network.size[1]:
+        raise UserError("--to=hf: Hugging Face's images and patches are square: use --to=timm.")
+    require_heads(encoder)
     is_bare = "embeddings.cls_token" in state
     config = dict(
         architectures=[bare if is_bare else whole],
         model_type=kind,
-        hidden_size=model["width"],
-        num_hidden_layers=model["depth"],
-        num_attention_heads=about.encoder.heads,
-        intermediate_size=4 * model["width"],
+        hidden_size=encoder.width,
+        num_hidden_layers=encoder.depth,
+        num_attention_heads=encoder.heads,
+        intermediate_size=4 * encoder.width,
         hidden_act="gelu",
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         layer_norm_eps=EPS,
-        image_size=about.size[0],
-        patch_size=about.patch[0],
-        num_channels=about.channels,
+        image_size=network.size[0],
+        patch_size=encoder.patch[0],
+        num_channels=network.channels,
     )
     labels = len(state.get("classifier.bias", ()))
     if labels:
@@ -48,34 +49,33 @@ def config_of(state: dict[str, np.ndarray], about: About, layout: str) -> dict[s
     if kind != "beit":
         config["qkv_bias"] = True
     else:
-        relative = model["relative_bias"]
+        relative = encoder.relative_bias
         config |= dict(
             use_mask_token=any(name.endswith("mask_token") for name in state),
             use_absolute_position_embeddings=any("position_embeddings" in name for name in state),
             use_relative_position_bias=relative == "own",
             use_shared_relative_position_bias=relative == "shared",
-            layer_scale_init_value=float(model["layer_scale"]),
+            layer_scale_init_value=float(encoder.layer_scale),
             use_mean_pooling=not {"layernorm.weight", "beit.layernorm.weight"} & set(state)
             or "lm_head.weight" in state,
             drop_path_rate=0.0,
         )
         if "lm_head.bias" in state:
             config["vocab_size"] = len(state["lm_head.bias"])
-    if kind == "vit_mae":
-        if not about.decoder["heads"]:
-            raise UserError("the number of the decoder's heads is unknown: say --decoder-heads=N.")
+    if decoder := network.decoder:
+        require_heads(decoder)
         config |= dict(
-            decoder_hidden_size=about.decoder["width"],
-            decoder_num_hidden_layers=about.decoder["depth"],
-            decoder_num_attention_heads=about.decoder["heads"],
-            decoder_intermediate_size=4 * about.decoder["width"],
-            mask_ratio=about.facts.get("mask_ratio", 0.75),
-            norm_pix_loss=about.facts.get("target") == "normalized_pixels",
+            decoder_hidden_size=decoder.width,
+            decoder_num_hidden_layers=decoder.depth,
+            decoder_num_attention_heads=decoder.heads,
+            decoder_intermediate_size=4 * decoder.width,
+            mask_ratio=network.metadata.get("mask_ratio", 0.75),
+            norm_pix_loss=network.metadata.get("target") == "normalized_pixels",
         )
     return config
 
 
-def known_from(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """What config.json and preprocessor_config.json say: the keywords of `describe`."""
     try:
         entries = json.loads((folder / "config.json").read_text())
@@ -91,40 +91,42 @@ def known_from(folder: Path) -> dict[str, Any]:
         tuple(x) if isinstance(x, list) else (x, x)
         for x in (entries["image_size"], entries["patch_size"])
     )
-    facts = dict(layer_norm_eps=entries.get("layer_norm_eps", 1e-12))
-    facts |= {ours: images[theirs] for ours, theirs in STATISTICS.items() if theirs in images}
+    metadata = dict(layer_norm_eps=entries.get("layer_norm_eps", 1e-12))
+    metadata |= {ours: images[theirs] for ours, theirs in STATISTICS.items() if theirs in images}
     if entries.get("model_type") == "vit_mae":
         target = "normalized_pixels" if entries.get("norm_pix_loss") else "pixels"
-        facts |= dict(target=target, mask_ratio=entries.get("mask_ratio", 0.75))
+        metadata |= dict(target=target, mask_ratio=entries.get("mask_ratio", 0.75))
     return dict(
         heads=entries["num_attention_heads"],
         decoder_heads=entries.get("decoder_num_attention_heads", 0),
         grid=(size[0] // patch[0], size[1] // patch[1]),
-        facts=facts,
+        metadata=metadata,
     )
 
 
-def write(folder: Path, state: dict[str, np.ndarray], about: About, layout: str) -> dict[str, Any]:
+def write(
+    folder: Path, state: dict[str, np.ndarray], network: Network, layout: str
+) -> dict[str, Any]:
     """A folder that from_pretrained reads -> its config.json."""
     with extra():
         from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = config_of(state, about, layout)
+    config = config_of(state, network, layout)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     images = dict(
         image_processor_type="BeitImageProcessor" if "beit" in layout else "ViTImageProcessor",
         do_resize=True,
-        size=dict(height=about.size[0], width=about.size[1]),
+        size=dict(height=network.size[0], width=network.size[1]),
         resample=3,
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
     )
-    if "mean" in about.facts:
+    if "mean" in network.metadata:
         for ours, theirs in STATISTICS.items():
-            values = list(about.facts[ours])
-            images[theirs] = values * about.channels if len(values) == 1 else values
+            values = list(network.metadata[ours])
+            images[theirs] = values * network.channels if len(values) == 1 else values
         (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return config

@@ -13,8 +13,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mim_jax import UserError
-from mim_jax.convert.about import About, describe, expected, square
 from mim_jax.convert.fit import fit
+from mim_jax.convert.network import Network, describe, expected, leaves, square
 from mim_jax.convert.tables import BUFFERS, LAYOUTS, PREFIXES, SPELLINGS
 from mim_jax.models.patches import relative_index, sincos2d
 from mim_jax.models.stem import STRIDE
@@ -30,7 +30,7 @@ FIXED = 1e-5  # how far a table may be from sines and cosines; transformers comp
 
 def from_torch(
     state: Mapping[str, Any], *, size: tuple[int, int] | None = None, **known: Any
-) -> tuple[dict, About]:
+) -> tuple[dict, Network]:
     """The arrays of a state dict {"blocks.0.norm1.weight": ..., ...} -> our parameters, of what.
 
     Takes the layouts of tables.LAYOUTS, alone or within a checkpoint. `known` is what else is
@@ -38,7 +38,7 @@ def from_torch(
     be square if the tables of positions are not of it. Raises UserError for a layout that is none
     of these, and for arrays that are missing, too many or of a wrong shape.
 
-        params, about = from_torch(torch.load("mae_pretrain_vit_base.pth", weights_only=True))
+        params, network = from_torch(torch.load("mae_pretrain_vit_base.pth", weights_only=True))
     """
     layout, named, left_out = recognize(arrays(state))
     flat, extra = {}, []
@@ -61,28 +61,28 @@ def from_torch(
             known["heads"] = 12
         known["positions"] = "sincos" if had and "encoder/positions" not in flat else "none"
     params = unflatten_dict(flat, sep="/")
-    about = describe(params, layout=layout, left_out=tuple(left_out), **known)
-    compare(params, about, extra)
-    return params, about
+    network = describe(params, layout=layout, left_out=tuple(left_out), **known)
+    compare(params, network, extra)
+    return params, network
 
 
-def to_torch(params: dict, about: About | None = None, *, layout: str) -> dict[str, np.ndarray]:
+def to_torch(params: dict, network: Network | None = None, *, layout: str) -> dict[str, np.ndarray]:
     """Our parameters -> the arrays of a layout: "mae", "beit", "timm", "hf", or one of LAYOUTS.
 
-    `about` is what `from_torch` found out; without it the shapes must say everything. timm's have
+    `network` is what `from_torch` found out; without it the shapes must say everything. timm's have
     the encoder alone. Raises UserError where the layout cannot say what they are.
     """
-    about = about or describe(params)
-    layout, params = fit(params, about, layout)
+    network = network or describe(params)
+    layout, params = fit(params, network, layout)
     flat = {path: np.asarray(x) for path, x in flatten_dict(params, sep="/").items()}
     if layout == "dalle":
         flat = {path.split("/", 1)[1]: value for path, value in flat.items()}
-    elif about.kind != "dvae":
-        flat |= fixed(params, about, flat[EMBED].dtype)
+    elif network.kind != "dvae":
+        flat |= fixed(params, network, flat[EMBED].dtype)
     state, homeless = {}, []
     for path, value in flat.items():
         if name := rename(path, layout, back=True):
-            state[name] = their_value(path, value, about)
+            state[name] = their_value(path, value, network)
         else:
             homeless.append(path)
     if homeless:
@@ -93,7 +93,7 @@ def to_torch(params: dict, about: About | None = None, *, layout: str) -> dict[s
     if layout == "dalle":
         return {re.sub(r"\.(w|b)\w+$", r".\1", name): value for name, value in state.items()}
     if layout in ("beit", "beit_finetuned"):
-        return state | index_buffers(about)
+        return state | index_buffers(network)
     if layout.startswith("hf_"):
         bare = r"^(vit|beit)\." if "head" not in params and "decoder" not in params else "^$"
         return {re.sub(bare, "", name): value for name, value in split(state).items()}
@@ -213,10 +213,10 @@ def our_value(path: str, name: str, value: np.ndarray) -> np.ndarray:
     return np.array(value, order="C")  # a copy: the other model may go on training
 
 
-def their_value(path: str, value: np.ndarray, about: About) -> np.ndarray:
+def their_value(path: str, value: np.ndarray, network: Network) -> np.ndarray:
     """Undoes `our_value`."""
     if path == EMBED:
-        p, q = about.patch if about.model["stem"] == "none" else (1, 1)
+        p, q = network.encoder.patch if network.encoder.stem == "none" else (1, 1)
         value = einops.rearrange(value, "(p q c) d -> d c p q", p=p, q=q)
     elif re.fullmatch(UPWARDS, path):
         value = einops.rearrange(value[::-1, ::-1], "p q i o -> i o p q")
@@ -279,35 +279,36 @@ def sines(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.pad(sincos2d(grid, width), ((0, 0), (1, 0), (0, 0)))
 
 
-def fixed(params: dict, about: About, dtype: np.dtype) -> dict[str, np.ndarray]:
+def fixed(params: dict, network: Network, dtype: np.dtype) -> dict[str, np.ndarray]:
     """By our names, the tables that others keep and we compute."""
     tables = {}
-    if about.model["positions"] == "sincos":
-        tables["encoder/positions"] = about.model["width"]
+    if network.encoder.positions == "sincos":
+        tables["encoder/positions"] = network.encoder.width
     if "decoder" in params:
-        tables["decoder/positions"] = about.decoder["width"]
-    rows, columns = about.size[0] // about.patch[0], about.size[1] // about.patch[1]
-    return {path: sines((rows, columns), d).astype(dtype) for path, d in tables.items()}
+        tables["decoder/positions"] = network.decoder.width
+    if tables and not network.grid:
+        raise UserError("the image size is unknown: set --image-size, for example 224.")
+    return {path: sines(network.grid, d).astype(dtype) for path, d in tables.items()}
 
 
-def index_buffers(about: About) -> dict[str, np.ndarray]:
+def index_buffers(network: Network) -> dict[str, np.ndarray]:
     """What the official BEiT keeps beside each table of relative positions."""
-    bias = about.model["relative_bias"]
+    bias = network.encoder.relative_bias
     places = ["rel_pos_bias"] if bias == "shared" else []
     if bias == "own":
-        places = [f"blocks.{i}.attn" for i in range(about.model["depth"])]
-    index = relative_index(about.grid).astype(np.int64) if places else None
+        places = [f"blocks.{i}.attn" for i in range(network.encoder.depth)]
+    index = relative_index(network.grid).astype(np.int64) if places else None
     return {f"{place}.relative_position_index": index for place in places}
 
 
-def compare(params: dict, about: About, extra: list[str]) -> None:
+def compare(params: dict, network: Network, extra: list[str]) -> None:
     """Raises UserError unless the arrays are those of the network that they are said to be of."""
-    wanted = expected(params, about)
-    found = {path: x.shape for path, x in flatten_dict(params, sep="/").items()}
+    wanted = expected(params, network)
+    found = leaves(params)
 
     def theirs(path):
-        inner = path.split("/", 1)[1] if about.layout == "dalle" else path
-        return rename(inner, about.layout, back=True) or path
+        inner = path.split("/", 1)[1] if network.layout == "dalle" else path
+        return rename(inner, network.layout, back=True) or path
 
     def listed(title, names):
         more = f", and {len(names) - 6} more" if len(names) > 6 else ""
@@ -316,7 +317,7 @@ def compare(params: dict, about: About, extra: list[str]) -> None:
     def turned(path, shape):
         """A shape as in their layout; what converts arrays converts it."""
         nothing = np.broadcast_to(np.zeros(()), shape)
-        return their_value(path, nothing, about).shape
+        return their_value(path, nothing, network).shape
 
     wrong = [
         f"{theirs(path)} {turned(path, found[path])}, should be {turned(path, shape)}"
@@ -328,5 +329,5 @@ def compare(params: dict, about: About, extra: list[str]) -> None:
     story += listed("of another shape", wrong)
     if story:
         raise UserError(
-            f"this is not {LAYOUTS[about.layout].title} as we know it: {'; '.join(story)}."
+            f"this is not {LAYOUTS[network.layout].title} as we know it: {'; '.join(story)}."
         )

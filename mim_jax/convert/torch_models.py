@@ -13,12 +13,12 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
 from mim_jax import UserError
-from mim_jax.convert.about import About, extra
 from mim_jax.convert.hugging_face import write
+from mim_jax.convert.network import Network, extra
 
 
 def outputs(
-    state: dict[str, np.ndarray], about: About, layout: str, batch: dict[str, np.ndarray]
+    state: dict[str, np.ndarray], network: Network, layout: str, batch: dict[str, np.ndarray]
 ) -> tuple[str, dict[str, np.ndarray]]:
     """-> what was run, and what it gives in float64, by name.
 
@@ -29,22 +29,24 @@ def outputs(
     images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
     with torch.no_grad():
         if layout.startswith("hf_"):
-            found = of_transformers(state, about, layout, images, batch)
+            found = of_transformers(state, network, layout, images, batch)
         else:
-            model = of_timm(state, about, images.shape[2:]) if layout.startswith("timm_") else None
+            model = (
+                of_timm(state, network, images.shape[2:]) if layout.startswith("timm_") else None
+            )
             tensors = {name: torch.tensor(x) for name, x in state.items()}
             found = (
-                model(images) if model else ("plain torch", plain(tensors, about, images, batch))
+                model(images) if model else ("plain torch", plain(tensors, network, images, batch))
             )
     return found[0], {name: x.numpy() for name, x in found[1].items()}
 
 
-def of_transformers(state, about, layout, images, batch):
+def of_transformers(state, network, layout, images, batch):
     """Hugging Face's, as from_pretrained makes it of the folder that we write."""
     with extra():
         import transformers
     with tempfile.TemporaryDirectory() as folder:
-        config = write(Path(folder), state, about, layout)
+        config = write(Path(folder), state, network, layout)
         [name] = config["architectures"]
         transformers.utils.logging.disable_progress_bar()
         options = dict(dtype=torch.float64, output_loading_info=True)
@@ -69,7 +71,7 @@ def of_transformers(state, about, layout, images, batch):
     return title, dict(tokens=found.last_hidden_state)
 
 
-def of_timm(state, about, size):
+def of_timm(state, network, size):
     """images -> what timm's model gives of them; None where timm cannot be imported."""
     try:
         import timm
@@ -78,21 +80,27 @@ def of_timm(state, about, size):
         from timm.models.vision_transformer_hybrid import vit_base_r50_s16_224 as hybrid
     except (ImportError, RuntimeError):  # it needs a torchvision that fits torch
         return None
-    model = about.model
+    encoder = network.encoder
     classes = len(state["head.bias"]) if "head.bias" in state else 0
     options = dict(
-        img_size=size, patch_size=about.patch, in_chans=about.channels, num_classes=classes,
-        embed_dim=model["width"], depth=model["depth"], num_heads=model["heads"],
-        init_values=model["layer_scale"] or None,
+        img_size=size,
+        patch_size=encoder.patch,
+        in_chans=network.channels,
+        num_classes=classes,
+        embed_dim=encoder.width,
+        depth=encoder.depth,
+        num_heads=encoder.heads,
+        init_values=encoder.layer_scale or None,
         global_pool="avg" if "fc_norm.weight" in state else "token",
-    )  # fmt: skip
+    )
     if "blocks.0.attn.q_bias" in state:
         module = Beit(
-            **options, use_abs_pos_emb="pos_embed" in state,
-            use_rel_pos_bias=model["relative_bias"] == "own",
-            use_shared_rel_pos_bias=model["relative_bias"] == "shared",
-        )  # fmt: skip
-    elif model["stem"] != "none":
+            **options,
+            use_abs_pos_emb="pos_embed" in state,
+            use_rel_pos_bias=encoder.relative_bias == "own",
+            use_shared_rel_pos_bias=encoder.relative_bias == "shared",
+        )
+    elif encoder.stem != "none":
         module = hybrid(**options | dict(patch_size=1))  # of features
     else:
         module = VisionTransformer(**options)
@@ -111,10 +119,10 @@ def of_timm(state, about, size):
     return forward
 
 
-def plain(state, about, images, batch):
+def plain(state, network, images, batch):
     """What the papers say, in the official names: MAE's and BEiT's, and timm's of a hybrid."""
-    grid = [side // p for side, p in zip(images.shape[2:], about.patch, strict=True)]
-    x = images if about.model["stem"] == "none" else stem(state, images)
+    grid = [side // p for side, p in zip(images.shape[2:], network.encoder.patch, strict=True)]
+    x = images if network.encoder.stem == "none" else stem(state, images)
     kernel, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
     x = F.conv2d(x, kernel, bias, stride=kernel.shape[2:])
     x = x.flatten(2).transpose(1, 2)  # (b, n, d)
@@ -130,12 +138,12 @@ def plain(state, about, images, batch):
         visible = order[:, : int(order.shape[1] * 0.25), None]
         x = torch.take_along_dim(x, visible, 1)
     x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
-    x = blocks(state, "blocks", x, about.model["heads"], grid)
+    x = blocks(state, "blocks", x, network.encoder.heads, grid)
     found = {}
     if "norm.weight" in state:
         x = norm(state, "norm", x)
     if hides:
-        return dict(latent=x, predictions=decode(state, x, order, about.decoder["heads"]))
+        return dict(latent=x, predictions=decode(state, x, order, network.decoder.heads))
     if "lm_head.weight" in state:
         return dict(logits=F.linear(x[:, 1:], state["lm_head.weight"], state["lm_head.bias"]))
     mean = "fc_norm.weight" in state
