@@ -1,4 +1,4 @@
-"""Tells what weights are, ours or others'.
+"""Prints the contents of a run, a file of weights or a folder of Hugging Face.
 
 python -m mim_jax.inspect runs/mae_base
 python -m mim_jax.inspect mae_pretrain_vit_base.pth
@@ -15,22 +15,24 @@ from flax.traverse_util import flatten_dict
 from mim_jax.cli import exit_code
 from mim_jax.convert.files import licence, load, story
 
-HIDDEN = ("config", "parts", "trajectory")  # shown otherwise
+HIDDEN = ("config", "parts", "trajectory")  # too long for the list of entries
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. -> its exit code."""
+    """Runs the command. Returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m mim_jax.inspect", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("source", help="a run, a .pth or .safetensors, a folder of Hugging Face")
+    parser.add_argument(
+        "source", help="a run, a .pth or .safetensors file, or a folder of Hugging Face"
+    )
     options = parser.parse_args(argv)
     return exit_code(lambda: show(options.source), options.source)
 
 
 def show(source: str) -> int:
-    """Prints what lies there: its network, parts, arrays, and what lay beside them."""
-    params, network, beside = load(source)
+    """Prints the network of a source, its parts and arrays, and its other entries."""
+    params, network, entries = load(source)
     print(story(params, network))
     if note := licence(source):
         print(note)
@@ -42,13 +44,13 @@ def show(source: str) -> int:
             print(f"  {path:44s} {x.dtype!s:8s} {' x '.join(map(str, x.shape))}")
     for name in network.left_out:
         print(f"left out: {name}")
-    metadata = network.metadata | {k: v for k, v in beside.items() if k not in HIDDEN}
+    metadata = network.metadata | {k: v for k, v in entries.items() if k not in HIDDEN}
     print("\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in metadata.items()))
-    if "config" in beside:
-        print(f"config: {json.dumps(beside['config'], indent=2)}")
+    if "config" in entries:
+        print(f"config: {json.dumps(entries['config'], indent=2)}")
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no mistake
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it quietly
     sys.exit(main())

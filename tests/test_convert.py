@@ -1,12 +1,14 @@
-"""Weights both ways: what transformers and timm write gives the same numbers here, and goes back.
+"""Conversion in both directions against transformers and timm: same outputs, same arrays.
 
-Models are tiny and random; norms and gains too, for at their initialisation they hide mistakes.
+Models are tiny and random. Norms and gains are random too: at their initial values they hide
+mistakes.
 """
 
 import argparse
 import functools
 import os
 import pickle
+import re
 from operator import attrgetter
 
 import jax
@@ -63,9 +65,9 @@ def randomize(module):
 
 
 def fix_positions(module):
-    """Gives Hugging Face's MAE the tables of sines, in its own type."""
-    for place, name in ((module.vit.embeddings, "position_embeddings"),
-                        (module.decoder, "decoder_pos_embed")):  # fmt: skip
+    """Sets the positions of Hugging Face's MAE to sines and cosines, in its own dtype."""
+    places = (module.vit.embeddings, "position_embeddings"), (module.decoder, "decoder_pos_embed")
+    for place, name in places:
         table = getattr(place, name)
         table.data = torch.tensor(sines((4, 4), table.shape[-1]), dtype=table.dtype)
 
@@ -79,7 +81,7 @@ def hugging_face(name):
 
 
 def written(module, folder) -> dict[str, np.ndarray]:
-    """What save_pretrained writes, the decoder's blocks as before transformers 5."""
+    """Returns what save_pretrained writes, with the decoder's names before transformers 5."""
     module.save_pretrained(folder)
     arrays, _ = read(folder / "model.safetensors")
     return {
@@ -88,7 +90,7 @@ def written(module, folder) -> dict[str, np.ndarray]:
 
 
 def theirs(module, batch) -> dict[str, np.ndarray]:
-    """What a model of transformers gives in float64."""
+    """Returns the outputs of a model of transformers in float64."""
     images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
     noise, masked = torch.tensor(batch["noise"]), torch.tensor(batch["masked"])
     options, name = {}, type(module).__name__
@@ -97,17 +99,16 @@ def theirs(module, batch) -> dict[str, np.ndarray]:
     elif name.startswith("ViTMAE"):
         options = dict(noise=noise)
     with torch.no_grad():
-        if name == "ViTMAEModel":  # which hides patches, if not told that it must not
+        if name == "ViTMAEModel":  # it hides patches by default
             module.config.mask_ratio = 0.0
             options = dict(noise=torch.arange(16.0)[None] + 0 * noise)
-        found = module(images, **options)
+        outputs = module(images, **options)
         if name == "ViTMAEForPreTraining":
             latent = module.vit(images, noise=noise).last_hidden_state
-            return dict(latent=latent.numpy(), predictions=found.logits.numpy())
-    logits = "logits" in found
-    return (
-        {"logits": found.logits.numpy()} if logits else {"tokens": found.last_hidden_state.numpy()}
-    )
+            return dict(latent=latent.numpy(), predictions=outputs.logits.numpy())
+    if "logits" in outputs:
+        return dict(logits=outputs.logits.numpy())
+    return dict(tokens=outputs.last_hidden_state.numpy())
 
 
 def exact(params):
@@ -127,15 +128,15 @@ def assert_identical(state, other):
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_what_transformers_writes(name, tmp_path):
+def test_transformers_in_both_directions(name, tmp_path):
     module = hugging_face(name)
     state = written(module, tmp_path)
     params, network = from_torch(state, heads=4, decoder_heads=2)
-    pooler = [key for key in state if "pooler.dense" in key]  # of a ViT, which no one trains
+    pooler = [key for key in state if "pooler.dense" in key]  # of a ViT; never trained
     assert sorted(key.removeprefix("vit.") for key in network.left_out) == sorted(pooler)
     back = to_torch(params, network, layout="hf")
     assert_identical(back, {key: x for key, x in state.items() if key not in pooler})
-    # transformers 5 calls the same otherwise in memory, and in MAE's files
+    # transformers 5 has other names in memory, and in MAE's files
     renamed = {
         key.replace("decoder_layers", "decoder_encoder.layer"): x for key, x in state.items()
     }
@@ -145,7 +146,7 @@ def test_what_transformers_writes(name, tmp_path):
 
     double = type(module)(module.config).double().eval()
     double.load_state_dict(module.state_dict())
-    if name == "mae":  # its tables in float64, as ours
+    if name == "mae":  # positions in float64, as ours
         fix_positions(double)
     batch = check.example(network)
     assert_same_numbers(check.run(exact(params), network, batch), theirs(double, batch))
@@ -160,7 +161,7 @@ TIMMS = {
     "beit_own": ("beit.Beit", RELATIVE | dict(use_rel_pos_bias=True)),
     "beit_shared": ("beit.Beit", RELATIVE | dict(use_shared_rel_pos_bias=True)),
     "beit_absolute": ("beit.Beit", dict(global_pool="token")),
-    "hybrid": (  # of an odd number of rows
+    "hybrid": (  # an odd number of rows
         "vision_transformer_hybrid.vit_base_r50_s16_224",
         dict(img_size=(48, 32), patch_size=1, depth=1),
     ),
@@ -168,7 +169,7 @@ TIMMS = {
 
 
 @pytest.mark.parametrize("name", TIMMS)
-def test_timm_both_ways(name, monkeypatch):
+def test_timm_in_both_directions(name, monkeypatch):
     kind, settings = TIMMS[name]
     module = randomize(attrgetter(kind)(timm_models())(**TIMM | settings))
     state, size = module.state_dict(), settings.get("img_size")
@@ -185,7 +186,7 @@ def test_timm_both_ways(name, monkeypatch):
         del answers["logits"]
     ours = check.run(exact(params), network, batch)
     assert_same_numbers(ours, {key: x.numpy() for key, x in answers.items()})
-    for ran in ("timm ", "plain torch"):  # what --check does with timm, and without it
+    for ran in ("timm ", "plain torch"):  # --check with timm, and without it
         title, far = check.differences(params, network, "timm")
         assert title.startswith(ran)
         assert max(far.values()) < check.TOLERANCE
@@ -201,7 +202,7 @@ def official_mae() -> dict[str, np.ndarray]:
 
 
 def test_the_official_mae():
-    """A checkpoint as its training writes it, by a table that was written apart from ours."""
+    """A checkpoint as its training code writes it, against an independent table of names."""
     state = official_mae()
     optimizer = {"state": {0: {"exp_avg": np.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
     whole = {"model": {f"module.{k}": x for k, x in state.items()}, "optimizer": optimizer}
@@ -212,18 +213,18 @@ def test_the_official_mae():
     learned = {k: x for k, x in state.items() if "pos_embed" not in k}
     jax.tree.map(np.testing.assert_array_equal, params, to_params(learned))
     assert_identical(to_torch(params, network, layout="mae"), state)
-    # A table that is not MAE's is one that was learned; the class token's row counts
+    # Other positions than MAE's are learned ones; the row of the class token counts
     state["pos_embed"] = state["pos_embed"] + np.float32(1e-3) * (np.arange(17) == 0)[:, None]
     params, network = from_torch(state, heads=4, decoder_heads=2)
     assert network.encoder.positions == "learned"
     assert_identical(to_torch(params, network, layout="mae"), state)
-    # the encoder alone, as released; timm's names
+    # the encoder alone, as released: timm's names
     alone = to_torch(params, network, layout="timm")
     assert sorted(alone) == sorted(k for k in state if "decoder" not in k and k != "mask_token")
 
 
 def test_the_official_beit():
-    """q and v have biases, keys have none; the index of relative positions is a buffer."""
+    """Queries and values have biases, keys have none; the relative index is a buffer."""
     module = hugging_face("beit_shared")
     params, network = from_torch(module.state_dict())
     state = to_torch(params, network, layout="beit")
@@ -235,12 +236,12 @@ def test_the_official_beit():
     assert "blocks.0.attn.qkv.bias" not in state
     again, _ = from_torch({"module": state})
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    _, far = check.differences(params, network, "beit")  # whose index is not computed as ours
+    _, far = check.differences(params, network, "beit")  # with an independent relative index
     assert far["logits"] < check.TOLERANCE
 
 
-def test_the_encoder_of_a_segmentation(tmp_path, capsys):
-    """Official and Hugging Face's: features are those of blocks, neck and heads stay behind."""
+def test_segmentation_encoder(tmp_path, capsys):
+    """The official BEiT's and Hugging Face's: neck and heads are left out, features are equal."""
     settings = SHAPE | dict(num_hidden_layers=4, use_relative_position_bias=True, num_labels=3)
     settings |= dict(out_indices=[1, 2, 3, 4], pool_scales=[1, 2], auxiliary_channels=8)
     module = transformers.BeitForSemanticSegmentation(transformers.BeitConfig(**settings))
@@ -250,7 +251,7 @@ def test_the_encoder_of_a_segmentation(tmp_path, capsys):
     beside = {key for key in state if not key.startswith("beit.")}
     assert {"fpn1.1.running_var", "fpn2.0.bias", "decode_head.classifier.bias"} < beside
     assert set(network.left_out) == beside
-    again, _ = from_torch(module.state_dict())  # whose neck transformers 5 calls otherwise
+    again, _ = from_torch(module.state_dict())  # transformers 5 has other names for the neck
     jax.tree.map(np.testing.assert_array_equal, again, params)
     alone = {key.removeprefix("beit."): x for key, x in state.items() if key not in beside}
     assert_identical(to_torch(params, network, layout="hf"), alone)
@@ -258,12 +259,12 @@ def test_the_encoder_of_a_segmentation(tmp_path, capsys):
     batch = check.example(network)
     images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
     with torch.no_grad():
-        found = module.double()(images, output_hidden_states=True).hidden_states
+        states = module.double()(images, output_hidden_states=True).hidden_states
     with jax.enable_x64(True):
         encoder = network.encoder.clone(dtype="float64")
         inner = {"params": exact(params)["encoder"]}
         ours = encoder.apply(inner, batch["image"], layers=(0, 1, 2, 3))
-        assert_same_numbers(dict(enumerate(ours)), dict(enumerate(x.numpy() for x in found[1:])))
+        assert_same_numbers(dict(enumerate(ours)), dict(enumerate(x.numpy() for x in states[1:])))
 
     official = to_torch(params, network, layout="beit")
     assert sum(key.endswith("relative_position_index") for key in official) == 4
@@ -288,7 +289,7 @@ def test_the_encoder_of_a_segmentation(tmp_path, capsys):
 
 
 def test_a_linear_probe():
-    """MAE's has BatchNorm before its head."""
+    """MAE's linear probe has BatchNorm before its head."""
     rng = np.random.default_rng(0)
     encoder = {k: x for k, x in official_mae().items() if "decoder" not in k and k != "mask_token"}
     probe = {
@@ -307,7 +308,7 @@ def test_a_linear_probe():
 
 
 def moco_positions(side, width):
-    """As MoCo v3 builds them: what it calls the width is the row, for its grid is by [i, j]."""
+    """MoCo v3's positions: its grid has indexing="ij", so rows come before columns."""
     omega = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
     w, h = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     w, h = (torch.outer(axis.flatten(), omega) for axis in (w, h))
@@ -317,7 +318,7 @@ def moco_positions(side, width):
 
 @pytest.mark.parametrize(("code", "width", "heads"), [("dino", 384, 6), ("moco", 384, 12)])
 def test_dino_and_moco(code, width, heads, tmp_path):
-    """Checkpoints as their training writes them, of what they call vit_small."""
+    """Checkpoints of vit_small as their training code writes them."""
     settings = TIMM | dict(embed_dim=width, num_heads=heads, depth=1, num_classes=0)
     module = randomize(timm_models().vision_transformer.VisionTransformer(**settings))
     if code == "moco":
@@ -359,7 +360,7 @@ def test_dino_and_moco(code, width, heads, tmp_path):
     assert_same_numbers(check.run(exact(params), network, batch), dict(tokens=tokens))
 
 
-def test_what_does_not_fit_is_listed():
+def test_wrong_arrays_are_listed():
     state = official_mae()
     del state["blocks.1.mlp.fc1.bias"], state["decoder_norm.weight"]
     state["blocks.0.attn.qkv.bias"] = np.zeros(90)
@@ -367,20 +368,20 @@ def test_what_does_not_fit_is_listed():
     with pytest.raises(UserError) as error:
         from_torch(state)
     assert str(error.value) == (
-        "this is not the official MAE as we know it: 2 missing: decoder_norm.weight, "
-        "blocks.1.mlp.fc1.bias; 1 too many: head_dist.weight; 1 of another shape: "
-        "blocks.0.attn.qkv.bias (90,), should be (96,)."
+        "this is not the official MAE: 2 missing: decoder_norm.weight, "
+        "blocks.1.mlp.fc1.bias; 1 unexpected: head_dist.weight; 1 of another shape: "
+        "blocks.0.attn.qkv.bias (90,), must be (96,)."
     )
     resnet = {"conv1.weight": np.zeros((64, 3, 7, 7)), "bn1.running_mean": np.zeros(64)}
-    with pytest.raises(UserError, match=r"no layout has arrays of these names \(conv1.weight, bn1"):
+    with pytest.raises(
+        UserError, match=r"no supported layout has arrays of these names \(conv1.weight, bn1"
+    ):
         from_torch(resnet)
     state = {k: x for k, x in official_mae().items() if "decoder" not in k and "norm." not in k}
     del state["mask_token"]
     from_torch(state)  # an encoder may end with a block, as in a segmentation
     state |= {"head.weight": np.zeros((3, 32)), "head.bias": np.zeros(3)}
-    with pytest.raises(
-        UserError, match=r"decoder as we know it: 2 missing: norm\.bias, norm\.weight\."
-    ):
+    with pytest.raises(UserError, match=r"decoder: 2 missing: norm\.bias, norm\.weight\."):
         from_torch(state)
     state = official_mae() | {"patch_embed.proj.weight": np.zeros((32, 192))}
     with pytest.raises(UserError, match=r"patch_embed.proj.weight has the shape \(32, 192\)"):
@@ -395,16 +396,15 @@ def test_what_does_not_fit_is_listed():
         ("mae", "tensorflow", "there is no layout 'tensorflow'; choose one of mae, beit, timm, hf"),
     ],
 )
-def test_what_a_layout_cannot_say(name, layout, sentence):
+def test_layouts_that_cannot_hold_a_network(name, layout, sentence):
     params, network = from_torch(hugging_face(name).state_dict(), heads=4, decoder_heads=2)
     with pytest.raises(UserError, match=sentence):
         to_torch(params, network, layout=layout)
 
 
-def test_a_classifier_by_the_mean_is_no_vit_of_hugging_face():
+def test_hugging_face_vit_does_not_pool_by_the_mean():
     encoder = {k: x for k, x in official_mae().items() if "decoder" not in k and k != "mask_token"}
-    fine_tuned = {k.replace("norm.", "fc_norm.") if k in ("norm.weight", "norm.bias") else k: x
-                  for k, x in encoder.items()}  # fmt: skip
+    fine_tuned = {re.sub(r"^norm\.", "fc_norm.", name): x for name, x in encoder.items()}
     fine_tuned |= {"head.weight": np.ones((3, 32), np.float32), "head.bias": np.ones(3, np.float32)}
     params, network = from_torch(fine_tuned, heads=4)
     assert_identical(to_torch(params, network, layout="mae"), fine_tuned)
@@ -413,7 +413,7 @@ def test_a_classifier_by_the_mean_is_no_vit_of_hugging_face():
 
 
 def run_of_ours(folder):
-    """A checkpoint of the MAE above, made by the command from what its training writes."""
+    """Converts the MAE above to a run with the command."""
     torch.save({"model": {k: torch.tensor(x) for k, x in official_mae().items()}}, folder / "a.pth")
     arguments = ["--heads=4", "--decoder-heads=2"]
     assert convert.main([f"{folder}/a.pth", f"{folder}/run", "--to=mim_jax", *arguments]) == 0
@@ -424,22 +424,22 @@ def test_the_command_there_and_back(tmp_path, capsys):
     run, state = run_of_ours(tmp_path), official_mae()
     assert "the official MAE, mae: width 32, 2 blocks, 4 heads" in capsys.readouterr().out
     params, network = from_torch(state, heads=4, decoder_heads=2)
-    # it is what init_from takes
+    # init_from takes it
     zeros = jax.tree.map(np.zeros_like, params)
     begun = begin_from(
         TrainState(0, jax.tree.map(jax.numpy.array, zeros), {}, ()), "encoder", run, {}
     )
     jax.tree.map(np.testing.assert_array_equal, begun.params["encoder"], params["encoder"])
-    # and goes back, by each kind of file
+    # back, in each kind of file
     assert convert.main([run, f"{tmp_path}/hf", "--to=hf", "--check"]) == 0
-    told = capsys.readouterr().out
-    assert f"transformers {transformers.__version__}, ViTMAEForPreTraining" in told
+    output = capsys.readouterr().out
+    assert f"transformers {transformers.__version__}, ViTMAEForPreTraining" in output
     for source, file in ((run, "b.pth"), (f"{tmp_path}/hf", "b.safetensors")):
         assert convert.main([source, f"{tmp_path}/{file}", "--to=mae", "--check"]) == 0
         assert_identical(read(tmp_path / file)[0], state)
     _, same = from_torch(read(tmp_path / "b.pth")[0], heads=4, decoder_heads=2)
     assert same == network
-    # which PyTorch's own readers take
+    # PyTorch's own readers
     loaded = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
     assert_identical({k: x.numpy() for k, x in loaded.items()}, state)
     model, info = transformers.ViTMAEForPreTraining.from_pretrained(
@@ -453,18 +453,18 @@ def test_the_command_there_and_back(tmp_path, capsys):
     for name, x in far.items():
         np.testing.assert_allclose(ours[name], x, atol=1e-5 * np.abs(x).max(), rtol=0)
     assert inspect([run]) == 0
-    told = capsys.readouterr().out
-    assert "encoder: " in told
-    assert "block_1/qkv/kernel" in told
-    assert "step: 0" in told
+    output = capsys.readouterr().out
+    assert "encoder: " in output
+    assert "block_1/qkv/kernel" in output
+    assert "step: 0" in output
 
 
 @pytest.mark.parametrize("error", [1e-6, np.nan])
-def test_a_proof_that_fails(error, tmp_path, monkeypatch, capsys):
-    run, there = run_of_ours(tmp_path), check.to_torch
+def test_a_check_that_fails(error, tmp_path, monkeypatch, capsys):
+    run, to_torch = run_of_ours(tmp_path), check.to_torch
 
     def wrong(params, network, layout):
-        state = there(params, network, layout=layout)
+        state = to_torch(params, network, layout=layout)
         return state | {"blocks.1.norm2.bias": state["blocks.1.norm2.bias"] + error}
 
     monkeypatch.setattr(check, "to_torch", wrong)
@@ -480,7 +480,7 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
-def test_mistakes_are_told_in_a_sentence(tmp_path, capsys):
+def test_errors_are_one_sentence(tmp_path, capsys):
     made, run = tmp_path / "made", run_of_ours(tmp_path)
     whole = (tmp_path / "a.pth").read_bytes()
     (tmp_path / "short.pth").write_bytes(whole[: len(whole) // 2])
@@ -490,7 +490,7 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, capsys):
     for source, destination, to, sentence in (
         ("evil.pth", "b.pth", "mae", "evil.pth is refused, and nothing in it was run"),
         ("short.pth", "b.pth", "mae", "damaged or cut off"),
-        ("resnet.pth", "b.pth", "mae", "no layout has arrays of these names"),
+        ("resnet.pth", "b.pth", "mae", "no supported layout has arrays of these names"),
         ("nothing.pth", "b.pth", "mae", "nothing.pth: No such file"),
         ("empty", "b.pth", "mae", "is neither a run, with checkpoints"),
         ("run", "b.txt", "mae", "must end with .safetensors or .pth"),
@@ -515,7 +515,7 @@ def test_the_licence_of_released_weights(tmp_path, capsys):
 
 
 def test_images_of_another_size(tmp_path, capsys):
-    """Positions as timm interpolates them, and MAE's fixed ones as its fine-tuning does."""
+    """Positions are interpolated as in timm, and MAE's fixed ones as in its fine-tuning."""
     run_of_ours(tmp_path)
     arguments = [f"{tmp_path}/a.pth", "--heads=4", "--decoder-heads=2", "--image-size=48"]
     assert convert.main([*arguments, f"{tmp_path}/b.pth", "--to=timm"]) == 2
@@ -546,7 +546,7 @@ def test_images_of_another_size(tmp_path, capsys):
 
 
 def test_a_hybrid_begins_a_run(tmp_path, capsys):
-    """A file of timm becomes a run that init_from.encoder takes; no other code has its stem."""
+    """A file of timm becomes a run for init_from.encoder; no other library has its stem."""
     kind, settings = TIMMS["hybrid"]
     module = attrgetter(kind)(timm_models())(**TIMM | settings | dict(img_size=32))
     torch.save(module.state_dict(), tmp_path / "a.pth")
@@ -571,7 +571,7 @@ def test_a_hybrid_begins_a_run(tmp_path, capsys):
 
 
 def test_images_that_are_not_square(tmp_path, capsys):
-    """Nothing but the user tells; Hugging Face has no such models."""
+    """Only the user knows their size; Hugging Face has no such models."""
     module = timm_models().vision_transformer.VisionTransformer
     module = randomize(module(**TIMM | dict(img_size=(24, 48))))
     torch.save(module.state_dict(), tmp_path / "a.pth")
@@ -587,7 +587,7 @@ def test_images_that_are_not_square(tmp_path, capsys):
 
 
 def test_dalle_as_a_tokenizer(tmp_path, capsys):
-    """A folder with its two files becomes a run's, and init_from.tokenizer takes it."""
+    """A folder with its two files becomes a run for init_from.tokenizer."""
     rng, shapes = np.random.default_rng(0), {}
     model = dvae(vocabulary=11, width=8, layers=2, blocks=1, codebook=5)
     params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))

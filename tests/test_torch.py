@@ -1,9 +1,9 @@
-"""MAE against PyTorch: the same weights, images and masks give the same numbers.
+"""MAE against PyTorch: the same weights, images and masks give the same loss and gradients.
 
-There are two oracles: Hugging Face's MAE, and one from the paper, written here for the images and
-patches that Hugging Face's cannot take. Both compute in float64, so that what differs in float32
-is our own error. Their weights have the official names (tests/official.py) and random values: at
-its initialisation a network hides mistakes, as that of a norm's scale.
+There are two oracles: Hugging Face's MAE, and one written from the paper for the images and patches
+that Hugging Face's does not accept. Both compute in float64, so that a difference in float32 is our
+own error. Weights have the official names (tests/official.py) and random values: at their initial
+values they hide mistakes, for example in a norm's scale.
 """
 
 import functools
@@ -35,7 +35,7 @@ SETTINGS |= {f"decoder_{name}": value for name, value in DECODER.items()}
 
 
 def random_state(patch, channels) -> dict[str, np.ndarray]:
-    """Weights by their official names."""
+    """Returns random weights by their official names."""
     shapes = mae_shapes(
         width=ENCODER["width"],
         depth=ENCODER["depth"],
@@ -54,7 +54,7 @@ def random_batch(size, channels, seed=0) -> dict[str, np.ndarray]:
 
 
 def order_of(rng, batch, num_patches) -> np.ndarray:
-    """The patches of each image (b, n) as the objective must draw them, visible ones first."""
+    """Returns the patches (b, n) in the order that the objective must draw, visible ones first."""
     rngs = per_example(rng, jnp.array(batch["index"]))
     return np.concatenate(hide(rngs, (1, num_patches), SETTINGS["mask_ratio"]), axis=1)
 
@@ -64,7 +64,7 @@ def to_torch(state) -> dict:
 
 
 def assert_close(ours, theirs, tolerance):
-    """The same tree, and every array in it right to `tolerance` of its largest value."""
+    """Asserts equal trees, each array to within `tolerance` of its largest value."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for (path, x), y in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         atol, name = tolerance * np.abs(y).max(), jax.tree_util.keystr(path)
@@ -75,7 +75,7 @@ def assert_close(ours, theirs, tolerance):
 
 
 def positions(grid, width):
-    """(1, 1 + n, d): zeros for the class token; sines, cosines of the column, then of the row."""
+    """Returns (1, 1 + n, d): zeros for the class token; sin and cos of the column, then the row."""
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     rows = [torch.zeros(width)]
     for row in range(grid[0]):
@@ -104,13 +104,13 @@ HF_BLOCK = {
 
 
 def hf_names(name: str) -> list[str]:
-    """An official name in a model of transformers 5; qkv are three."""
+    """Returns the names of an official array in transformers 5: three for qkv."""
     if name in HF_TOKENS:
         return [HF_TOKENS[name]]
     module, leaf = name.rsplit(".", 1)
-    if found := re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)", module):
-        block = f"{'decoder.decoder_layers' if found[1] else 'vit.layers'}.{found[2]}"
-        return [f"{block}.{place}.{leaf}" for place in HF_BLOCK[found[3]]]
+    if match := re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)", module):
+        block = f"{'decoder.decoder_layers' if match[1] else 'vit.layers'}.{match[2]}"
+        return [f"{block}.{place}.{leaf}" for place in HF_BLOCK[match[3]]]
     return [f"{HF_TOP[module]}.{leaf}"]
 
 
@@ -133,7 +133,7 @@ def hugging_face(state, batch, order, patch, normalize_target):
         norm_pix_loss=normalize_target,
         layer_norm_eps=1e-6,  # the default is not the official one
     )
-    weights = {  # even the positions: in a fresh model they are zero
+    weights = {  # with the positions, which are zero in a new model
         "vit.embeddings.position_embeddings": positions(grid, ENCODER["width"]),
         "decoder.decoder_pos_embed": positions(grid, DECODER["width"]),
     }
@@ -145,7 +145,7 @@ def hugging_face(state, batch, order, patch, normalize_target):
         weights,
         images,
         {"noise": torch.tensor(order).argsort(1)},  # noise which sorts into this order
-        strict=True,  # no weight is left over on either side
+        strict=True,  # no weight is missing or unexpected
     )
     return output.loss, output.logits
 
@@ -253,7 +253,7 @@ def learning_rate(epoch, lr, warmup_epochs, epochs):
 
 
 def test_learning_rate():
-    """The official code's rates in the paper's recipe, here with two steps an epoch."""
+    """The rates of the official code for the paper's recipe, with two steps per epoch."""
     golden = {0: 0.0, 0.5: 3e-5, 20: 0.0012, 40: 0.0024, 41: 0.002399989748}
     golden |= {100: 0.002363280319, 400: 0.001299095215, 420: 0.0012, 799: 1.0252344e-8}
     schedule = warmup_cosine(2.4e-3, min_lr=0.0, warmup_steps=2 * 40, steps=2 * 800, code="mae")
@@ -267,7 +267,7 @@ def test_learning_rate():
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_ten_steps_of_adamw(accumulate):
-    """Class and mask token decay, biases and norms do not; every step has its rate and mask."""
+    """Class and mask tokens decay, biases and norms do not; rates and masks change every step."""
     patch, channels, lr, warmup, steps = (4, 4), 3, 1e-2, 3, 10
     state, rng = random_state(patch, channels), jax.random.key(0)
 
@@ -281,7 +281,7 @@ def test_ten_steps_of_adamw(accumulate):
 
     schedule = warmup_cosine(lr, min_lr=0.0, warmup_steps=warmup, steps=steps, code="mae")
     optimizer = adamw(
-        lambda step: schedule(step.astype(float)),  # the rate of an integer has float32's digits
+        lambda step: schedule(step.astype(float)),  # a rate computed from an integer is float32
         b1=0.9,
         b2=0.95,
         weight_decay=0.05,

@@ -1,4 +1,4 @@
-"""Weights of others, read safely and called by our names; and ours by theirs."""
+"""Reads weights of other libraries safely, and converts weights in both directions."""
 
 from mim_jax.convert.network import Network
 from mim_jax.convert.states import from_torch, to_torch

@@ -1,10 +1,10 @@
-"""Converts weights: others' to ours, ours to others', with a proof.
+"""Converts weights between mim_jax and other libraries, and checks the result.
 
     python -m mim_jax.convert runs/mae_base mae_hf --to=hf --check
     python -m mim_jax.convert mae_pretrain_vit_base.pth runs/released --to=mim_jax
     python -m mim_jax.main --config=... --config.init_from.encoder=runs/released
 
-Exit codes: 0 done, 1 not the same numbers, 2 a mistake in what was asked for, in one sentence.
+Exit codes: 0 done, 1 the outputs differ, 2 user error, reported in one sentence.
 """
 
 import argparse
@@ -19,34 +19,40 @@ from mim_jax.convert.network import Network
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. -> its exit code."""
+    """Runs the command. Returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m mim_jax.convert", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("source", help="a run, a .pth or .safetensors, a folder of Hugging Face")
-    parser.add_argument("destination", help="a .pth or .safetensors; of hf and mim_jax, a folder")
+    parser.add_argument(
+        "source", help="a run, a .pth or .safetensors file, or a folder of Hugging Face"
+    )
+    parser.add_argument(
+        "destination", help="a .pth or .safetensors file; for hf and mim_jax a folder"
+    )
     parser.add_argument("--to", required=True, choices=("mim_jax", *FAMILIES))
     parser.add_argument(
-        "--check", action="store_true", help="run PyTorch's model and ours on the same images"
+        "--check", action="store_true", help="compare PyTorch's model and ours on the same images"
     )
-    parser.add_argument("--encoder-only", action="store_true", help="leave decoder and head out")
     parser.add_argument(
-        "--image-size", type=size, default=None, help="384 or 256,384: interpolates positions"
+        "--encoder-only", action="store_true", help="leave out the decoder and the head"
     )
-    parser.add_argument("--heads", type=int, default=0, help="where they are not recorded")
-    parser.add_argument("--decoder-heads", type=int, default=0, help="the same of MAE's decoder")
+    parser.add_argument(
+        "--image-size", type=size, default=None, help="384 or 256,384; positions are interpolated"
+    )
+    parser.add_argument("--heads", type=int, default=0, help="if the source does not record them")
+    parser.add_argument("--decoder-heads", type=int, default=0, help="the same for MAE's decoder")
     options = parser.parse_args(argv)
     return exit_code(lambda: convert(options), options.destination)
 
 
 def size(text: str) -> tuple[int, int]:
-    """ "384" -> (384, 384); "256,384" -> (256, 384)."""
+    """Returns (384, 384) for "384" and (256, 384) for "256,384"."""
     height, _, width = text.partition(",")
     return int(height), int(width or height)
 
 
 def convert(options: argparse.Namespace) -> int:
-    """What the command does. -> its exit code."""
+    """Converts and checks. Returns the exit code."""
     given = dict(heads=options.heads, decoder_heads=options.decoder_heads, size=options.image_size)
     params, network, _ = load(options.source, **given)
     print(f"{options.source}: {story(params, network)}")

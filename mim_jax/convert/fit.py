@@ -1,4 +1,4 @@
-"""Fits a network to a layout: which layout of a family can hold it, and what must change."""
+"""Chooses a layout for a network, and changes the network where the layout requires it."""
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict

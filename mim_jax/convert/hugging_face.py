@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: what stands in config.json and beside it."""
+"""Reads and writes folders of Hugging Face: config.json and the files beside it."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ import numpy as np
 from mim_jax import UserError
 from mim_jax.convert.network import Network, extra, require_heads
 
-EPS = 1e-6  # of MAE's, BEiT's and our norms; transformers' own default is 1e-12
-MODELS = {  # by layout: model_type, the class with a head, the class without
+EPS = 1e-6  # of MAE, BEiT and mim_jax; transformers' default is 1e-12
+MODELS = {  # layout: model_type, class with a head, class without
     "hf_vit_mae": ("vit_mae", "ViTMAEForPreTraining", ""),
     "hf_vit": ("vit", "ViTForImageClassification", "ViTModel"),
     "hf_beit_mim": ("beit", "BeitForMaskedImageModeling", ""),
@@ -21,7 +21,7 @@ STATISTICS = {"mean": "image_mean", "std": "image_std"}  # ours: theirs
 
 
 def config_of(state: dict[str, np.ndarray], network: Network, layout: str) -> dict[str, Any]:
-    """config.json of a state dict in one of Hugging Face's layouts."""
+    """Returns the config.json of a state dict in one of Hugging Face's layouts."""
     encoder, (kind, whole, bare) = network.encoder, MODELS[layout]
     if encoder.patch[0] != encoder.patch[1] or network.size[0] != network.size[1]:
         raise UserError("--to=hf: Hugging Face's images and patches are square: use --to=timm.")
@@ -76,7 +76,7 @@ def config_of(state: dict[str, np.ndarray], network: Network, layout: str) -> di
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json and preprocessor_config.json say: the keywords of `describe`."""
+    """Reads config.json and preprocessor_config.json. Returns keyword arguments of `describe`."""
     try:
         entries = json.loads((folder / "config.json").read_text())
         processor = folder / "preprocessor_config.json"
@@ -84,9 +84,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {folder}/config.json: {error}.") from error
     if missing := [name for name in NEEDED if name not in entries]:
-        raise UserError(f"{folder}/config.json is not of a ViT: it says no {missing[0]}.")
+        raise UserError(f"{folder}/config.json is not the config of a ViT: it lacks {missing[0]}.")
     if entries.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{folder} has {entries['hidden_act']} for its activation, ours is gelu.")
+        raise UserError(
+            f"{folder}/config.json: hidden_act = {entries['hidden_act']}, must be gelu."
+        )
     size, patch = (
         tuple(x) if isinstance(x, list) else (x, x)
         for x in (entries["image_size"], entries["patch_size"])
@@ -107,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def write(
     folder: Path, state: dict[str, np.ndarray], network: Network, layout: str
 ) -> dict[str, Any]:
-    """A folder that from_pretrained reads -> its config.json."""
+    """Writes a folder that from_pretrained reads. Returns its config.json."""
     with extra():
         from safetensors.numpy import save_file
 

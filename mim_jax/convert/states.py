@@ -1,6 +1,6 @@
-"""From the arrays of PyTorch's models to our parameters, and back: dicts of numpy arrays.
+"""Converts state dicts of PyTorch's models to our parameters and back, as numpy arrays.
 
-Shapes: d width, (p, q) patch, c channels, O and I what a convolution gives and takes.
+Shapes: b batch, n patches, d width, (p, q) patch or kernel, c channels, o outputs, i inputs.
 """
 
 import functools
@@ -19,58 +19,67 @@ from mim_jax.convert.tables import BUFFERS, LAYOUTS, PREFIXES, SPELLINGS
 from mim_jax.models.patches import relative_index, sincos2d
 from mim_jax.models.stem import STRIDE
 
-HEADLESS = (
+NOT_PARTS = (  # arrays that other models have beside their encoder
     *(r"(vit\.)?pooler\.dense\.\w+", r"head\.\d+\..*", r"(student|predictor)\..*"),
-    r"(fpn\d?|decode_head|auxiliary_head)\..*",  # of a segmentation
+    r"(fpn\d?|decode_head|auxiliary_head)\..*",  # segmentation
 )
-UPWARDS = r"decoder/layer_\d+/kernel"  # of the transposed convolutions
+UPWARDS = r"decoder/layer_\d+/kernel"  # transposed convolutions
 EMBED = "encoder/embed/kernel"
-FIXED = 1e-5  # how far a table may be from sines and cosines; transformers computes it in float32
+FIXED = 1e-5  # tolerance for sine-cosine positions, which transformers computes in float32
 
 
 def from_torch(
-    state: Mapping[str, Any], *, size: tuple[int, int] | None = None, **known: Any
+    state: Mapping[str, Any], *, size: tuple[int, int] | None = None, **options: Any
 ) -> tuple[dict, Network]:
-    """The arrays of a state dict {"blocks.0.norm1.weight": ..., ...} -> our parameters, of what.
-
-    Takes the layouts of tables.LAYOUTS, alone or within a checkpoint. `known` is what else is
-    known, as for `describe`: heads, decoder_heads, grid; images may be of `size`, and are taken to
-    be square if the tables of positions are not of it. Raises UserError for a layout that is none
-    of these, and for arrays that are missing, too many or of a wrong shape.
+    """Converts a state dict {"blocks.0.norm1.weight": ..., ...} to our parameters.
 
         params, network = from_torch(torch.load("mae_pretrain_vit_base.pth", weights_only=True))
+
+    Arguments:
+        state: arrays by the names of a layout of tables.LAYOUTS, alone or within a checkpoint.
+        size: height and width of the images, if they are not square. Ignored if the positions are
+            for another size.
+        options: arguments of `describe` that arrays do not determine: heads, decoder_heads, grid.
+
+    Returns the parameters and their network. Raises UserError if no layout has such names, and if
+    arrays are missing, unexpected or of a wrong shape.
     """
-    layout, named, left_out = recognize(arrays(state))
-    flat, extra = {}, []
-    for name, value in fused(named).items() if layout.startswith("hf_") else named.items():
-        if (path := rename(name, layout)) is None:
-            extra.append(name)
-        else:
+    layout, state, left_out = recognize(arrays(state))
+    state = fused(state) if layout.startswith("hf_") else state
+    flat, unexpected = {}, []
+    for name, value in state.items():
+        if path := rename(name, layout):
             flat[path] = our_value(path, name, value)
-    if layout == "dalle":  # its halves have the same names
-        half = "tokenizer" if named["blocks.input.weight"].shape[-1] > 1 else "decoder"
+        else:
+            unexpected.append(name)
+    if layout == "dalle":  # both halves have the same names
+        half = "tokenizer" if state["blocks.input.weight"].shape[-1] > 1 else "decoder"
         flat = {f"{half}/{path}": value for path, value in flat.items()}
     if EMBED in flat:
-        kernel = next(v for name, v in named.items() if rename(name, layout) == EMBED)
+        kernel = next(x for name, x in state.items() if rename(name, layout) == EMBED)
         patch = (STRIDE, STRIDE) if "encoder/stem/conv/kernel" in flat else kernel.shape[-2:]
-        known = {"patch": patch, **known}
-        grid = known.get("grid") or grid_of(flat, known["patch"], size)
-        had = "encoder/positions" in flat
-        flat, known["grid"] = without_fixed(flat, grid)
-        if not known.get("heads") and is_moco_small(flat.get("encoder/positions"), known["grid"]):
-            known["heads"] = 12
-        known["positions"] = "sincos" if had and "encoder/positions" not in flat else "none"
+        options = {"patch": patch, **options}
+        grid = options.get("grid") or grid_of(flat, options["patch"], size)
+        learned, options["grid"] = without_fixed(flat, grid)
+        is_fixed = "encoder/positions" in flat.keys() - learned.keys()
+        options["positions"] = "sincos" if is_fixed else "none"
+        flat = learned
+        if is_moco_small(flat.get("encoder/positions"), options["grid"]):
+            options["heads"] = options.get("heads") or 12
     params = unflatten_dict(flat, sep="/")
-    network = describe(params, layout=layout, left_out=tuple(left_out), **known)
-    compare(params, network, extra)
+    network = describe(params, layout=layout, left_out=tuple(left_out), **options)
+    compare(params, network, unexpected)
     return params, network
 
 
 def to_torch(params: dict, network: Network | None = None, *, layout: str) -> dict[str, np.ndarray]:
-    """Our parameters -> the arrays of a layout: "mae", "beit", "timm", "hf", or one of LAYOUTS.
+    """Converts our parameters to a state dict.
 
-    `network` is what `from_torch` found out; without it the shapes must say everything. timm's have
-    the encoder alone. Raises UserError where the layout cannot say what they are.
+    Arguments:
+        network: as `from_torch` returns it; by default, what the shapes determine.
+        layout: "mae", "beit", "timm" (the encoder and its head), "hf", or a key of LAYOUTS.
+
+    Raises UserError if the layout cannot hold the network.
     """
     network = network or describe(params)
     layout, params = fit(params, network, layout)
@@ -79,16 +88,16 @@ def to_torch(params: dict, network: Network | None = None, *, layout: str) -> di
         flat = {path.split("/", 1)[1]: value for path, value in flat.items()}
     elif network.kind != "dvae":
         flat |= fixed(params, network, flat[EMBED].dtype)
-    state, homeless = {}, []
+    state, unnamed = {}, []
     for path, value in flat.items():
         if name := rename(path, layout, back=True):
             state[name] = their_value(path, value, network)
         else:
-            homeless.append(path)
-    if homeless:
+            unnamed.append(path)
+    if unnamed:
         raise UserError(
-            f"{LAYOUTS[layout].title} has no place for {len(homeless)} of the arrays, as "
-            f"{', '.join(homeless[:3])}."
+            f"{LAYOUTS[layout].title} has no names for {len(unnamed)} arrays, for example "
+            f"{', '.join(unnamed[:3])}."
         )
     if layout == "dalle":
         return {re.sub(r"\.(w|b)\w+$", r".\1", name): value for name, value in state.items()}
@@ -101,7 +110,7 @@ def to_torch(params: dict, network: Network | None = None, *, layout: str) -> di
 
 
 def arrays(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of nested dicts by their names joined with dots."""
+    """Returns the arrays of nested dicts, by their names joined with dots."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -113,7 +122,7 @@ def arrays(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def recognize(state: dict[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray], list[str]]:
-    """-> the layout, its arrays as its table calls them, the names of those that are none of it."""
+    """Returns the layout, its arrays by the names of its table, and the names of all others."""
     left_out = []
 
     def keep(names):
@@ -122,7 +131,7 @@ def recognize(state: dict[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray],
 
     while prefix := next((p for p in PREFIXES if any(k.startswith(p) for k in state)), None):
         state = keep({k: k.removeprefix(prefix) for k in state if k.startswith(prefix)})
-    if "embeddings.cls_token" in state:  # an encoder of Hugging Face, alone
+    if "embeddings.cls_token" in state:  # an encoder of Hugging Face without a head
         key = r"layer\w*\.0\.attention\.(attention\.key|k_proj)\.bias"
         name = "vit" if any(re.search(key, k) for k in state) else "beit"
         state = {f"{name}.{k}": value for k, value in state.items()}
@@ -131,14 +140,16 @@ def recognize(state: dict[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray],
         if all(sign in state for sign in layout.signs):
             state = keep({k: k for k in state if k.rsplit(".", 1)[-1] not in BUFFERS})
             if name != "mae_linear":
-                state = keep({k: k for k in state if not re.fullmatch("|".join(HEADLESS), k)})
+                state = keep({k: k for k in state if not re.fullmatch("|".join(NOT_PARTS), k)})
             return name, state, left_out
     some = ", ".join(list(state)[:3]) or "none"
-    raise UserError(f"no layout has arrays of these names ({some}, ...): is it another model?")
+    raise UserError(
+        f"no supported layout has arrays of these names ({some}, ...): it may be another model."
+    )
 
 
 def spelled(name: str) -> str:
-    """A name as the tables have it."""
+    """Returns a name in the spelling of the tables."""
     for pattern, usual in SPELLINGS.items():
         name = re.sub(pattern, usual, name)
     return name
@@ -146,47 +157,47 @@ def spelled(name: str) -> str:
 
 @functools.cache
 def rules(layout: str, back: bool) -> list[tuple[re.Pattern, str]]:
-    """The rows of a table as patterns and what they are replaced by."""
-    found = []
+    """Returns the rows of a table as patterns and their replacements."""
+    rows = []
     for theirs, ours in LAYOUTS[layout].table.items():
         kernel = "scale" if "norm" in ours else "kernel"
         for weight, our_weight in (("weight", kernel), ("bias", "bias")):
             row = theirs.replace("*", weight), ours.replace("*", our_weight)
-            here, there = reversed(row) if back else row
-            pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(here))
-            found.append((re.compile(pattern), re.sub(r"{(\w)}", r"\\g<\1>", there)))
-    return found
+            source, target = reversed(row) if back else row
+            pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(source))
+            rows.append((re.compile(pattern), re.sub(r"{(\w)}", r"\\g<\1>", target)))
+    return rows
 
 
 def rename(name: str, layout: str, back: bool = False) -> str | None:
-    """Our name for theirs by a layout's table, or `back`; None if it has none."""
-    for pattern, there in rules(layout, back):
+    """Returns our name for a layout's name, or `back` the reverse; None if there is none."""
+    for pattern, replacement in rules(layout, back):
         if match := pattern.fullmatch(name):
-            return match.expand(there)
+            return match.expand(replacement)
     return None
 
 
 def fused(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Hugging Face's query, key and value as one array qkv; without a bias of keys, two of BEiT."""
+    """Concatenates Hugging Face's query, key and value; without a key bias, as BEiT's code does."""
     fused, parts = {}, {}
     for name, value in state.items():
         if match := re.fullmatch(r"(.*\.)(query|key|value)\.(weight|bias)", name):
             parts.setdefault((match[1], match[3]), {})[match[2]] = value
         else:
             fused[name] = value
-    for (place, leaf), found in parts.items():
-        if len(found) == 3 and len({x.shape for x in found.values()}) == 1:
-            whole = [found[part] for part in ("query", "key", "value")]
-            fused[f"{place}qkv.{leaf}"] = np.concatenate(whole)
-        elif leaf == "bias" and "key" not in found:
-            fused |= {f"{place}{part[0]}_bias": x for part, x in found.items()}
-        else:  # which no table has: reported as too many
-            fused |= {f"{place}{part}.{leaf}": x for part, x in found.items()}
+    for (place, leaf), thirds in parts.items():
+        if len(thirds) == 3 and len({x.shape for x in thirds.values()}) == 1:
+            order = [thirds[part] for part in ("query", "key", "value")]
+            fused[f"{place}qkv.{leaf}"] = np.concatenate(order)
+        elif leaf == "bias" and "key" not in thirds:
+            fused |= {f"{place}{part[0]}_bias": x for part, x in thirds.items()}
+        else:  # no table has these names: they are reported as unexpected
+            fused |= {f"{place}{part}.{leaf}": x for part, x in thirds.items()}
     return fused
 
 
 def split(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Undoes `fused`."""
+    """Inverts `fused`."""
     parts = {}
     for name, value in state.items():
         if match := re.fullmatch(r"(.*\.)qkv\.(weight|bias)", name):
@@ -200,21 +211,26 @@ def split(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def our_value(path: str, name: str, value: np.ndarray) -> np.ndarray:
-    """A linear map transposed; a convolution (O, I, p, q) turned, of patches made a matrix."""
+    """Transposes a linear layer or a convolution; that of patches becomes a matrix."""
     try:
         if path == EMBED:
             value = einops.rearrange(value, "d c p q -> (p q c) d")
-        elif re.fullmatch(UPWARDS, path):  # (I, O, p, q), and torch reads it from its end
+        elif re.fullmatch(UPWARDS, path):  # torch's transposed kernels are flipped
             value = einops.rearrange(value, "i o p q -> p q i o")[::-1, ::-1]
         elif path.endswith("/kernel"):
             value = value.T if value.ndim == 2 else einops.rearrange(value, "o i p q -> p q i o")
     except (einops.EinopsError, ValueError):
-        raise UserError(f"{name} has the shape {value.shape}, which cannot be {path}.") from None
-    return np.array(value, order="C")  # a copy: the other model may go on training
+        raise UserError(f"{name} has the shape {value.shape}, which does not fit {path}.") from None
+    return np.array(value, order="C")  # a copy: the source may be a model in training
 
 
 def their_value(path: str, value: np.ndarray, network: Network) -> np.ndarray:
-    """Undoes `our_value`."""
+    """Inverts `our_value`."""
+    return np.array(turned(path, value, network), order="C")
+
+
+def turned(path: str, value: np.ndarray, network: Network) -> np.ndarray:
+    """Returns a view of one of our arrays with the axes of their layout."""
     if path == EMBED:
         p, q = network.encoder.patch if network.encoder.stem == "none" else (1, 1)
         value = einops.rearrange(value, "(p q c) d -> d c p q", p=p, q=q)
@@ -222,11 +238,11 @@ def their_value(path: str, value: np.ndarray, network: Network) -> np.ndarray:
         value = einops.rearrange(value[::-1, ::-1], "p q i o -> i o p q")
     elif path.endswith("/kernel"):
         value = value.T if value.ndim == 2 else einops.rearrange(value, "p q i o -> o i p q")
-    return np.array(value, order="C")
+    return value
 
 
 def grid_of(flat: dict, patch: tuple[int, int], size: tuple[int, int] | None) -> tuple | None:
-    """The grid of images of `size`, unless a table is of another."""
+    """Returns the grid of images of `size`, None if a table of positions has another."""
     if size is None:
         return None
     rows, columns = (side // p for side, p in zip(size, patch, strict=True))
@@ -242,45 +258,45 @@ def grid_of(flat: dict, patch: tuple[int, int], size: tuple[int, int] | None) ->
 
 
 def without_fixed(flat: dict, grid: tuple[int, int] | None) -> tuple[dict, tuple | None]:
-    """The arrays without tables of sines and cosines that are ours, and the grid they are of.
+    """Drops tables of sine-cosine positions, which we compute. Returns the arrays and the grid.
 
-    A table that differs is one that was learned: the encoder keeps it, MAE's decoder has none.
+    A table with other values was learned: an encoder keeps it, MAE's decoder cannot have one.
     """
     for part in ("encoder", "decoder"):
         table = flat.get(f"{part}/positions")
         if table is None:
             continue
         if table.ndim != 3:
-            raise UserError(f"a table of positions has the shape {table.shape}, not (1, 1 + n, d).")
+            raise UserError(f"positions have the shape {table.shape}, must be (1, 1 + n, d).")
         grid = grid or square(table.shape[1] - 1, "positions")
         if far_from_fixed(table, grid) <= FIXED:
             flat = {path: value for path, value in flat.items() if path != f"{part}/positions"}
         elif part == "decoder":
             raise UserError(
-                "the decoder's positions are not MAE's sines and cosines, and ours has no others: "
-                "convert the encoder alone, by leaving out the arrays whose names begin so."
+                "the decoder's positions are not MAE's sines and cosines; remove the decoder's "
+                "arrays to convert the encoder alone."
             )
     return flat, grid
 
 
-def far_from_fixed(table: np.ndarray, grid: tuple[int, int], turn: int = 0) -> float:
-    """max|difference| of a table (1, 1 + n, d) from MAE's; by a turn of d / 2, rows first."""
+def far_from_fixed(table: np.ndarray, grid: tuple[int, int], shift: int = 0) -> float:
+    """Returns the largest difference of a table (1, 1 + n, d) from MAE's, rotated by `shift`."""
     usual = table.shape[2] % 4 == 0 and table.shape[1] == 1 + grid[0] * grid[1]
-    return np.abs(table - np.roll(sines(grid, table.shape[2]), turn, 2)).max() if usual else np.inf
+    return np.abs(table - np.roll(sines(grid, table.shape[2]), shift, 2)).max() if usual else np.inf
 
 
 def is_moco_small(table: np.ndarray | None, grid: tuple[int, int]) -> bool:
-    """Whether positions are of MoCo v3's ViT-S, which has 12 heads, where all others have 6."""
+    """Returns whether positions are MoCo v3's, whose ViT-S has 12 heads, where others have 6."""
     return table is not None and table.shape[2] == 384 and far_from_fixed(table, grid, 192) <= FIXED
 
 
 def sines(grid: tuple[int, int], width: int) -> np.ndarray:
-    """MAE's positions (1, 1 + n, d): zero for the class token."""
+    """Returns MAE's positions (1, 1 + n, d), zero for the class token."""
     return np.pad(sincos2d(grid, width), ((0, 0), (1, 0), (0, 0)))
 
 
 def fixed(params: dict, network: Network, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """By our names, the tables that others keep and we compute."""
+    """Returns tables of positions that others store and we compute, by our names."""
     tables = {}
     if network.encoder.positions == "sincos":
         tables["encoder/positions"] = network.encoder.width
@@ -292,7 +308,7 @@ def fixed(params: dict, network: Network, dtype: np.dtype) -> dict[str, np.ndarr
 
 
 def index_buffers(network: Network) -> dict[str, np.ndarray]:
-    """What the official BEiT keeps beside each table of relative positions."""
+    """Returns the buffers that the official BEiT stores beside tables of relative positions."""
     bias = network.encoder.relative_bias
     places = ["rel_pos_bias"] if bias == "shared" else []
     if bias == "own":
@@ -301,33 +317,31 @@ def index_buffers(network: Network) -> dict[str, np.ndarray]:
     return {f"{place}.relative_position_index": index for place in places}
 
 
-def compare(params: dict, network: Network, extra: list[str]) -> None:
-    """Raises UserError unless the arrays are those of the network that they are said to be of."""
-    wanted = expected(params, network)
-    found = leaves(params)
+def compare(params: dict, network: Network, unexpected: list[str]) -> None:
+    """Raises UserError unless the arrays are exactly those of the network."""
+    wanted, given = expected(params, network), leaves(params)
 
     def theirs(path):
         inner = path.split("/", 1)[1] if network.layout == "dalle" else path
         return rename(inner, network.layout, back=True) or path
 
-    def listed(title, names):
-        more = f", and {len(names) - 6} more" if len(names) > 6 else ""
-        return [f"{len(names)} {title}: {', '.join(names[:6])}{more}"] if names else []
+    def their_shape(path, shape):
+        return turned(path, np.broadcast_to(np.zeros(()), shape), network).shape
 
-    def turned(path, shape):
-        """A shape as in their layout; what converts arrays converts it."""
-        nothing = np.broadcast_to(np.zeros(()), shape)
-        return their_value(path, nothing, network).shape
-
-    wrong = [
-        f"{theirs(path)} {turned(path, found[path])}, should be {turned(path, shape)}"
+    different = [
+        f"{theirs(path)} {their_shape(path, given[path])}, must be {their_shape(path, shape)}"
         for path, shape in wanted.items()
-        if path in found and found[path] != shape
+        if path in given and given[path] != shape
     ]
-    story = listed("missing", [theirs(path) for path in wanted if path not in found])
-    story += listed("too many", extra + [theirs(path) for path in found if path not in wanted])
-    story += listed("of another shape", wrong)
-    if story:
-        raise UserError(
-            f"this is not {LAYOUTS[network.layout].title} as we know it: {'; '.join(story)}."
-        )
+    missing = [theirs(path) for path in wanted if path not in given]
+    unexpected = unexpected + [theirs(path) for path in given if path not in wanted]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": different}
+    if any(kinds.values()):
+        lists = [f"{len(x)} {kind}: {shortened(x)}" for kind, x in kinds.items() if x]
+        raise UserError(f"this is not {LAYOUTS[network.layout].title}: {'; '.join(lists)}.")
+
+
+def shortened(names: list[str], limit: int = 6) -> str:
+    """Returns the first names of a list as text."""
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

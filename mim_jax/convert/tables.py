@@ -1,22 +1,22 @@
-"""What others call our parameters: tables, read from left to right and from right to left.
+"""The names of our parameters in other libraries, as tables that are read in both directions.
 
-`{i}` stands for a number. `*` is a weight or a bias, and of ours a kernel, of a norm a scale, or a
-bias. Sources: the key lists of the official MAE, BEiT and DALL-E, timm and transformers.
+`{i}` stands for a number. `*` stands for weight or bias, and in our names for kernel (scale for a
+norm) or bias. Sources: the keys of the official MAE, BEiT and DALL-E, of timm and transformers.
 """
 
 from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """The names that a code gives to its arrays."""
+    """The names of the arrays of a library's model."""
 
     title: str
-    signs: tuple[str, ...]  # names by which it is known
+    signs: tuple[str, ...]  # names that identify it
     table: dict[str, str]  # their name: our name
 
 
 def block(theirs: str, ours: str, names: dict[str, str]) -> dict[str, str]:
-    """The rows of the arrays in a block."""
+    """Returns the rows of the arrays of a block."""
     return {f"{theirs}.{name}": f"{ours}/{our_name}" for name, our_name in names.items()}
 
 
@@ -35,7 +35,7 @@ BEIT_BLOCK = BLOCK | {
     "gamma_1": "gamma_1",
     "gamma_2": "gamma_2",
 }
-HF_BLOCK = {  # query, key and value are one array before they are looked up here
+HF_BLOCK = {  # query, key and value are concatenated before the lookup
     "layernorm_before.*": "norm1/*",
     "attention.attention.qkv.*": "qkv/*",
     "attention.output.dense.*": "proj/*",
@@ -67,7 +67,7 @@ BEIT = {
     **block("blocks.{i}", "encoder/block_{i}", BEIT_BLOCK),
     "norm.*": "encoder/norm/*",
 }
-STEM = {  # of a hybrid
+STEM = {  # the ResNet of a hybrid
     "patch_embed.backbone.stem.conv.*": "encoder/stem/conv/*",
     "patch_embed.backbone.stem.norm.*": "encoder/stem/norm/*",
     **block(
@@ -92,7 +92,7 @@ DECODER = {
 
 
 def hugging_face(name: str, names: dict[str, str]) -> dict[str, str]:
-    """The rows of an encoder that is called `name`."""
+    """Returns the rows of an encoder called `name`."""
     return {
         f"{name}.embeddings.cls_token": "encoder/cls_token",
         f"{name}.embeddings.mask_token": "encoder/mask_token",
@@ -125,7 +125,7 @@ DALLE = {
 
 
 def small_dvae(layers: int) -> dict[str, str]:
-    """The rows of BEiT's own dVAE, whose layers are numbered by their places in a sequence."""
+    """Returns the rows of BEiT's own dVAE, whose layers are numbered by position."""
     rows = {"codebook.weight": "decoder/codebook"}
     for theirs, ours in (("encoder", "tokenizer"), ("decoder", "decoder")):
         for layer in range(layers):
@@ -137,7 +137,7 @@ def small_dvae(layers: int) -> dict[str, str]:
     return rows
 
 
-LAYOUTS = {  # those with more signs before those with fewer
+LAYOUTS = {  # layouts with more signs first
     "dalle": Layout("DALL-E's dVAE", ("blocks.input.weight",), DALLE),
     **{
         f"small_dvae_{layers}": Layout(
@@ -206,12 +206,12 @@ LAYOUTS = {  # those with more signs before those with fewer
         },
     ),
 }
-PREFIXES = (  # under which the weights may stand, with others beside them
+PREFIXES = (  # that weights may have, beside other arrays
     *("module.", "model.", "state_dict."),
-    *("teacher.", "backbone.", "base_encoder."),  # DINO's, and MoCo v3's
+    *("teacher.", "backbone.", "base_encoder."),  # DINO, MoCo v3
 )
-BUFFERS = ("relative_position_index", "num_batches_tracked", "k_bias")  # computed, never learned
-SPELLINGS = {  # what the tables call otherwise: DALL-E's, and transformers 5 in memory
+BUFFERS = ("relative_position_index", "num_batches_tracked", "k_bias")  # computed, not learned
+SPELLINGS = {  # other spellings: DALL-E's, and transformers 5's in memory
     r"^(blocks\..*)\.w$": r"\1.weight",
     r"^(blocks\..*)\.b$": r"\1.bias",
     r"^decoder\.decoder_encoder\.layer\.": "decoder.decoder_layers.",

@@ -1,4 +1,4 @@
-"""Files as torch.save writes them."""
+"""Writes files with torch.save."""
 
 from pathlib import Path
 
@@ -7,5 +7,5 @@ import torch
 
 
 def save_file(state: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
-    """{"model": the state dict, ...}, as the official MAE, BEiT and timm read it."""
+    """Saves {"model": state, **metadata}, which the official MAE and BEiT and timm read."""
     torch.save({"model": {name: torch.tensor(x) for name, x in state.items()}} | metadata, path)

@@ -1,4 +1,4 @@
-"""The PyTorch models that converted weights are for: transformers', timm's, and plain torch.
+"""Runs converted weights in PyTorch: with transformers, with timm, or in plain torch.
 
 Shapes: b images, n patches, k visible, d width, h heads, v values, c channels.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F  # noqa: N812 - as everybody calls it
+from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from mim_jax import UserError
 from mim_jax.convert.hugging_face import write
@@ -20,29 +20,27 @@ from mim_jax.convert.network import Network, extra
 def outputs(
     state: dict[str, np.ndarray], network: Network, layout: str, batch: dict[str, np.ndarray]
 ) -> tuple[str, dict[str, np.ndarray]]:
-    """-> what was run, and what it gives in float64, by name.
+    """Returns the name of PyTorch's model, and its outputs in float64 by name.
 
-    batch: `image` (b, H, W, c), `masked` (b, n), and for MAE `noise` (b, n), by which it hides
-    three quarters. Transformers runs its own layouts, timm its own if it is there; the others'
-    code runs on no current PyTorch, so that they are computed here.
+    Transformers runs its own layouts, and timm its own if it is installed. The official code of the
+    others does not run on a current PyTorch; they are computed in plain torch.
+
+    batch: `image` (b, H, W, c), `masked` (b, n), and `noise` (b, n), by which MAE hides patches.
     """
     images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
+    tensors = {name: torch.tensor(x) for name, x in state.items()}
     with torch.no_grad():
         if layout.startswith("hf_"):
-            found = of_transformers(state, network, layout, images, batch)
+            title, values = of_transformers(state, network, layout, images, batch)
+        elif layout.startswith("timm_") and (model := of_timm(tensors, network, images.shape[2:])):
+            title, values = model(images)
         else:
-            model = (
-                of_timm(state, network, images.shape[2:]) if layout.startswith("timm_") else None
-            )
-            tensors = {name: torch.tensor(x) for name, x in state.items()}
-            found = (
-                model(images) if model else ("plain torch", plain(tensors, network, images, batch))
-            )
-    return found[0], {name: x.numpy() for name, x in found[1].items()}
+            title, values = "plain torch", plain(tensors, network, images, batch)
+    return title, {name: x.numpy() for name, x in values.items()}
 
 
 def of_transformers(state, network, layout, images, batch):
-    """Hugging Face's, as from_pretrained makes it of the folder that we write."""
+    """Runs the model that from_pretrained makes of the folder that `write` writes."""
     with extra():
         import transformers
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +54,7 @@ def of_transformers(state, network, layout, images, batch):
             model, info = getattr(transformers, name).from_pretrained(folder, **options)
     wrong = [key for kind in info.values() for key in kind]
     if wrong:
-        raise UserError(f"transformers does not take the arrays {wrong[:6]}.")
+        raise UserError(f"transformers does not accept the arrays {wrong[:6]}.")
     model.eval()
     title = f"transformers {transformers.__version__}, {name}"
     if name == "ViTMAEForPreTraining":
@@ -65,20 +63,19 @@ def of_transformers(state, network, layout, images, batch):
         return title, dict(latent=latent, predictions=model(images, noise=noise).logits)
     if name == "BeitForMaskedImageModeling":
         return title, dict(logits=model(images, torch.tensor(batch["masked"])).logits)
-    found = model(images)
     if "ForImageClassification" in name:
-        return title, dict(logits=found.logits)
-    return title, dict(tokens=found.last_hidden_state)
+        return title, dict(logits=model(images).logits)
+    return title, dict(tokens=model(images).last_hidden_state)
 
 
 def of_timm(state, network, size):
-    """images -> what timm's model gives of them; None where timm cannot be imported."""
+    """Returns a function that runs timm's model, None if timm cannot be imported."""
     try:
         import timm
         from timm.models.beit import Beit
         from timm.models.vision_transformer import VisionTransformer
         from timm.models.vision_transformer_hybrid import vit_base_r50_s16_224 as hybrid
-    except (ImportError, RuntimeError):  # it needs a torchvision that fits torch
+    except (ImportError, RuntimeError):  # torchvision may not match torch
         return None
     encoder = network.encoder
     classes = len(state["head.bias"]) if "head.bias" in state else 0
@@ -105,22 +102,22 @@ def of_timm(state, network, size):
     else:
         module = VisionTransformer(**options)
     if options["global_pool"] == "token" and "norm.weight" not in state:
-        module.norm = torch.nn.Identity()  # of an encoder that a segmentation was trained with
+        module.norm = torch.nn.Identity()  # an encoder from segmentation
     module = module.double().eval()
-    loaded = module.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
+    loaded = module.load_state_dict(state, strict=False)
     missing = [key for key in loaded.missing_keys if "relative_position_index" not in key]
     if missing or loaded.unexpected_keys:
-        raise UserError(f"timm misses {missing} and does not know {loaded.unexpected_keys}.")
+        raise UserError(f"timm lacks {missing} and does not expect {loaded.unexpected_keys}.")
 
     def forward(images):
-        found = dict(logits=module(images)) if classes else {}
-        return f"timm {timm.__version__}", found | dict(tokens=module.forward_features(images))
+        logits = dict(logits=module(images)) if classes else {}
+        return f"timm {timm.__version__}", logits | dict(tokens=module.forward_features(images))
 
     return forward
 
 
 def plain(state, network, images, batch):
-    """What the papers say, in the official names: MAE's and BEiT's, and timm's of a hybrid."""
+    """Runs MAE or BEiT by the official names, or a hybrid ViT by timm's, as in their papers."""
     grid = [side // p for side, p in zip(images.shape[2:], network.encoder.patch, strict=True)]
     x = images if network.encoder.stem == "none" else stem(state, images)
     kernel, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
@@ -139,36 +136,34 @@ def plain(state, network, images, batch):
         x = torch.take_along_dim(x, visible, 1)
     x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
     x = blocks(state, "blocks", x, network.encoder.heads, grid)
-    found = {}
+    outputs = {}
     if "norm.weight" in state:
         x = norm(state, "norm", x)
     if hides:
         return dict(latent=x, predictions=decode(state, x, order, network.decoder.heads))
     if "lm_head.weight" in state:
         return dict(logits=F.linear(x[:, 1:], state["lm_head.weight"], state["lm_head.bias"]))
-    mean = "fc_norm.weight" in state
-    pooled = norm(state, "fc_norm", x[:, 1:].mean(1)) if mean else x[:, 0]
+    pooled = norm(state, "fc_norm", x[:, 1:].mean(1)) if "fc_norm.weight" in state else x[:, 0]
     if "head.0.running_mean" in state:
-        pooled = (pooled - state["head.0.running_mean"]) / (
-            state["head.0.running_var"] + 1e-6
-        ).sqrt()
-        found["logits"] = F.linear(pooled, state["head.1.weight"], state["head.1.bias"])
+        mean, variance = state["head.0.running_mean"], state["head.0.running_var"]
+        pooled = (pooled - mean) / (variance + 1e-6).sqrt()
+        outputs["logits"] = F.linear(pooled, state["head.1.weight"], state["head.1.bias"])
     elif "head.weight" in state:
-        found["logits"] = F.linear(pooled, state["head.weight"], state["head.bias"])
-    return found | dict(tokens=x)
+        outputs["logits"] = F.linear(pooled, state["head.weight"], state["head.bias"])
+    return outputs | dict(tokens=x)
 
 
 def stem(state, x):
-    """images (b, c, H, W) -> features (b, 1024, H/16, W/16) of timm's ResNet-50 of three stages."""
+    """Maps images (b, c, H, W) to features (b, 1024, H/16, W/16): timm's ResNet-50 stem."""
     state = {key.removeprefix("patch_embed.backbone."): value for key, value in state.items()}
 
     def same(x, side, stride):
-        """As TensorFlow pads: to ceil(n / stride) windows, an odd zero at the end."""
+        """Pads as TensorFlow does: ceil(n / stride) windows, an odd zero at the end."""
         down, right = (max((-(-n // stride) - 1) * stride + side - n, 0) for n in x.shape[2:])
         return F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
 
     def conv(x, name, stride=1):
-        """A convolution with standardised kernels, and its group norm."""
+        """Applies a convolution with standardized kernels, and its group norm."""
         kernel = state[f"{name.replace('*', 'conv')}.weight"]
         variance, mean = torch.var_mean(kernel, (1, 2, 3), correction=0, keepdim=True)
         kernel = (kernel - mean) * (variance + 1e-8).rsqrt()
@@ -176,7 +171,9 @@ def stem(state, x):
         norm = name.replace("*", "norm")
         return F.group_norm(x, 32, state[f"{norm}.weight"], state[f"{norm}.bias"])
 
-    x = F.max_pool2d(same(conv(x, "stem.*", 2).relu(), 3, 2), 3, 2)  # zeros lose, or draw
+    x = F.max_pool2d(
+        same(conv(x, "stem.*", 2).relu(), 3, 2), 3, 2
+    )  # after ReLU, so that padding with zeros is padding with -inf
     for stage, blocks in enumerate((3, 4, 9)):
         for i in range(blocks):
             name, stride = f"stages.{stage}.blocks.{i}", 2 if stage and i == 0 else 1
@@ -187,7 +184,7 @@ def stem(state, x):
 
 
 def decode(state, latent, order, heads):
-    """MAE's decoder: latent (b, 1 + k, d) -> all patches in the order of the image (b, n, v)."""
+    """Maps latent (b, 1 + k, d) to predictions (b, n, v) in the order of the image."""
     x = F.linear(latent, state["decoder_embed.weight"], state["decoder_embed.bias"])
     hidden = state["mask_token"].expand(len(x), order.shape[1] + 1 - x.shape[1], -1)
     patches = torch.cat([x[:, 1:], hidden], 1)
@@ -202,7 +199,7 @@ def norm(state, name, x):
 
 
 def blocks(state, name, x, heads, grid):
-    """Pre-norm blocks, with what of BEiT the state has."""
+    """Runs pre-norm blocks, with BEiT's relative positions and gains if the state has them."""
     shared = state.get("rel_pos_bias.relative_position_bias_table")
     i = 0
     while f"{name}.{i}.norm1.weight" in state:
@@ -223,10 +220,10 @@ def blocks(state, name, x, heads, grid):
 
 
 def attention(block, x, heads, bias):
-    """x (b, n, d), bias (h, n, n) -> (b, n, d)."""
+    """Maps x (b, n, d) to (b, n, d); bias (h, n, n) is added to the logits."""
     b, n, d = x.shape
     qkv_bias = block.get("attn.qkv.bias")
-    if "attn.q_bias" in block:  # keys have none
+    if "attn.q_bias" in block:  # without a key bias
         q_bias, v_bias = block["attn.q_bias"], block["attn.v_bias"]
         qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     qkv = F.linear(x, block["attn.qkv.weight"], qkv_bias)
@@ -238,7 +235,7 @@ def attention(block, x, heads, bias):
 
 
 def relative(table, rows, columns):
-    """table ((2 rows - 1)(2 columns - 1) + 3, h) -> (h, 1 + n, 1 + n), by query and key."""
+    """Expands a table ((2 rows - 1)(2 columns - 1) + 3, h) to (h, 1 + n, 1 + n): query, key."""
     n = rows * columns
     index = torch.empty(1 + n, 1 + n, dtype=torch.long)
     for query in range(n):
