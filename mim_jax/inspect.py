@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from mim_jax.cli import exit_code
 from mim_jax.convert.files import licence, load, story
+from mim_jax.convert.names import printable
 
 HIDDEN = ("config", "parts", "trajectory")  # too long for the list of entries
 
@@ -43,9 +44,11 @@ def show(source: str) -> int:
         for path, x in arrays.items():
             print(f"  {path:44s} {x.dtype!s:8s} {' x '.join(map(str, x.shape))}")
     for name in network.left_out:
-        print(f"left out: {name}")
+        print(f"left out: {printable(name)}")
     metadata = network.metadata | {k: v for k, v in entries.items() if k not in HIDDEN}
-    print("\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in metadata.items()))
+    print()
+    for name, value in metadata.items():
+        print(f"{printable(name)}: {printable(json.dumps(value), 1000)}")
     if "config" in entries:
         print(f"config: {json.dumps(entries['config'], indent=2)}")
     return 0

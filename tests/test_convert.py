@@ -374,7 +374,7 @@ def test_wrong_arrays_are_listed():
     )
     resnet = {"conv1.weight": np.zeros((64, 3, 7, 7)), "bn1.running_mean": np.zeros(64)}
     with pytest.raises(
-        UserError, match=r"no supported layout has arrays of these names \(conv1.weight, bn1"
+        UserError, match=r"no supported layout has arrays of these names: conv1\.weight, bn1"
     ):
         from_torch(resnet)
     state = {k: x for k, x in official_mae().items() if "decoder" not in k and "norm." not in k}

@@ -15,6 +15,7 @@ from mim_jax.convert.check import TOLERANCE, differences
 from mim_jax.convert.files import licence, load, save, story
 from mim_jax.convert.fit import FAMILIES, encoder_only, resized
 from mim_jax.convert.hugging_face import EPS
+from mim_jax.convert.names import printable, shortened
 from mim_jax.convert.network import Network
 
 
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         "--encoder-only", action="store_true", help="leave out the decoder and the head"
     )
     parser.add_argument(
+        "--entry", default="", help="of a file with several networks, the one to take"
+    )
+    parser.add_argument(
         "--image-size", type=size, default=None, help="384 or 256,384; positions are interpolated"
     )
     parser.add_argument("--heads", type=int, default=0, help="if the source does not record them")
@@ -54,12 +58,11 @@ def size(text: str) -> tuple[int, int]:
 def convert(options: argparse.Namespace) -> int:
     """Converts and checks. Returns the exit code."""
     given = dict(heads=options.heads, decoder_heads=options.decoder_heads, size=options.image_size)
-    params, network, _ = load(options.source, **given)
-    print(f"{options.source}: {story(params, network)}")
+    params, network, _ = load(options.source, entry=options.entry, **given)
+    print(f"{printable(options.source)}: {story(params, network)}")
     if network.left_out:
-        more = ", ..." if len(network.left_out) > 3 else ""
-        names = ", ".join(network.left_out[:3])
-        print(f"left out: {len(network.left_out)} arrays, {names}{more}")
+        names = shortened(list(network.left_out), 3)
+        print(f"left out: {len(network.left_out)} arrays, {names}")
     if options.encoder_only:
         params, network = encoder_only(params, network)
     if options.image_size and network.kind != "dvae":
@@ -75,7 +78,8 @@ def convert(options: argparse.Namespace) -> int:
         print(
             f"warning: its config has layer_norm_eps = {eps:g}; MAE, BEiT and mim_jax use {EPS:g}"
         )
-    print(f"{options.destination}: {save(options.destination, params, network, options.to)}")
+    written = save(options.destination, params, network, options.to)
+    print(f"{printable(options.destination)}: {written}")
     return check(params, network, options.to) if options.check else 0
 
 

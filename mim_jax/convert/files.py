@@ -12,12 +12,21 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import numpy as safetensors
 
 from mim_jax import UserError
 from mim_jax.convert.fit import fit
-from mim_jax.convert.hugging_face import read_config, write
+from mim_jax.convert.hugging_face import (
+    number,
+    pair,
+    read_config,
+    read_json,
+    read_metadata,
+    write,
+)
+from mim_jax.convert.names import printable
 from mim_jax.convert.network import Network, describe, extra, kind_of
-from mim_jax.convert.read import read
+from mim_jax.convert.read import read, read_file
 from mim_jax.convert.states import from_torch, to_torch
 from mim_jax.convert.tables import LAYOUTS
 from mim_jax.models.decoder import Decoder
@@ -29,6 +38,7 @@ RELEASED = {  # the first digits of the MD5 sums in MAE's README
     *("8cad7c", "b8b06e", "9bdbb0"),
     *("1b25e9", "51f550", "2541f2"),
 }
+HEADS = ("heads", "decoder_heads")
 OBJECTIVE_KEYS = ("mean", "std", "target", "mask_ratio", "pooling")  # kept in metadata
 
 
@@ -48,34 +58,45 @@ def load(path: str | Path, **options: Any) -> tuple[dict, Network, dict[str, Any
         return params, describe(params, layout="dalle"), {}
     if path.is_dir():
         return *from_torch(read_folder(path), **read_config(path) | options), {}
-    arrays, entries = read(path)
-    recorded = read_record(entries.pop("mim_jax", "{}"))
-    return *from_torch(arrays, **recorded | options), entries
+    contents = read_file(path, options.pop("entry", ""))
+    recorded = read_record(contents.entries.pop("mim_jax", "{}"))
+    params, network = from_torch(contents.arrays, **recorded | options)
+    left_out = contents.left_out + network.left_out
+    entry = contents.entry or network.entry
+    return params, network._replace(left_out=left_out, entry=entry), contents.entries
 
 
 def read_record(text: str) -> dict[str, Any]:
     """Reads what `save` recorded in a file: options of `from_torch`."""
     try:
         entries = json.loads(text)
-        record = {k: entries[k] for k in ("heads", "decoder_heads") if k in entries}
-        record |= {"grid": tuple(entries["grid"])} if "grid" in entries else {}
-        return record | {"metadata": entries.get("facts", {})}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, RecursionError):
         return {}
+    if not isinstance(entries, dict):
+        return {}
+    record = {name: number(name, entries[name]) for name in HEADS if name in entries}
+    record |= {"grid": pair("grid", entries["grid"])} if "grid" in entries else {}
+    facts = entries.get("facts")  # the name of the metadata in files
+    return record | {"metadata": read_metadata(facts if isinstance(facts, dict) else {})}
 
 
 def read_folder(path: Path) -> dict[str, np.ndarray]:
     """Reads the arrays of a folder of Hugging Face, in one file or in several."""
     for name in FOLDER:
         if (path / name).exists():
-            return read(path / name)[0]
+            return read_file(path / name, whole=True).arrays
         if (path / f"{name}.index.json").exists():
-            parts = json.loads((path / f"{name}.index.json").read_text())["weight_map"].values()
-            if any(Path(part).name != part for part in parts):
-                raise UserError(f"{path}/{name}.index.json names files outside its folder.")
-            return {k: x for part in sorted(set(parts)) for k, x in read(path / part)[0].items()}
+            index = read_json(path / f"{name}.index.json").get("weight_map")
+            parts = list(index.values()) if isinstance(index, dict) else []
+            if not parts or any(not isinstance(x, str) or Path(x).name != x for x in parts):
+                raise UserError(
+                    f"{printable(path / name)}.index.json must have a weight_map with the names of "
+                    "files in its folder."
+                )
+            files = [read_file(path / part, whole=True) for part in sorted(set(parts))]
+            return {name: x for file in files for name, x in file.arrays.items()}
     raise UserError(
-        f"{path} is neither a run, with checkpoints, nor a folder of Hugging Face, with "
+        f"{printable(path)} is neither a run, with checkpoints, nor a folder of Hugging Face, with "
         f"{' or '.join(FOLDER)}."
     )
 
@@ -124,6 +145,7 @@ def story(params: dict, network: Network) -> str:
     """Describes a network in a line."""
     count = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
     title = "ours" if network.layout == "mim_jax" else LAYOUTS[network.layout].title
+    title += f" from its entry {printable(network.entry)}" if network.entry else ""
     if isinstance(model := network.model, DVAE):
         tokens = model.encoder.vocabulary
         return f"{title}: {kind_of_dvae(model)} dVAE, {tokens} tokens, {count:,} parameters"
@@ -188,7 +210,7 @@ def save(path: str | Path, params: dict, network: Network, to: str) -> str:
     elif to == "hf" and not path.is_file():
         write(path, state, network, layout)
     else:
-        raise UserError(f"{path} must end with .safetensors or .pth.")
+        raise UserError(f"{printable(path)} must end with .safetensors or .pth.")
     return title
 
 
@@ -200,21 +222,18 @@ def has_mask_token(params: dict) -> bool:
 def save_file(path: Path, state: dict[str, np.ndarray], network: Network) -> None:
     """Saves a state dict, and what `read_record` reads beside it."""
     if not path.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {path.parent} for {path.name}.")
+        raise UserError(f"there is no folder {printable(path.parent)} for {printable(path.name)}.")
     heads = network.model.heads if isinstance(network.model, ViT) else 0
     decoder_heads = network.decoder.heads if network.decoder else 0
     record = dict(heads=heads, decoder_heads=decoder_heads, grid=network.grid)
     record |= dict(facts=network.metadata)
     text = json.dumps({name: value for name, value in record.items() if value})
+    if path.suffix == ".safetensors":
+        safetensors.save_file(state, path, metadata={"format": "pt", "mim_jax": text})
+        return
     with extra():
-        if path.suffix == ".safetensors":
-            from safetensors.numpy import save_file as write_file
-
-            write_file(state, path, metadata={"format": "pt", "mim_jax": text})
-        else:
-            from mim_jax.convert import torch_files
-
-            torch_files.save_file(state, path, metadata={"mim_jax": text})
+        from mim_jax.convert import torch_files
+    torch_files.save_file(state, path, metadata={"mim_jax": text})
 
 
 def save_run(path: Path, params: dict, network: Network) -> str:
@@ -226,7 +245,7 @@ def save_run(path: Path, params: dict, network: Network) -> str:
     checkpoints = Checkpoints(str(path), keep=1, record=record)
     if checkpoints.latest is not None:
         checkpoints.close()
-        raise UserError(f"{path} already holds checkpoints: choose another folder.")
+        raise UserError(f"{printable(path)} already holds checkpoints: choose another folder.")
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     buffers = {k: params.pop(k) for k in ("batch_statistics",) if k in params}
     checkpoints.save(TrainState(np.zeros((), np.int32), params, buffers, ()))

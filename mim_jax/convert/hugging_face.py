@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from mim_jax import UserError
-from mim_jax.convert.network import Network, extra, require_heads
+from mim_jax.convert.names import printable
+from mim_jax.convert.network import Network, require_heads
 
 EPS = 1e-6  # of MAE, BEiT and mim_jax; transformers' default is 1e-12
 MODELS = {  # layout: model_type, class with a head, class without
@@ -16,6 +18,7 @@ MODELS = {  # layout: model_type, class with a head, class without
     "hf_beit_mim": ("beit", "BeitForMaskedImageModeling", ""),
     "hf_beit": ("beit", "BeitForImageClassification", "BeitModel"),
 }
+MAX_JSON = 2**24  # bytes
 NEEDED = ("hidden_size", "num_attention_heads", "image_size", "patch_size")
 STATISTICS = {"mean": "image_mean", "std": "image_std"}  # ours: theirs
 
@@ -75,34 +78,94 @@ def config_of(state: dict[str, np.ndarray], network: Network, layout: str) -> di
     return config
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json and preprocessor_config.json. Returns keyword arguments of `describe`."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises UserError if the file is something else."""
     try:
-        entries = json.loads((folder / "config.json").read_text())
-        processor = folder / "preprocessor_config.json"
-        images = json.loads(processor.read_text()) if processor.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder}/config.json: {error}.") from error
-    if missing := [name for name in NEEDED if name not in entries]:
-        raise UserError(f"{folder}/config.json is not the config of a ViT: it lacks {missing[0]}.")
-    if entries.get("hidden_act", "gelu") != "gelu":
+        if path.stat().st_size > MAX_JSON:
+            raise UserError(f"{printable(path)} is longer than {MAX_JSON / 2**20:.0f} MiB.")
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {printable(path)}: {printable(error)}.") from error
+    if not isinstance(entries, dict):
         raise UserError(
-            f"{folder}/config.json: hidden_act = {entries['hidden_act']}, must be gelu."
+            f"{printable(path)} must be a JSON object, and is a {type(entries).__name__}."
         )
-    size, patch = (
-        tuple(x) if isinstance(x, list) else (x, x)
-        for x in (entries["image_size"], entries["patch_size"])
-    )
-    metadata = dict(layer_norm_eps=entries.get("layer_norm_eps", 1e-12))
-    metadata |= {ours: images[theirs] for ours, theirs in STATISTICS.items() if theirs in images}
+    return entries
+
+
+def number(name: str, value: Any, least: float = 1, most: float = 2**20) -> Any:
+    """Returns a number of a config, whole if `least` is. Raises UserError for other values."""
+    kind = "a whole number" if isinstance(least, int) else "a number"
+    types = int if isinstance(least, int) else int | float
+    if not isinstance(value, types) or isinstance(value, bool) or not least <= value <= most:
+        raise UserError(
+            f"{name} = {printable(value)} must be {kind} between {least:g} and {most:g}."
+        )
+    return value
+
+
+def numbers(name: str, value: Any) -> list[float]:
+    """Returns a list of numbers of a config. Raises UserError for other values."""
+    if not isinstance(value, list):
+        raise UserError(f"{name} = {printable(value)} must be a list of numbers.")
+    return [number(name, x, least=-1e6, most=1e6) for x in value]
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """Returns two sizes of a config, given as one or two. Raises UserError for other values."""
+    sizes = value if isinstance(value, list) else [value, value]
+    if len(sizes) != 2:
+        raise UserError(f"{name} = {printable(value)} must be one whole number, or two.")
+    return number(name, sizes[0]), number(name, sizes[1])
+
+
+def read_metadata(entries: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries that belong into a network's metadata.
+
+    Raises UserError if one is of an unexpected type.
+    """
+    metadata: dict[str, Any] = {}
+    for name, value in entries.items():
+        if name in ("mean", "std"):
+            metadata[name] = numbers(name, value)
+        elif name in ("crop_fraction", "mask_ratio", "layer_norm_eps"):
+            metadata[name] = number(name, value, least=0.0, most=1.0)
+        elif name in ("target", "pooling") and isinstance(value, str):
+            metadata[name] = value
+    return metadata
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json and preprocessor_config.json. Returns keyword arguments of `describe`.
+
+    Raises UserError if an entry is missing or of an unexpected type.
+    """
+    entries = read_json(folder / "config.json")
+    processor = folder / "preprocessor_config.json"
+    images = read_json(processor) if processor.exists() else {}
+    if missing := [name for name in NEEDED if name not in entries]:
+        raise UserError(
+            f"{printable(folder)}/config.json is not the config of a ViT: it lacks {missing[0]}."
+        )
+    if entries.get("hidden_act", "gelu") != "gelu":
+        activation = printable(entries["hidden_act"])
+        raise UserError(
+            f"{printable(folder)}/config.json: hidden_act = {activation}, must be gelu."
+        )
+    size, patch = (pair(name, entries[name]) for name in ("image_size", "patch_size"))
+    metadata = {ours: images[theirs] for ours, theirs in STATISTICS.items() if images.get(theirs)}
+    metadata["layer_norm_eps"] = entries.get("layer_norm_eps", 1e-12)
     if entries.get("model_type") == "vit_mae":
-        target = "normalized_pixels" if entries.get("norm_pix_loss") else "pixels"
-        metadata |= dict(target=target, mask_ratio=entries.get("mask_ratio", 0.75))
+        metadata["target"] = "normalized_pixels" if entries.get("norm_pix_loss") else "pixels"
+        metadata["mask_ratio"] = entries.get("mask_ratio", 0.75)
+    decoder_heads = entries.get("decoder_num_attention_heads")
     return dict(
-        heads=entries["num_attention_heads"],
-        decoder_heads=entries.get("decoder_num_attention_heads", 0),
+        heads=number("num_attention_heads", entries["num_attention_heads"]),
+        decoder_heads=number("decoder_num_attention_heads", decoder_heads) if decoder_heads else 0,
         grid=(size[0] // patch[0], size[1] // patch[1]),
-        metadata=metadata,
+        metadata=read_metadata(metadata),
     )
 
 
@@ -110,9 +173,6 @@ def write(
     folder: Path, state: dict[str, np.ndarray], network: Network, layout: str
 ) -> dict[str, Any]:
     """Writes a folder that from_pretrained reads. Returns its config.json."""
-    with extra():
-        from safetensors.numpy import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(state, network, layout)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -38,6 +38,7 @@ class Network(NamedTuple):
     channels: int = 3
     layout: str = "mim_jax"  # a key of tables.LAYOUTS
     left_out: tuple[str, ...] = ()  # names of arrays that are not part of the network
+    entry: str = ""  # the entry of the checkpoint, if it holds several networks
     metadata: dict[str, Any] = {}  # noqa: RUF012 - mean, std, crop_fraction, target, as in a config
 
     @property
@@ -101,6 +102,8 @@ def describe(
     elif grid is None and table:
         side = (square(table[0] - 3, "relative positions")[0] + 1) // 2
         grid = side, side
+    if grid:
+        check_grid(grid, learned, table)
     encoder = ViT(
         patch=(patch[0], patch[1]),
         width=width,
@@ -122,11 +125,11 @@ def describe(
 
 def describe_dvae(shapes: dict[str, tuple]) -> DVAE:
     """Returns the dVAE of parameters of these shapes; one of its halves may be missing."""
-    layers = [int(n) for path in shapes for n in re.findall(r"(?:layer|group)_(\d+)", path)]
-    blocks = [int(n) for path in shapes for n in re.findall(r"block_(\d+)/", path)]
+    layers = {n for path in shapes for n in re.findall(r"(?:layer|group)_(\d+)", path)}
+    blocks = {n for path in shapes for n in re.findall(r"block_(\d+)/", path)}
     dalle = any("group_" in path for path in shapes)
     encoder, decoder = shapes.get("tokenizer/output/kernel"), shapes.get("decoder/output/kernel")
-    if not layers or not (encoder or decoder):
+    if not 0 < len(layers) <= 10 or not (encoder or decoder):
         raise UserError("these are neither the weights of an encoder nor of a dVAE.")
     codebook = shapes.get("decoder/input/kernel" if dalle else "decoder/codebook", (8192, 0))
     first = shapes.get("tokenizer/input/kernel") or shapes.get("tokenizer/layer_1/kernel")
@@ -134,12 +137,27 @@ def describe_dvae(shapes: dict[str, tuple]) -> DVAE:
         kind="dalle" if dalle else "small",
         vocabulary=encoder[-1] if encoder else codebook[-2],
         width=first[-1] if first else decoder[-2],
-        layers=max(layers) - dalle,
-        blocks=max(blocks, default=1),
+        layers=len(layers) - dalle,
+        blocks=len(blocks) or 1,
         codebook=codebook[-1],
         channels=first[-2] if first else decoder[-1] // (2 if dalle else 1),
         likelihood="logit_laplace" if dalle else "mse",
     )
+
+
+def check_grid(grid: tuple[int, int], learned: tuple | None, table: tuple | None) -> None:
+    """Raises UserError unless positions, absolute (1, 1 + n, d) or relative (r, h), are for a grid.
+
+    Also limits the number of patches: tables are built that grow with it.
+    """
+    (rows, columns), n = grid, grid[0] * grid[1]
+    size = f"{rows} x {columns} patches"
+    if learned and learned[1] != 1 + n:
+        raise UserError(f"the positions are for {learned[1] - 1} patches, the images have {size}.")
+    if table and table[0] != (2 * rows - 1) * (2 * columns - 1) + 3:
+        raise UserError(f"{table[0]} relative positions are not for images of {size}.")
+    if n > (2**13 if table else 2**16):
+        raise UserError(f"images of {size} are too large.")
 
 
 def kind_of(params: dict) -> str:
@@ -152,16 +170,18 @@ def kind_of(params: dict) -> str:
 
 
 def depth_of(params: dict) -> int:
-    """Returns the number of blocks, by the highest index."""
-    return 1 + max((int(name[6:]) for name in params if name.startswith("block_")), default=-1)
+    """Returns the number of blocks. If one is missing, the last one is unexpected."""
+    return sum(name.startswith("block_") for name in params)
 
 
 def square(count: int, what: str) -> tuple[int, int]:
     """Returns the square grid of `count` patches. Raises UserError if there is none."""
     side = math.isqrt(max(count, 0))
-    if side**2 != count:
-        raise UserError(f"{count} {what} do not form a square grid: set --image-size=HEIGHT,WIDTH.")
-    return side, side
+    if side**2 == count:
+        return side, side
+    if what == "positions" and math.isqrt(count + 1) ** 2 == count + 1:
+        raise UserError(f"there are {count + 1} positions, without one for the class token.")
+    raise UserError(f"{count} {what} do not form a square grid: set --image-size=HEIGHT,WIDTH.")
 
 
 def whole(params: dict, network: Network, dtype: str = "float32") -> nn.Module:

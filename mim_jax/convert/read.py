@@ -1,209 +1,225 @@
-"""Reads weights that others wrote, PyTorch's files too, and runs nothing that stands in them.
+"""Reads files of weights safely, PyTorch's and safetensors, and runs nothing that is in them.
 
-A pickle is a program: it may name any function there is and have it called. Here it gets a short
-list of names, each of which stands for something inert, and is refused at the first other one.
-Torch is not needed.
+Torch is not needed. What a file makes this reader allocate is bounded by the file's size.
 """
 
+import functools
 import json
-import math
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from mim_jax import UserError
+from mim_jax.convert import pickles
+from mim_jax.convert.names import find, printable, unwrap
+from mim_jax.convert.pickles import RefusedError, Tensor
 
-STORAGES = {  # by their names in torch
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
+LEGACY = 0x1950A86A20F9469CFC6C  # the first pickle of torch.save before 1.6
+MAX_PICKLE = 2**26  # bytes
+FREE = 2**26  # bytes that a file of any size may use
+PER_BYTE = 4  # bytes that it may use besides, per byte of its size: shared weights are read twice
+SAFETENSORS = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
+    **{"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "C64": np.complex64},
+    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "BOOL": np.bool_},
+    **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
 }
-SAFETENSORS = dict(
-    zip(
-        ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"),
-        STORAGES.values(),
-        strict=True,
-    )
-)
-WRAPPERS = ("model", "state_dict", "module", "weights")  # under which others keep the weights
-LEGACY = 0x1950A86A20F9469CFC6C  # how torch before 1.6 begins
+OTHERS = {  # files that are mistaken for weights, by how they begin
+    b"\x89HDF": "an HDF5 file, as Keras writes it",
+    b"\x93NUMPY": "a single NumPy array",
+    b"GGUF": "a GGUF file",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: run git lfs pull",
+    b"<": "a web page or XML, not a file of weights: download it again",
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"BZh": "compressed by bzip2: unpack it",
+    b"\xfd7zXZ": "compressed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+}
+
+
+class UnsupportedError(Exception):
+    """A file is intact, but not a file of weights that can be read."""
+
+
+class Contents(NamedTuple):
+    """What a file holds of a network."""
+
+    arrays: dict[str, np.ndarray]  # {"blocks.0.norm1.weight": ..., ...}
+    entries: dict[str, Any]  # the numbers and texts beside the weights
+    entry: str = ""  # the entry that was chosen of several networks
+    left_out: tuple[str, ...] = ()  # names of arrays that were not read
+
+
+Loaders = dict[str, Callable[[], np.ndarray]]  # by names of arrays
+
+
+class Budget:
+    """The bytes that may still be allocated for a file."""
+
+    def __init__(self, size: int):
+        self.limit = self.left = FREE + PER_BYTE * size
+
+    def spend(self, count: int) -> None:
+        """Takes bytes off. Raises RefusedError if there are too few."""
+        self.left -= count
+        if self.left < 0:
+            raise RefusedError(f"its arrays take more than {self.limit / 2**20:,.0f} MiB")
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """-> arrays {"blocks.0.norm1.weight": ..., ...}, and the numbers and texts beside them.
+    """Returns the arrays of a file and its other entries. See `read_file`."""
+    return read_file(path)[:2]
 
-    Takes .safetensors and whatever torch.save wrote of weights: a state dict, alone or as the entry
-    `model`, `state_dict`, `module` or `weights` of a checkpoint, or a module, as DALL-E's
-    encoder.pkl. Raises UserError for all else, for what is cut off, and for what wants a call.
+
+def read_file(path: str | Path, entry: str = "", whole: bool = False) -> Contents:
+    """Reads a .safetensors file, or one that torch.save wrote.
+
+    The latter may hold a state dict, a checkpoint that contains one under any key, or a module, as
+    DALL-E's encoder.pkl.
+
+    Arguments:
+        entry: the entry to read, if there are several networks.
+        whole: whether to read all arrays, for a file that is one of several.
+
+    Raises UserError for other files, for damaged ones, and for those that ask for a call.
     """
+    name = printable(path)
     try:
         with open(path, "rb") as file:
-            start = file.read(16)
+            start = file.read(512)
+            size = file.seek(0, 2)
             file.seek(0)
+            budget = Budget(size)
             if start.startswith(b"PK"):
-                arrays, metadata = from_zip(file)
+                loaders, entries = from_zip(file, budget)
             elif start[8:9] == b"{":
-                arrays, metadata = from_safetensors(file)
+                loaders, entries = from_safetensors(file)
             elif start.startswith(b"\x80"):
-                arrays, metadata = from_stream(file)
+                loaders, entries = from_stream(file, budget, size)
             else:
-                raise UserError(f"{path} is not a file of weights: it begins with {start!r}.")
+                raise UnsupportedError(other(start))
+            names = unwrap(loaders)
+            prefix, _, entry = ("", "", "") if whole else find(names, entry)
+            arrays = {
+                short.removeprefix(prefix): loaders[name]()
+                for short, name in names.items()
+                if short.startswith(prefix)
+            }
+            left_out = tuple(name for short, name in names.items() if not short.startswith(prefix))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
+        raise UserError(f"cannot read {name}: {error.strerror or error}.") from error
     except RefusedError as error:
-        raise UserError(f"{path} is refused, and nothing in it was run: {error}.") from error
-    except UserError:
-        raise
-    except Exception as error:  # whatever broken bytes bring about
-        raise UserError(f"{path} is damaged or cut off: {error}.") from error
+        reason = printable(error)
+        raise UserError(f"{name} is refused, and nothing in it was run: {reason}.") from error
+    except UnsupportedError as error:
+        raise UserError(f"{name} is {printable(error)}.") from error
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    except Exception as error:  # damaged bytes raise exceptions of many types
+        reason = printable(error) or type(error).__name__
+        raise UserError(f"{name} is damaged or cut off: {reason}.") from error
     if not arrays:
-        raise UserError(f"{path} holds no weights.")
-    return arrays, metadata
+        raise UserError(f"{name} contains no weights.")
+    return Contents(arrays, entries, entry, left_out)
 
 
-class RefusedError(Exception):
-    """A pickle names what is not on the list."""
+def other(start: bytes) -> str:
+    """Returns what a file is that begins with these bytes."""
+    if not start:
+        return "empty"
+    if start[257:262] == b"ustar":
+        return "a tar archive: unpack it"
+    begins = f"not a file of weights: it begins with {start[:16]!r}"
+    return next((what for magic, what in OTHERS.items() if start.startswith(magic)), begins)
 
 
-class Inert:
-    """Stands for an object of whatever class: it keeps what it is given, and does nothing."""
-
-    def __new__(cls, *_):
-        return super().__new__(cls)
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-
-
-class Tensor(NamedTuple):
-    """A view of a storage whose values may not be read yet."""
-
-    storage: str  # its key
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def array(self, values: np.ndarray) -> np.ndarray:
-        """This view of the storage's values, which it must not leave."""
-        ends = [(size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)]
-        if min(self.offset, *self.shape, *self.strides, 0) < 0 or (
-            math.prod(self.shape) and self.offset + sum(ends) >= len(values)
-        ):
-            raise ValueError("a tensor reaches beyond its storage")
-        strides = [stride * values.itemsize for stride in self.strides]
-        view = np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides)
-        return np.array(view)
+def from_zip(file: BinaryIO, budget: Budget) -> tuple[Loaders, dict]:
+    """Reads what torch.save writes since 1.6: a zip of a pickle and of the storages' bytes."""
+    archive = zipfile.ZipFile(file)
+    names = set(archive.namelist())
+    pickled = [name for name in names if f"/{name}".endswith("/data.pkl")]
+    if not pickled and all(name.endswith(".npy") for name in names):
+        raise UnsupportedError(
+            "a NumPy archive (.npz), as JAX's ViT repositories publish it; only PyTorch's and "
+            "safetensors files can be read"
+        )
+    if len(pickled) != 1:
+        raise UnsupportedError("a zip archive, but not one that torch.save wrote: unpack it")
+    root = pickled[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in names:
+        raise UnsupportedError("a TorchScript archive: save its state_dict() with torch.save")
+    if f"{root}byteorder" in names and part(archive, f"{root}byteorder", budget) != b"little":
+        raise UnsupportedError("a file of a big-endian machine: save it on another machine")
+    if archive.getinfo(pickled[0]).file_size > MAX_PICKLE:
+        raise RefusedError(f"its pickle is longer than {MAX_PICKLE / 2**20:.0f} MiB")
+    tree, _ = pickles.load(BytesIO(part(archive, pickled[0], budget)))
+    content = functools.cache(lambda key: part(archive, f"{root}data/{key}", budget))
+    return from_tree(tree, content, budget)
 
 
-class Unpickler(pickle.Unpickler):
-    """Builds containers, storages and tensors, of modules an inert image, and nothing else."""
-
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
-        self.dtypes = {}  # of the storages, by key
-        self.names = {
-            "collections.OrderedDict": OrderedDict,
-            "builtins.set": set,
-            "__builtin__.set": set,
-            "torch.Size": tuple,
-            "torch.device": lambda *place: ":".join(map(str, place)),
-            "argparse.Namespace": type("Namespace", (Inert,), {}),
-            "torch._utils._rebuild_tensor_v2": lambda *view: Tensor(*view[:4]),
-            "torch._utils._rebuild_parameter": lambda data, *_: data,
-        }
-        self.names |= {f"torch.{name}": dtype for name, dtype in STORAGES.items()}
-
-    def find_class(self, module: str, name: str) -> Callable:
-        full = f"{module}.{name}"
-        if full not in self.names and full.startswith(("dall_e.", "torch.nn.modules.")):
-            self.names[full] = type(name, (Inert,), {})
-        if full not in self.names:
-            raise RefusedError(f"it asks for {full}")
-        return self.names[full]
-
-    def persistent_load(self, pid: tuple) -> Any:
-        if pid[0] == "module":  # a class, and its source
-            return pid[1]
-        kind, dtype, key, _place, _count, *view = pid
-        if kind != "storage" or dtype not in STORAGES.values() or any(view):
-            raise RefusedError(f"it refers to {pid}")
-        self.dtypes[str(key)] = np.dtype(dtype)
-        return str(key)
+def part(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytes:
+    """Reads a member of a zip archive."""
+    budget.spend(archive.getinfo(name).file_size)
+    return archive.read(name)
 
 
-def from_zip(file: BinaryIO) -> tuple[dict, dict]:
-    """torch.save since 1.6: a zip of a pickle and of the storages' bytes."""
-    with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
-        [root] = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
-        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-            raise ValueError("its bytes are not in little-endian order")
-        with archive.open(f"{root}data.pkl") as stream:
-            unpickler = Unpickler(stream)
-            tree = unpickler.load()
-
-        def values(key: str) -> np.ndarray:
-            return np.frombuffer(archive.read(f"{root}data/{key}"), unpickler.dtypes[key])
-
-        return weights(tree, values)
-
-
-def from_stream(file: BinaryIO) -> tuple[dict, dict]:
-    """torch.save before 1.6: pickles one after the other, then the storages' bytes."""
-    if Unpickler(file).load() != LEGACY:
-        raise RefusedError("it is a pickle, but not one of torch's")
+def from_stream(file: BinaryIO, budget: Budget, size: int) -> tuple[Loaders, dict]:
+    """Reads what torch.save wrote before 1.6: several pickles, then the storages' bytes."""
+    stream = BytesIO(file.read(MAX_PICKLE))
+    if pickles.load(stream)[0] != LEGACY:
+        raise UnsupportedError("a pickle, but not one that torch.save wrote")
     for _ in ("version", "system"):
-        Unpickler(file).load()
-    unpickler = Unpickler(file)
-    tree, stored = unpickler.load(), {}
-    for key in Unpickler(file).load():
+        pickles.load(stream)
+    tree, storages = pickles.load(stream)
+    keys, _ = pickles.load(stream)
+    places, position = {}, stream.tell()
+    for key in keys:
+        file.seek(position)
+        dtype = storages[key].dtype or np.dtype(np.uint8)
         (count,) = struct.unpack("<q", file.read(8))
-        dtype = unpickler.dtypes[key]
-        stored[key] = np.frombuffer(file.read(count * dtype.itemsize), dtype)
-    return weights(tree, stored.__getitem__)
+        places[key] = position + 8, count * dtype.itemsize
+        position += 8 + count * dtype.itemsize
+        if count < 0 or position > size:
+            raise ValueError("its storages do not fit into it")
+
+    @functools.cache
+    def content(key: str) -> bytes:
+        start, length = places[key]
+        file.seek(start)
+        return file.read(length)
+
+    return from_tree(tree, content, budget)
 
 
-def from_safetensors(file: BinaryIO) -> tuple[dict, dict]:
-    """A header in JSON, then the arrays' bytes."""
-    (size,) = struct.unpack("<Q", file.read(8))
-    header = json.loads(file.read(size))
-    metadata, arrays, content = header.pop("__metadata__", {}), {}, file.read()
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        values = np.frombuffer(content[begin:end], SAFETENSORS[entry["dtype"]])
-        arrays[name] = values.reshape(entry["shape"])
-    return arrays, metadata
+def from_tree(tree: Any, content: Callable[[str], bytes], budget: Budget) -> tuple[Loaders, dict]:
+    """Returns loaders of the tensors of an unpickled object, and the scalars beside them."""
+
+    def load(tensor: Tensor) -> np.ndarray:
+        budget.spend(tensor.nbytes)
+        return tensor.array(content(tensor.storage.key))
+
+    loaders = {name: functools.partial(load, x) for name, x in pickles.tensors(tree).items()}
+    entries = tree if isinstance(tree, dict) else {}
+    return loaders, {k: v for k, v in entries.items() if isinstance(v, bool | int | float | str)}
 
 
-def weights(tree: Any, values: Callable[[str], np.ndarray]) -> tuple[dict, dict]:
-    """-> the arrays of an unpickled state dict, checkpoint or module, and what lies beside them."""
-    beside = tree if isinstance(tree, dict) else {}
-    tree = next((tree[key] for key in WRAPPERS if isinstance(beside.get(key), dict | Inert)), tree)
-    metadata = {k: v for k, v in beside.items() if isinstance(v, bool | int | float | str)}
-    return {name: tensor.array(values(tensor.storage)) for name, tensor in named(tree)}, metadata
+def from_safetensors(file: BinaryIO) -> tuple[Loaders, dict]:
+    """Reads a safetensors file with its library, which checks that arrays fill the file exactly."""
+    content = file.read()
+    views = dict(safetensors.deserialize(content))
+    (length,) = struct.unpack("<Q", content[:8])
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
 
+    def load(view: dict[str, Any]) -> np.ndarray:
+        if view["dtype"] not in SAFETENSORS:
+            raise UnsupportedError(f"a file with arrays of type {view['dtype']}, unknown to NumPy")
+        return np.frombuffer(view["data"], SAFETENSORS[view["dtype"]]).reshape(view["shape"])
 
-def named(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts and modules, by their names joined with dots."""
-    if isinstance(tree, Inert):
-        parts = (vars(tree).get(part) or {} for part in ("_parameters", "_buffers", "_modules"))
-        tree = {name: value for part in parts for name, value in part.items()}
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from named(value, f"{prefix}.{name}" if prefix else name)
-    elif isinstance(tree, Tensor):
-        yield prefix, tree
+    return {name: functools.partial(load, view) for name, view in views.items()}, metadata

@@ -14,14 +14,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mim_jax import UserError
 from mim_jax.convert.fit import fit
+from mim_jax.convert.names import BARE, find, shortened, spelled, unwrap
 from mim_jax.convert.network import Network, describe, expected, leaves, square
-from mim_jax.convert.tables import BUFFERS, LAYOUTS, PREFIXES, SPELLINGS
+from mim_jax.convert.tables import LAYOUTS
 from mim_jax.models.patches import relative_index, sincos2d
 from mim_jax.models.stem import STRIDE
 
-NOT_PARTS = (  # arrays that other models have beside their encoder
-    *(r"(vit\.)?pooler\.dense\.\w+", r"head\.\d+\..*", r"(student|predictor)\..*"),
-    r"(fpn\d?|decode_head|auxiliary_head)\..*",  # segmentation
+BUFFERS = r"(.*\.)?(relative_position_index|num_batches_tracked|k_bias)"  # computed, not learned
+NOT_PARTS = "|".join(  # arrays that other models have beside their encoder
+    (
+        r"(vit\.)?pooler\.dense\.\w+|head\.\d+\..*|(student|predictor)\..*",
+        r"(fpn\d?|decode_head|auxiliary_head)\..*",  # segmentation
+    )
 )
 UPWARDS = r"decoder/layer_\d+/kernel"  # transposed convolutions
 EMBED = "encoder/embed/kernel"
@@ -29,7 +33,11 @@ FIXED = 1e-5  # tolerance for sine-cosine positions, which transformers computes
 
 
 def from_torch(
-    state: Mapping[str, Any], *, size: tuple[int, int] | None = None, **options: Any
+    state: Mapping[str, Any],
+    *,
+    size: tuple[int, int] | None = None,
+    entry: str = "",
+    **options: Any,
 ) -> tuple[dict, Network]:
     """Converts a state dict {"blocks.0.norm1.weight": ..., ...} to our parameters.
 
@@ -39,12 +47,13 @@ def from_torch(
         state: arrays by the names of a layout of tables.LAYOUTS, alone or within a checkpoint.
         size: height and width of the images, if they are not square. Ignored if the positions are
             for another size.
+        entry: the entry of the checkpoint to take, if there are several networks.
         options: arguments of `describe` that arrays do not determine: heads, decoder_heads, grid.
 
     Returns the parameters and their network. Raises UserError if no layout has such names, and if
     arrays are missing, unexpected or of a wrong shape.
     """
-    layout, state, left_out = recognize(arrays(state))
+    layout, state, left_out, entry = recognize(arrays(state), entry)
     state = fused(state) if layout.startswith("hf_") else state
     flat, unexpected = {}, []
     for name, value in state.items():
@@ -55,21 +64,34 @@ def from_torch(
     if layout == "dalle":  # both halves have the same names
         half = "tokenizer" if state["blocks.input.weight"].shape[-1] > 1 else "decoder"
         flat = {f"{half}/{path}": value for path, value in flat.items()}
-    if EMBED in flat:
-        kernel = next(x for name, x in state.items() if rename(name, layout) == EMBED)
-        patch = (STRIDE, STRIDE) if "encoder/stem/conv/kernel" in flat else kernel.shape[-2:]
-        options = {"patch": patch, **options}
-        grid = options.get("grid") or grid_of(flat, options["patch"], size)
-        learned, options["grid"] = without_fixed(flat, grid)
-        is_fixed = "encoder/positions" in flat.keys() - learned.keys()
-        options["positions"] = "sincos" if is_fixed else "none"
-        flat = learned
-        if is_moco_small(flat.get("encoder/positions"), options["grid"]):
-            options["heads"] = options.get("heads") or 12
-    params = unflatten_dict(flat, sep="/")
-    network = describe(params, layout=layout, left_out=tuple(left_out), **options)
+    kernel = next((x for name, x in state.items() if rename(name, layout) == EMBED), None)
+    options |= dict(layout=layout, left_out=tuple(left_out), entry=entry)
+    try:
+        if kernel is not None:
+            flat = positioned(flat, kernel.shape[-2:], size, options)
+        params = unflatten_dict(flat, sep="/")
+        network = describe(params, **options)
+    except UserError as error:
+        if not unexpected:
+            raise
+        names = f"{len(unexpected)} unexpected: {shortened(unexpected)}"  # the likely reason
+        raise UserError(f"this is not {LAYOUTS[layout].title}: {names}.") from error
     compare(params, network, unexpected)
     return params, network
+
+
+def positioned(
+    flat: dict, patch: tuple[int, int], size: tuple[int, int] | None, options: dict
+) -> dict:
+    """Sets the options that positions determine. Returns the arrays without fixed positions."""
+    patch = (STRIDE, STRIDE) if "encoder/stem/conv/kernel" in flat else patch
+    grid = options.get("grid") or grid_of(flat, patch, size)
+    learned, grid = without_fixed(flat, grid)
+    is_fixed = "encoder/positions" in flat.keys() - learned.keys()
+    options |= dict(patch=patch, grid=grid, positions="sincos" if is_fixed else "none")
+    if is_moco_small(learned.get("encoder/positions"), grid):
+        options["heads"] = options.get("heads") or 12
+    return learned
 
 
 def to_torch(params: dict, network: Network | None = None, *, layout: str) -> dict[str, np.ndarray]:
@@ -121,38 +143,33 @@ def arrays(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return flat
 
 
-def recognize(state: dict[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray], list[str]]:
-    """Returns the layout, its arrays by the names of its table, and the names of all others."""
-    left_out = []
-
-    def keep(names):
-        left_out.extend(name for name in state if name not in names)
-        return {new: state[old] for old, new in names.items()}
-
-    while prefix := next((p for p in PREFIXES if any(k.startswith(p) for k in state)), None):
-        state = keep({k: k.removeprefix(prefix) for k in state if k.startswith(prefix)})
-    if "embeddings.cls_token" in state:  # an encoder of Hugging Face without a head
+def recognize(
+    state: dict[str, np.ndarray], entry: str
+) -> tuple[str, dict[str, np.ndarray], list[str], str]:
+    """Returns the layout, its arrays by the names of its table, all other names, and the entry."""
+    names = unwrap(state)
+    prefix, layout, entry = find(names, entry)
+    if not layout:
+        raise UserError(
+            f"no supported layout has arrays of these names: {shortened(list(state), 3)}; it may "
+            "be another model."
+        )
+    inside = {
+        short.removeprefix(prefix): name
+        for short, name in names.items()
+        if short.startswith(prefix)
+    }
+    if BARE in inside:
         key = r"layer\w*\.0\.attention\.(attention\.key|k_proj)\.bias"
-        name = "vit" if any(re.search(key, k) for k in state) else "beit"
-        state = {f"{name}.{k}": value for k, value in state.items()}
-    state = {spelled(k): value for k, value in state.items()}
-    for name, layout in LAYOUTS.items():
-        if all(sign in state for sign in layout.signs):
-            state = keep({k: k for k in state if k.rsplit(".", 1)[-1] not in BUFFERS})
-            if name != "mae_linear":
-                state = keep({k: k for k in state if not re.fullmatch("|".join(NOT_PARTS), k)})
-            return name, state, left_out
-    some = ", ".join(list(state)[:3]) or "none"
-    raise UserError(
-        f"no supported layout has arrays of these names ({some}, ...): it may be another model."
-    )
-
-
-def spelled(name: str) -> str:
-    """Returns a name in the spelling of the tables."""
-    for pattern, usual in SPELLINGS.items():
-        name = re.sub(pattern, usual, name)
-    return name
+        kind = "vit" if any(re.search(key, name) for name in names) else "beit"
+        inside = {f"{kind}.{short}": name for short, name in inside.items()}
+        layout = find(inside)[1]
+    inside = {spelled(short): name for short, name in inside.items()}
+    unneeded = BUFFERS if layout == "mae_linear" else f"{BUFFERS}|{NOT_PARTS}"
+    inside = {short: name for short, name in inside.items() if not re.fullmatch(unneeded, short)}
+    left_out = state.keys() - inside.values()
+    state_of_layout = {short: state[name] for short, name in inside.items()}
+    return layout, state_of_layout, [name for name in state if name in left_out], entry
 
 
 @functools.cache
@@ -339,9 +356,3 @@ def compare(params: dict, network: Network, unexpected: list[str]) -> None:
     if any(kinds.values()):
         lists = [f"{len(x)} {kind}: {shortened(x)}" for kind, x in kinds.items() if x]
         raise UserError(f"this is not {LAYOUTS[network.layout].title}: {'; '.join(lists)}.")
-
-
-def shortened(names: list[str], limit: int = 6) -> str:
-    """Returns the first names of a list as text."""
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -172,7 +172,7 @@ LAYOUTS = {  # layouts with more signs first
             "classifier.*": "head/*",
         },
     ),
-    "mae": Layout("the official MAE", ("decoder_embed.weight",), {**VIT, **DECODER}),
+    "mae": Layout("the official MAE", ("decoder_embed.weight", "cls_token"), {**VIT, **DECODER}),
     "mae_linear": Layout(
         "the linear probe of the official MAE",
         ("head.0.running_mean", "head.1.weight"),
@@ -206,15 +206,10 @@ LAYOUTS = {  # layouts with more signs first
         },
     ),
 }
-PREFIXES = (  # that weights may have, beside other arrays
-    *("module.", "model.", "state_dict."),
-    *("teacher.", "backbone.", "base_encoder."),  # DINO, MoCo v3
-)
-BUFFERS = ("relative_position_index", "num_batches_tracked", "k_bias")  # computed, not learned
 SPELLINGS = {  # other spellings: DALL-E's, and transformers 5's in memory
-    r"^(blocks\..*)\.w$": r"\1.weight",
-    r"^(blocks\..*)\.b$": r"\1.bias",
-    r"^decoder\.decoder_encoder\.layer\.": "decoder.decoder_layers.",
+    r"\b(blocks\..*)\.w$": r"\1.weight",
+    r"\b(blocks\..*)\.b$": r"\1.bias",
+    r"\bdecoder\.decoder_encoder\.layer\.": "decoder.decoder_layers.",
     r"\b(vit|beit)\.layers\.(\d+)\.relative_position_bias\.": (
         r"\1.encoder.layer.\2.attention.attention.relative_position_bias."
     ),
