@@ -21,38 +21,19 @@ MAX_DEPTH = 64  # of nested containers
 MAX_CHARACTERS = 2**26  # of all names
 
 DTYPES = {  # by their names in torch
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "complex64": np.complex64,
-    "complex128": np.complex128,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint64": np.uint64,
-    "uint32": np.uint32,
-    "uint16": np.uint16,
-    "uint8": np.uint8,
-    "bool": np.bool_,
+    name: np.dtype(getattr(ml_dtypes, name, name))
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "bool"),
+        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+        *("complex64", "complex128"),
+    )
 }
-STORAGES = {  # None: bytes of any dtype
-    "torch.DoubleStorage": "float64",
-    "torch.FloatStorage": "float32",
-    "torch.HalfStorage": "float16",
-    "torch.BFloat16Storage": "bfloat16",
-    "torch.ComplexFloatStorage": "complex64",
-    "torch.ComplexDoubleStorage": "complex128",
-    "torch.LongStorage": "int64",
-    "torch.IntStorage": "int32",
-    "torch.ShortStorage": "int16",
-    "torch.CharStorage": "int8",
-    "torch.ByteStorage": "uint8",
-    "torch.BoolStorage": "bool",
-    "torch.storage.UntypedStorage": None,
+STORAGES = {  # others are bytes of any dtype
+    **{"torch.DoubleStorage": "float64", "torch.FloatStorage": "float32"},
+    **{"torch.HalfStorage": "float16", "torch.BFloat16Storage": "bfloat16"},
+    **{"torch.LongStorage": "int64", "torch.IntStorage": "int32", "torch.ShortStorage": "int16"},
+    **{"torch.CharStorage": "int8", "torch.ByteStorage": "uint8", "torch.BoolStorage": "bool"},
+    **{"torch.ComplexFloatStorage": "complex64", "torch.ComplexDoubleStorage": "complex128"},
 }
 
 
@@ -152,7 +133,8 @@ FROM_TYPE = "torch._tensor._rebuild_from_type_v2"  # calls the first of its argu
 INERT = (  # read by torch's weights_only or common in checkpoints; never part of the weights
     *("builtins.set", "builtins.bytearray", "builtins.complex"),
     *(FROM_TYPE, "_codecs.encode", "argparse.Namespace", "torch.device"),
-    *("torch.serialization._get_layout", "torch.storage.TypedStorage"),
+    *("torch.serialization._get_layout", "torch.storage.UntypedStorage"),
+    *("torch.storage.TypedStorage",),
     *("numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar"),
     *("numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct"),
     *("numpy._core.multiarray._reconstruct",),
@@ -166,10 +148,12 @@ def find(name: str) -> Any:
     name = name.replace("torch.cuda.", "torch.").replace("__builtin__.", "builtins.")
     module, _, attribute = name.rpartition(".")
     if module == "torch" and attribute in DTYPES:
-        return np.dtype(DTYPES[attribute])
-    if name in FUNCTIONS or name in STORAGES:
-        return Inert(name)
-    if name in INERT or name.startswith(INERT_PREFIXES) or INERT_TORCH.fullmatch(name):
+        return DTYPES[attribute]
+    if (
+        name in (*FUNCTIONS, *INERT)
+        or name.startswith(INERT_PREFIXES)
+        or INERT_TORCH.fullmatch(name)
+    ):
         return Inert(name)
     raise RefusedError(f"it asks for {name}")
 
@@ -181,8 +165,7 @@ def storage(reference: Any) -> Any:
     if isinstance(reference, tuple) and len(reference) > 2 and reference[0] == "storage":
         kind, key, view = reference[1], reference[2], reference[5:]
         if isinstance(kind, Inert) and isinstance(key, str) and view in ((), (None,)):
-            name = STORAGES.get(kind.name)
-            return Storage(key, np.dtype(DTYPES[name]) if name else None)
+            return Storage(key, DTYPES.get(STORAGES.get(kind.name, "")))
     raise RefusedError("it refers to an unknown storage")
 
 
