@@ -1,3 +1,5 @@
+"""Tests of data/emoji.py and of the built-in data set."""
+
 import io
 import json
 import subprocess
@@ -29,7 +31,7 @@ def shipped():
 
 
 def test_shipped_counts_and_labels(shipped):
-    """The counts are those of Emoji 16.0; they change only with the version of the set."""
+    """The counts of Emoji 16.0; they may change only with the version of the set."""
     names, splits = shipped
     assert {split: len(rows) for split, rows in splits.items()} == {
         "train": 1340,
@@ -74,7 +76,7 @@ def test_shipped_files_are_small_licensed_and_free_of_paths():
     assert "END OF TERMS AND CONDITIONS" in licence
     assert "Noto Emoji" in licence
     info = json.loads((SHIPPED / "dataset_info.json").read_text())
-    assert info["moduleName"] == "mim_jax.data.emoji"  # not "__main__", however it was built
+    assert info["moduleName"] == "mim_jax.data.emoji"  # not "__main__"
     assert all(split["filepathTemplate"].startswith("{DATASET}") for split in info["splits"])
 
 
@@ -91,7 +93,7 @@ assert "tensorflow" not in sys.modules
 
 @pytest.fixture
 def package(tmp_path):
-    """A tiny npm package: one emoji in each mode that the real one has, and a component."""
+    """A tiny npm package: one emoji of each image mode, and a component."""
     images = tmp_path / "package/img/google/64"
     images.mkdir(parents=True)
     clear = {"RGBA": (255, 0, 0, 0), "LA": (0, 0), "P": 0}
@@ -115,7 +117,7 @@ def package(tmp_path):
 
 
 def test_split_rule():
-    """The rule is part of the set: were it to change, the set needs a new version."""
+    """Changing the rule requires a new version of the set."""
     codes = ("1F600", "0023-FE0F-20E3", "1F3E5")
     assert [emoji.split_of(code) for code in codes] == ["train", "validation", "validation"]
 

@@ -1,4 +1,4 @@
-"""Preparing data sets: folders packed unchanged, and what TFDS does not check of ImageNet."""
+"""Tests of data/prepare.py and data/pack.py: packed folders, and checks of ImageNet's tars."""
 
 import hashlib
 import importlib.util
@@ -18,7 +18,7 @@ from mim_jax.data import manifest, pack, prepare
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """Manifests of this test are kept apart."""
+    """Gives each test a manifest cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -31,7 +31,7 @@ def image(seed, form="JPEG"):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Sixty images in two folders, one of them broken inside, and a text."""
+    """Sixty images in two folders, one of them with broken pixels, and a text file."""
     for i in range(60):
         path = tmp_path / "My photos!" / "ab"[i % 2] / f"{i}.{'png' if i % 7 else 'jpg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,11 +51,11 @@ def digests(name, **settings):
     ]
 
 
-def test_what_is_packed_is_the_folder_file_by_file_and_batch_by_batch(photos, tmp_path, command):
+def test_packed_sets_have_the_files_and_batches_of_the_folder(photos, tmp_path, command):
     to = tmp_path / "packed"
     done = command("mim_jax.data.prepare", f"folder:{photos}", f"--to={to}", "--labels=folder")
     assert done.returncode == 0, done.stderr
-    assert f"read by --config.data.name=tfds:{to}" in done.stdout
+    assert f"read it with --config.data.name=tfds:{to}" in done.stdout
     assert "57 in train" in done.stdout
     builder = tfds.builder_from_directory(to)  # plain TFDS
     assert builder.info.features["label"].names == ["a", "b"]
@@ -88,7 +88,7 @@ assert "tensorflow" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_packing_goes_on_with_the_next_shard(photos, tmp_path, monkeypatch):
+def test_packing_continues_with_the_next_shard(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "shards", lambda sizes, most: [len(sizes) - 2, 2])
     whole = tmp_path / "whole"
     pack.pack(photos, whole)
@@ -106,20 +106,23 @@ def test_packing_goes_on_with_the_next_shard(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "THREADS", 1)
     with pytest.raises(KeyboardInterrupt):
         pack.pack(photos, to)
-    there = {path.name: path.stat().st_mtime_ns for path in to.glob("*.array_record*")}
-    assert len(there) == 2
+    finished = {path.name: path.stat().st_mtime_ns for path in to.glob("*.array_record*")}
+    assert len(finished) == 2
     monkeypatch.setattr(pack, "write_shard", write_shard)
     pack.pack(photos, to)
-    assert {n: (to / n).stat().st_mtime_ns for n in there} == there
-    of = lambda folder: {  # noqa: E731
-        path.name.replace("whole", "packed"): path.read_bytes().replace(b"whole", b"packed")
-        for path in folder.iterdir()
-    }
-    assert of(to) == of(whole)
+    assert {n: (to / n).stat().st_mtime_ns for n in finished} == finished
+
+    def contents(folder):
+        return {
+            path.name.replace("whole", "packed"): path.read_bytes().replace(b"whole", b"packed")
+            for path in folder.iterdir()
+        }
+
+    assert contents(to) == contents(whole)
 
 
 @pytest.mark.parametrize("most", [1, 1000, 5000, 10**9])
-def test_shards_are_about_as_large_as_asked_for(most):
+def test_shards_have_about_the_given_size(most):
     sizes = np.random.default_rng(0).integers(1, 2000, 100)
     counts = pack.shards(sizes, most)
     assert sum(counts) == 100
@@ -129,7 +132,7 @@ def test_shards_are_about_as_large_as_asked_for(most):
     assert pack.shards(sizes[:0], most) == []
 
 
-def test_arrays_are_packed_too(tmp_path):
+def test_arrays_are_packed(tmp_path):
     for i in range(30):
         (tmp_path / "set").mkdir(exist_ok=True)
         array = np.random.default_rng(i).integers(0, 65536, (20, 16, 13), np.uint16)
@@ -147,10 +150,10 @@ def error_of(capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_mistakes_are_told_in_a_sentence(photos, tmp_path, capsys):
-    assert "say where to" in error_of(capsys, f"folder:{photos}")
+def test_user_errors(photos, tmp_path, capsys):
+    assert "set the output folder" in error_of(capsys, f"folder:{photos}")
     assert "there is no folder" in error_of(capsys, "folder:/nowhere", "--to=/nowhere")
-    assert "must be local" in error_of(capsys, f"folder:{photos}", "--to=gs://bucket/photos")
+    assert "must be a local" in error_of(capsys, f"folder:{photos}", "--to=gs://bucket/photos")
     assert "must be local" in error_of(capsys, "folder:gs://bucket/photos", "--to=/nowhere")
     assert "is not empty" in error_of(capsys, f"folder:{photos}", f"--to={tmp_path}")
     pack.pack(photos, tmp_path / "packed")
@@ -159,7 +162,7 @@ def test_mistakes_are_told_in_a_sentence(photos, tmp_path, capsys):
     assert "holds other images" in sentence
 
 
-# --- Sets of TFDS. ---
+# --- TFDS data sets. ---
 
 
 def tar(path, files):
@@ -173,7 +176,7 @@ def tar(path, files):
 
 @pytest.fixture
 def imagenet(tmp_path, monkeypatch):
-    """Two tars like ImageNet's: two synsets, of three images each, and four for validation."""
+    """Tars like ImageNet's, with two synsets of three images and four validation images."""
     for name, count in dict(SYNSETS=2, TRAINING_IMAGES=6, VALIDATION_IMAGES=4).items():
         monkeypatch.setattr(prepare, name, count)
     synsets = {
@@ -186,12 +189,12 @@ def imagenet(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_whole_tars_of_imagenet_are_taken(imagenet):
+def test_complete_tars_of_imagenet_are_accepted(imagenet):
     prepare.check_imagenet(imagenet)
 
 
-def test_tars_that_lack_images_are_refused(imagenet, capsys):
-    def told():
+def test_incomplete_tars_of_imagenet_are_refused(imagenet):
+    def message():
         with pytest.raises(prepare.UserError) as error:
             prepare.check_imagenet(imagenet)
         return str(error.value)
@@ -199,26 +202,26 @@ def test_tars_that_lack_images_are_refused(imagenet, capsys):
     train, validation = imagenet / prepare.TRAIN, imagenet / prepare.VALIDATION
     whole = validation.read_bytes()
     tar(validation, {f"ILSVRC2012_val_{i:08d}.JPEG": image(9) for i in (1, 2, 4)})
-    assert "lacks 1 of the 4 images of the validation set" in told()
+    assert "lacks 1 of the 4 images of the validation set" in message()
     validation.write_bytes(whole[:1500])
-    assert "is not whole" in told()
+    assert "is incomplete" in message()
     validation.write_bytes(whole)
     one = {f"n01440764_{i}.JPEG": image(i) for i in range(3)}
     tar(train, {"n01440764.tar": tar(imagenet / "tar", one)})
-    assert "has 3 images of 1 synsets, not 6 of 2" in told()
+    assert "has 3 images of 1 synsets, not 6 of 2" in message()
     train.unlink()
-    assert "has no ILSVRC2012_img_train.tar" in told()
+    assert "has no ILSVRC2012_img_train.tar" in message()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow")
 def test_imagenet_is_prepared_by_tfds(imagenet):
-    """In a process of its own: TensorFlow is imported."""
+    """Runs in its own process because it imports TensorFlow."""
     code = f"""
 from mim_jax.data import prepare
 prepare.SYNSETS, prepare.TRAINING_IMAGES, prepare.VALIDATION_IMAGES = 2, 6, 4
 where = "--data_dir={imagenet / "tfds"}"
 assert prepare.main(["imagenet2012", where, "--manual_dir={imagenet}"]) == 0
-assert prepare.main(["imagenet2012", where]) == 0  # is there already
+assert prepare.main(["imagenet2012", where]) == 0  # already prepared
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.count("6 in train, 4 in validation") == 2
@@ -226,17 +229,17 @@ assert prepare.main(["imagenet2012", where]) == 0  # is there already
     assert (dataset.examples, dataset.num_labels) == (6, 1000)
 
 
-def test_sets_that_tfds_cannot_prepare(tmp_path, capsys, monkeypatch):
+def test_data_sets_that_cannot_be_prepared(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "find_spec", lambda name: None)
     assert "pip install -e '.[prepare]'" in error_of(capsys, "imagenet2012")
     monkeypatch.setattr(prepare, "find_spec", lambda name: True)
     where = f"--data_dir={tmp_path}"
     assert "TFDS has no data set 'my_set'" in error_of(capsys, "my_set", where)
     sentence = error_of(capsys, "imagenet2012", where, f"--manual_dir={tmp_path}")
-    assert "has no ILSVRC2012_img_train.tar: get it from image-net.org" in sentence
+    assert "has no ILSVRC2012_img_train.tar: download it from image-net.org" in sentence
 
 
-def test_beam_writes_the_same(photos, tmp_path, command, capsys, monkeypatch):
+def test_beam_writes_the_same_files(photos, tmp_path, command, capsys, monkeypatch):
     if importlib.util.find_spec("apache_beam") is None:
         arguments = (f"folder:{photos}", f"--to={tmp_path / 'packed'}", "--beam")
         assert "pip install -e '.[beam]'" in error_of(capsys, *arguments)
@@ -251,7 +254,7 @@ def test_beam_writes_the_same(photos, tmp_path, command, capsys, monkeypatch):
         assert (to / path.name).read_bytes() == path.read_bytes()
 
 
-def test_splits_are_packed_by_their_names(tmp_path):
+def test_splits_keep_their_names(tmp_path):
     for i in range(6):
         path = tmp_path / "set" / ("test" if i < 2 else "train") / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -259,6 +262,6 @@ def test_splits_are_packed_by_their_names(tmp_path):
     pack.pack(tmp_path / "set", tmp_path / "packed")
     assert {*tfds.builder_from_directory(tmp_path / "packed").info.splits} == {"train", "test"}
     for name in (f"folder:{tmp_path / 'set'}", f"tfds:{tmp_path / 'packed'}"):
-        dataset = data.make(name=name, size=16)  # whose evaluation split is called "validation"
+        dataset = data.make(name=name, size=16)  # its evaluation split is called "validation"
         assert dataset.examples == 4
         assert next(dataset.evaluation_batches(4))["valid"].tolist() == [1, 1, 0, 0]

@@ -1,4 +1,4 @@
-"""Files that turn out, in a run, to be no images: replaced, noted, and if many, refused."""
+"""Images that cannot be used: they are replaced, reported, and an error when there are many."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -8,33 +8,38 @@ from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, decode
 from mim_jax.data.sources import Source
 
-TRIES = 100  # images one after the other: a source is out of order that has so many bad ones
+TRIES = 100  # consecutive images; if none of them can be used, the source itself is broken
 
 
-def usable(see: Callable[[dict], dict], examples: Sequence[dict], i: int) -> dict:
-    """see(examples[i]), or, where that cannot be, of the next example that can be seen.
+def usable(view: Callable[[dict], dict], examples: Sequence[dict], i: int) -> dict:
+    """Returns view(examples[i]), or the view of the next example that can be decoded.
 
-    `bad` is then i, else -1: the batch brings it from whatever thread or process looked.
+    The result has a field `bad`: i if example i was replaced, else -1. It travels in the batch
+    because the example may have been decoded in another thread or process.
+    Raises UserError if `TRIES` consecutive examples cannot be decoded.
     """
     for j in range(i, i + TRIES):
         try:
-            seen = see(examples[j % len(examples)])
+            example = view(examples[j % len(examples)])
         except BadImageError as error:
             reason = str(error)
         else:
-            return seen | {"bad": np.int64(-1 if j == i else i)}
-    raise UserError(f"{TRIES} images one after the other cannot be used; the last one: {reason}.")
+            return example | {"bad": np.int64(-1 if j == i else i)}
+    raise UserError(f"{TRIES} consecutive images cannot be used; the reason of the last: {reason}.")
 
 
 class BadFiles:
-    """Takes note of the bad files of a source; UserError when they are more than a share of it."""
+    """Counts the bad files of a source; too many of them are a UserError.
+
+    most: the largest allowed share of the source's examples.
+    """
 
     def __init__(self, source: Source, channels: int, dtype: str, most: float):
         self.source, self.channels, self.dtype, self.most = source, channels, dtype, most
         self.seen = set()
 
     def noted(self, batches: Iterable[dict], on_bad: Callable[[str, str], None]) -> Iterator[dict]:
-        """The batches without `bad`. `on_bad` gets the name and the reason of each file once."""
+        """Yields the batches without `bad`; calls on_bad(name, reason) once for each bad file."""
         for batch in batches:
             for i in set(batch.pop("bad").tolist()) - self.seen - {-1}:
                 self.seen.add(i)
@@ -44,15 +49,15 @@ class BadFiles:
                 if count > self.most * total:
                     raise UserError(
                         f"{count:,} of {total:,} images cannot be used, more than "
-                        f"data.max_bad_fraction = {self.most:g}; the last was {name}: {reason}. "
-                        "Remove them, or allow for more."
+                        f"data.max_bad_fraction = {self.most:g}; the last one is {name}: {reason}. "
+                        "Remove them or raise data.max_bad_fraction."
                     )
             yield batch
 
     def reason(self, i: int) -> str:
-        """Why example i cannot be used: it is tried again, here where it can be reported."""
+        """Decodes example i again, in the main process, and returns why it cannot be used."""
         try:
             decode(self.source.examples[i]["image"], self.channels, self.dtype)
         except BadImageError as error:
             return str(error)
-        return "it could not be read; now it can"
+        return "it could not be read at first, but can be read now"

@@ -3,13 +3,13 @@
     npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz
     python -m mim_jax.data.emoji --package=package
 
-rebuilds what is shipped in `builtin/emoji/1.0.0`, byte for byte with the same library versions.
-They are drawings, not photographs: enough to watch a model learn offline, not to compare methods.
+rebuilds the shipped folder `builtin/emoji/1.0.0`, byte for byte with the same library versions.
+The images are drawings: enough to watch a model learn offline, not enough to compare methods.
 
-An emoji is in `validation` (566) if crc32(code) % 10 < 3, where `code` is its code points as in
-"1F469-200D-1F373", else in `train` (1340). Skin-tone variants and the category "Component" are left
-out. The woman cook, the man cook and the cook, or two regions with one flag, are emoji of their own
-and may lie on both sides: 7 of the 566 images are in `train` too, pixel for pixel.
+An emoji is in `validation` (566 images) if crc32(code) % 10 < 3, where `code` is its code points,
+as in "1F469-200D-1F373"; all others are in `train` (1340 images). Skin-tone variants and the
+category "Component" are left out. Different emoji can have the same image (two regions with one
+flag, for example): 7 of the 566 validation images are also in `train`, pixel for pixel.
 Licence: `builtin/LICENSE-noto-emoji.txt`.
 """
 
@@ -28,12 +28,12 @@ from mim_jax.data.records import SortedWriter
 
 
 def split_of(code: str) -> str:
-    """The split of an emoji, from its code points alone."""
+    """Returns the split of an emoji, which depends on its code points only."""
     return "validation" if zlib.crc32(code.encode()) % 10 < 3 else "train"
 
 
 def png_on_white(path: Path) -> bytes:
-    """The image composited on white, as an optimised RGB PNG."""
+    """Returns the image composited on white, as an optimized RGB PNG."""
     image = Image.open(path).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     png = io.BytesIO()
@@ -42,14 +42,14 @@ def png_on_white(path: Path) -> bytes:
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
-    """Reads `package`, the unpacked npm package `emoji-datasource-google`."""
+    """Builds the set from `package`, the unpacked npm package `emoji-datasource-google`."""
 
     VERSION = tfds.core.Version("1.0.0")
-    __module__ = __spec__.name  # TFDS writes it down; under `python -m` it would be "__main__"
+    __module__ = __spec__.name  # TFDS stores it; under `python -m` it would be "__main__"
 
     def __init__(self, package: Path, **kwargs):
         self.images = package / "img/google/64"
-        entries = json.loads((package / "emoji.json").read_text())  # skin tones are nested in them
+        entries = json.loads((package / "emoji.json").read_text())  # skin tones are nested entries
         self.emoji = [entry for entry in entries if entry["category"] != "Component"]
         super().__init__(file_format="array_record", **kwargs)
 
@@ -83,8 +83,8 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
 
 def build(package: Path, to: Path) -> Path:
-    """Writes the set to `to`/emoji/1.0.0, in place of what was there, and returns that folder."""
-    with tempfile.TemporaryDirectory() as scratch:  # so that a failure leaves the old set alone
+    """Writes the set to `to`/emoji/1.0.0, replacing that folder, and returns its path."""
+    with tempfile.TemporaryDirectory() as scratch:  # a failure leaves the old set intact
         builder = Emoji(package, data_dir=scratch)
         builder.download_and_prepare()
         target = to / builder.data_path.relative_to(scratch)

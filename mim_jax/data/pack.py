@@ -1,4 +1,4 @@
-"""A folder of images as a TFDS folder of array_record shards, its files unchanged."""
+"""Packs a folder of images into array_record shards that TFDS reads; the files are unchanged."""
 
 import io
 import json
@@ -26,19 +26,26 @@ def pack(
     shard_mb: float = 256,
     in_parallel: Callable = in_threads,
 ) -> None:
-    """Packs the splits of a folder into `to`, in shards of about so many megabytes.
+    """Packs the splits of a folder into `to`, in shards of about `shard_mb` megabytes.
 
-    in_parallel(write, shards, at_once=1) -> an iterator over write(shard), in any order.
+    Examples keep the folder's order, so both sources give the same batches and a run can move from
+    one to the other. An interrupted call continues with the first missing shard.
 
-    The order is the folder's, so that a run sees the same, batch for batch, and may go on with the
-    one where it began with the other. Raises UserError if there is something else in `to`.
+    root: a folder or a tar file, see folder.py.
+    labels: as data.labels.
+    in_parallel: in_parallel(write, shards, at_once=1) returns an iterator over write(shard), in any
+        order.
+
+    Raises UserError if `to` is remote or holds anything but shards of the same images.
     """
     if "://" in str(to):
-        raise UserError(f"--to={to} must be local, or mounted: write there, then copy the folder.")
+        raise UserError(
+            f"--to={to} must be a local or mounted folder; copy it to the bucket after packing."
+        )
     folder, to = Folder(root, labels), Path(to).expanduser().resolve()
     splits = {split: folder.examples(split) for split in folder.splits}
     if splits["validation"].digest() == splits.get("test", splits["train"]).digest():
-        del splits["validation"]  # is `test`, and is found by this name
+        del splits["validation"]  # the same images as `test`, which stands in for it
     sizes = {
         split: folder.manifest.rows["bytes"][examples.rows] for split, examples in splits.items()
     }
@@ -50,8 +57,7 @@ def pack(
         },
     )
     claim(to, plan)
-    name = re.sub(r"[^a-z0-9]+", "_", to.name.lower()).strip("_")
-    name = name if name[:1].isalpha() else f"images_{name}"
+    name = set_name(to)
     is_image = " x " not in folder.mode and not folder.mode.startswith(("I", "F"))
     features = features_of(is_image, folder.label_names)
 
@@ -70,36 +76,48 @@ def pack(
     with tqdm(total=total, unit=" images", desc=str(to)) as progress:
         for count in in_parallel(write, todo, at_once=1):
             progress.update(count)
-    infos = {split: (plan["shards"][split], int(sizes[split].sum())) for split in splits}
-    write_info(to, name, features, infos, plan, f"The images of {folder.root}.")
+    lengths = {split: (plan["shards"][split], int(sizes[split].sum())) for split in splits}
+    write_info(to, name, features, lengths, plan, f"The images of {folder.root}.")
     if unread := folder.manifest.unread:
-        print(f"{len(unread):,} files are no images that can be read, the first {unread[0]}")
+        print(f"{len(unread):,} files are not readable images; the first is {unread[0]}")
     counts = ", ".join(f"{len(examples):,} in {split}" for split, examples in splits.items())
-    print(f"{to}: {counts}\nread by --config.data.name=tfds:{to}")
+    print(f"{to}: {counts}\nread it with --config.data.name=tfds:{to}")
+
+
+def set_name(to: Path) -> str:
+    """Returns the name of a folder as TFDS allows it for a data set."""
+    name = re.sub(r"[^a-z0-9]+", "_", to.name.lower()).strip("_")
+    return name if name[:1].isalpha() else f"images_{name}"
 
 
 def shards(sizes: np.ndarray, most: int) -> list[int]:
-    """How many of the examples of so many bytes are in each shard of `most` bytes, or nearly."""
+    """Returns the number of examples in each shard, for shards of about `most` bytes.
+
+    sizes: bytes of each example, in order.
+    """
     count = min(len(sizes), -(-int(sizes.sum()) // most))
     ends = np.searchsorted(np.cumsum(sizes), sizes.sum() * np.arange(1, count + 1) / count) + 1
     return [int(n) for n in np.diff([0, *ends[:-1], len(sizes)]) if n > 0]
 
 
 def claim(to: Path, plan: dict) -> None:
-    """Makes the folder for these shards, or goes on with it."""
+    """Creates the folder for a plan's shards, or checks that it was created for the same plan."""
     to.mkdir(parents=True, exist_ok=True)
     note = to / "prepare.json"
     if note.exists():
         if json.loads(note.read_text()) != plan:
-            raise UserError(f"{to} holds other images, or other shards: say another --to.")
+            raise UserError(f"{to} holds other images or shards: choose another --to.")
     elif any(to.iterdir()):
-        raise UserError(f"{to} is not empty: say another --to.")
+        raise UserError(f"{to} is not empty: choose another --to.")
     else:
         note.write_text(json.dumps(plan))
 
 
 def features_of(is_image: bool, labels: list[str]) -> tfds.features.FeaturesDict:
-    """An image where TFDS knows such; of all else (.npy, 16 bits) the bytes of its file."""
+    """Returns the features of a packed set.
+
+    Files that TFDS cannot decode as images (.npy, 16 bits) are stored as bytes.
+    """
     image = tfds.features.Image(shape=(None, None, None)) if is_image else tfds.features.Text()
     features = {"image": image, "file_name": tfds.features.Text()}
     return tfds.features.FeaturesDict(
@@ -108,13 +126,13 @@ def features_of(is_image: bool, labels: list[str]) -> tfds.features.FeaturesDict
 
 
 def records(examples: Examples, rows: range, is_image: bool) -> Iterator[dict]:
-    """The examples of some rows as TFDS takes them."""
+    """Yields examples in the form that TFDS encodes."""
     for i in rows:
         name = examples.name(i)
         try:
             example = examples[i]
         except BadImageError as error:
-            raise UserError(f"{name} was there and {error}: say the same again.") from error
+            raise UserError(f"{name!r} changed during packing ({error}): start again.") from error
         if is_image:
-            example["image"] = io.BytesIO(example["image"])  # arrays would take TensorFlow
+            example["image"] = io.BytesIO(example["image"])  # TFDS needs TensorFlow for arrays
         yield example | {"file_name": os.fsencode(name)}

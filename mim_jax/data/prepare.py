@@ -1,21 +1,21 @@
-"""Prepares data sets: a folder, or one that TFDS knows, becomes files with random access.
+"""Prepares a data set: converts a folder, or a set that TFDS knows, to files with random access.
 
     python -m mim_jax.data.prepare folder:/photos --to=/data/photos
     python -m mim_jax.data.prepare imagenet2012 --manual_dir=/tars --data_dir=/data/tfds
 
-A folder or a tar (see folder.py) is packed without decoding and without TensorFlow: many small
-files become a few large ones, for a bucket or a slow disk. They are read by
---config.data.name=tfds:/data/photos, and by tfds.builder_from_directory. Interrupted, the same
-command goes on with the next file.
+A folder or a tar file (see folder.py) is packed without decoding and without TensorFlow: many small
+files become a few large ones, for a bucket or a slow disk. Read them with
+--config.data.name=tfds:/data/photos or tfds.builder_from_directory. After an interruption, the same
+command continues with the next file.
 
-A set of TFDS takes TensorFlow, once: pip install -e '.[prepare]'. In --manual_dir lies what is to
-be fetched by hand: ImageNet's two tars, or an archive where there is no network (CIFAR's). It is
-read by --config.data.name=imagenet2012 --config.data.data_dir=/data/tfds.
+Preparing a set of TFDS needs TensorFlow once: pip install -e '.[prepare]'. --manual_dir holds the
+archives that were downloaded by hand: ImageNet's two tars, or CIFAR's archive on a machine without
+network. Read the set with --config.data.name=imagenet2012 --config.data.data_dir=/data/tfds.
 
-With --beam (pip install -e '.[beam]') Apache Beam writes the shards, or what TFDS has for Beam; its
-own options follow, as --runner=FlinkRunner. All its workers must see the same folders.
+With --beam (pip install -e '.[beam]'), Apache Beam writes the shards; its own options follow, for
+example --runner=FlinkRunner. All its workers must see the same folders.
 
-Exit codes: 0 done, 2 a mistake in what was asked for, reported in one sentence.
+Exit codes: 0 done, 2 user error, reported in one sentence.
 """
 
 import argparse
@@ -34,23 +34,29 @@ from mim_jax.data.manifest import in_threads
 from mim_jax.data.pack import pack
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-SYNSETS, TRAINING_IMAGES, VALIDATION_IMAGES = 1000, 1_281_167, 50_000  # of ILSVRC 2012
+SYNSETS, TRAINING_IMAGES, VALIDATION_IMAGES = 1000, 1_281_167, 50_000  # in ILSVRC 2012
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. -> its exit code."""
+    """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m mim_jax.data.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="folder:PATH, or the name of a data set of TFDS")
-    parser.add_argument("--to", help="folder: where to, a folder of its own")
-    parser.add_argument("--labels", default="", help='folder: "folder" or the path of a CSV file')
-    parser.add_argument("--shard_mb", type=float, default=256, help="folder: about so large a file")
-    parser.add_argument("--data_dir", help="TFDS: where to; by default ~/tensorflow_datasets")
-    parser.add_argument("--manual_dir", help="TFDS: where lies what was fetched by hand")
-    parser.add_argument("--beam", action="store_true", help="prepare on Apache Beam")
+    parser.add_argument("source", help="folder:PATH or the name of a TFDS data set")
+    parser.add_argument("--to", help="for folder:PATH: the output folder")
+    parser.add_argument(
+        "--labels", default="", help='for folder:PATH: "folder" or the path of a CSV file'
+    )
+    parser.add_argument(
+        "--shard_mb", type=float, default=256, help="for folder:PATH: approximate size of a file"
+    )
+    parser.add_argument(
+        "--data_dir", help="for TFDS: the output folder; default ~/tensorflow_datasets"
+    )
+    parser.add_argument("--manual_dir", help="for TFDS: the folder of manual downloads")
+    parser.add_argument("--beam", action="store_true", help="run on Apache Beam")
     options, rest = parser.parse_known_args(argv)
     if rest and not options.beam:
         parser.error(f"unknown argument {rest[0]}")
@@ -63,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             settings = dict(labels=options.labels, shard_mb=options.shard_mb)
             pack(folder, options.to, in_parallel=beam or in_threads, **settings)
         else:
-            raise UserError("say where to, as --to=/data/my_images.")
+            raise UserError("set the output folder, for example --to=/data/my_images.")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Beam:
-    """What `in_threads` does, on Apache Beam."""
+    """Replaces `in_threads` by an Apache Beam pipeline."""
 
     def __init__(self, options: Sequence[str]):
         if find_spec("apache_beam") is None:
@@ -81,7 +87,7 @@ class Beam:
         self.options = PipelineOptions(options)
 
     def __call__(self, function: Callable, items: Sequence, at_once: int) -> Iterator:
-        """Calls function(item) for every item, and again where a worker failed. Yields nothing."""
+        """Calls function(item) for every item, again after a failed worker. Yields nothing."""
         import apache_beam
 
         with apache_beam.Pipeline(options=self.options) as pipeline:
@@ -97,13 +103,13 @@ class Beam:
 def prepare(
     name: str, data_dir: str | None, manual_dir: str | None, beam: Beam | None = None
 ) -> None:
-    """Has TFDS prepare one of its sets."""
+    """Prepares a TFDS data set. Raises UserError if it is unknown or its files are missing."""
     if find_spec("tensorflow") is None:
-        raise UserError("a set of TFDS takes TensorFlow to prepare: pip install -e '.[prepare]'.")
+        raise UserError("preparing a TFDS set needs TensorFlow: pip install -e '.[prepare]'.")
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"TFDS has no data set {name!r}; a folder is folder:PATH.") from error
+        raise UserError(f"TFDS has no data set {name!r}; a folder is named folder:PATH.") from error
     if builder.name == "imagenet2012" and not builder.is_prepared():
         check_imagenet(Path(manual_dir or "."))
     try:
@@ -114,46 +120,50 @@ def prepare(
         )
     except (tfds.download.DownloadError, NonMatchingChecksumError, OSError) as error:
         raise UserError(
-            f"{name} cannot be fetched, or is not what it should be: say with --manual_dir where "
-            f"its archive lies ({str(error).splitlines()[0]})."
+            f"{name} cannot be downloaded or its archive is not the expected one: set --manual_dir "
+            f"to the folder of its archive ({str(error).splitlines()[0]})."
         ) from error
     splits = (f"{info.num_examples:,} in {split}" for split, info in builder.info.splits.items())
     where = f" --config.data.data_dir={data_dir}" if data_dir else ""
-    print(f"{builder.data_path}: {', '.join(splits)}\nread by --config.data.name={name}{where}")
+    print(
+        f"{builder.data_path}: {', '.join(splits)}\nread it with --config.data.name={name}{where}"
+    )
 
 
 def check_imagenet(folder: Path) -> None:
-    """Refuses tars that lack images: TFDS would take them, and give images wrong labels."""
+    """Raises UserError if ImageNet's tars lack images, which TFDS accepts with wrong labels."""
     for file in (TRAIN, VALIDATION):
         if not (folder / file).is_file():
             raise UserError(
-                f"{folder} has no {file}: get it from image-net.org (ILSVRC 2012), and say with "
-                "--manual_dir where it is."
+                f"{folder} has no {file}: download it from image-net.org (ILSVRC 2012) and set "
+                "--manual_dir to its folder."
             )
     names = {f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, VALIDATION_IMAGES + 1)}
     try:
-        if (found := set(members(folder / VALIDATION))) != names:
+        stored = set(members(folder / VALIDATION))
+        if stored != names:
             raise UserError(
-                f"{folder / VALIDATION} lacks {len(names - found):,} of the {len(names):,} images "
-                "of the validation set, or has others: get it again."
+                f"{folder / VALIDATION} lacks {len(names - stored):,} of the {len(names):,} images "
+                "of the validation set or has others: download it again."
             )
         synsets, images = synsets_and_images(folder / TRAIN)
     except tarfile.TarError as error:
-        raise UserError(f"a tar in {folder} is not whole ({error}): get it again.") from error
+        raise UserError(f"a tar in {folder} is incomplete ({error}): download it again.") from error
     if (synsets, images) != (SYNSETS, TRAINING_IMAGES):
         raise UserError(
             f"{folder / TRAIN} has {images:,} images of {synsets:,} synsets, not "
-            f"{TRAINING_IMAGES:,} of {SYNSETS:,}: get it again."
+            f"{TRAINING_IMAGES:,} of {SYNSETS:,}: download it again."
         )
 
 
 def members(path: Path) -> list[str]:
+    """Returns the base names of the files in a tar."""
     with tarfile.open(path, "r:") as tar:
         return [Path(member.name).name for member in tar if member.isfile()]
 
 
 def synsets_and_images(path: Path) -> tuple[int, int]:
-    """How many tars there are in a tar, and how many files in them."""
+    """Returns the number of tars in a tar, and the number of files in them."""
     counts = []
     with tarfile.open(path, "r:") as tar:
         for synset in tqdm(tar, "counting ImageNet's images", unit=" synsets", delay=3):

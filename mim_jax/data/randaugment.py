@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al., 2019) by PIL, in the variant of timm that MAE and BEiT fine-tune with.
+"""RandAugment (Cubuk et al., 2019) with PIL, in timm's variant that MAE and BEiT fine-tune with.
 
-It is called `rand-m9-mstd0.5-inc1` there: two of 15 operations, each done half of the time, all of
-them stronger where the magnitude is larger.
+timm calls it `rand-m9-mstd0.5-inc1`: two of 15 operations, each applied with probability 1/2, and
+every operation is stronger for a larger magnitude.
 """
 
 import numpy as np
@@ -11,9 +11,10 @@ from PIL import Image, ImageEnhance, ImageOps
 def rand_augment(
     image: Image.Image, magnitude: float, deviation: float, fill: tuple, rng: np.random.Generator
 ) -> Image.Image:
-    """Two operations on an image (L or RGB), at magnitudes 0 to 10 from a normal distribution.
+    """Applies two random operations to an image of mode L or RGB.
 
-    `fill` is the colour, a value a channel, of what comes in from outside the image.
+    magnitude, deviation: mean and standard deviation of the magnitude, clipped to 0 to 10.
+    fill: colour of the pixels that come from outside the image, one value per channel.
     """
     operations = list(OPERATIONS.values())
     for i in rng.integers(len(operations), size=2):
@@ -24,14 +25,14 @@ def rand_augment(
 
 
 def point(change):
-    """change (value, m) -> value, of every value of an image."""
+    """Returns an operation that maps every value of an image by change(value, m)."""
     return lambda image, m, *_: image.point(
         [change(x, m) for x in range(256)] * len(image.getbands())
     )
 
 
 def posterize(x, m):
-    """Keeps the first 4 to 0 bits. PIL's own refuses 0, which older ones made black."""
+    """Keeps the 4 to 0 highest bits of a value. PIL's own version refuses 0 bits (black)."""
     step = 2 ** (4 + int(m * 4))
     return x // step * step
 
@@ -41,19 +42,19 @@ def rotate(image, m, v, fill):
 
 
 def enhance(kind):
-    """Less or more of a quality."""
+    """Returns an operation that scales a quality of an image, as PIL's ImageEnhance does."""
     return lambda image, m, v, fill: kind(image).enhance(max(0.1, 1 + v * 0.9))
 
 
 def affine(matrix):
-    """matrix (v, width, height) -> the six coefficients of PIL's transform."""
+    """Returns an affine operation; matrix(v, width, height) gives PIL's six coefficients."""
     kind, bicubic = Image.Transform.AFFINE, Image.Resampling.BICUBIC
     return lambda image, m, v, fill: image.transform(
         image.size, kind, matrix(v, *image.size), bicubic, fillcolor=fill
     )
 
 
-OPERATIONS = {  # (image, m, v, fill): m is the magnitude in 0 to 1, v is m with a random sign
+OPERATIONS = {  # (image, m, v, fill): m is the magnitude in [0, 1], v is m with a random sign
     "AutoContrast": lambda image, *_: ImageOps.autocontrast(image),
     "Equalize": lambda image, *_: ImageOps.equalize(image),
     "Invert": lambda image, *_: ImageOps.invert(image),

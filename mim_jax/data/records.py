@@ -1,4 +1,4 @@
-"""Data sets as TFDS reads them: array_record files, and what is said of them. No TensorFlow."""
+"""Writes data sets in TFDS's format: array_record files and metadata, without TensorFlow."""
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,10 @@ TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 class SortedWriter(ExampleWriter):
-    """Sorts the features of a record, which protobuf orders anew in every process."""
+    """An ExampleWriter that serializes features in sorted order.
+
+    Protobuf orders them differently in every process, and equal inputs should give equal files.
+    """
 
     def write(self, path, examples):
         parse = tf_example_pb2.Example.FromString
@@ -22,12 +25,12 @@ class SortedWriter(ExampleWriter):
 
 
 def shard_path(folder: Path, name: str, split: str, number: int, count: int) -> Path:
-    """Where shard `number` of `count` of a split lies."""
+    """Returns the path of shard `number` of `count` of a split."""
     return folder / f"{name}-{split}.array_record-{number:05d}-of-{count:05d}"
 
 
 def write_shard(path: Path, features: tfds.features.FeaturesDict, examples: Iterable[dict]) -> None:
-    """Writes one array_record file. It is there when it is whole, and not before."""
+    """Writes one array_record file under a temporary name, then renames it."""
     serializer = ExampleSerializer(features.get_serialized_info())
     records = (serializer.serialize_example(features.encode_example(e)) for e in examples)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -46,9 +49,9 @@ def write_info(
     metadata: Mapping,
     description: str,
 ) -> None:
-    """Writes what TFDS has to know of the files of a folder.
+    """Writes TFDS's metadata of the shards in a folder.
 
-    splits {name: (examples of each shard, bytes)}.
+    splits: {name: (number of examples in each shard, total bytes)}.
     """
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
@@ -69,7 +72,7 @@ def write_info(
             for split, (lengths, size) in splits.items()
         ],
         filename_template=TEMPLATE,
-        check_data=False,  # which would import TensorFlow
+        check_data=False,  # the check imports TensorFlow
         description=description,
         metadata=tfds.core.MetadataDict(metadata),
     )
