@@ -10,7 +10,8 @@ import numpy as np
 from mim_jax import UserError
 from mim_jax.data.bad_files import BadFiles, usable
 from mim_jax.data.batches import stream
-from mim_jax.data.decode import BadImageError, channels_of, suits, type_of
+from mim_jax.data.decode import BadImageError, type_of
+from mim_jax.data.examine import require_channels
 from mim_jax.data.fields import Field, fields_of
 from mim_jax.data.sources import Source, open_sources
 from mim_jax.data.transforms import EvaluationView, TrainingView
@@ -176,11 +177,7 @@ def make(
     """
     splits = (split, evaluation_split)
     train, evaluation = open_sources(name, splits, data_dir=data_dir, labels=labels)
-    if not suits(train.mode, channels):
-        raise UserError(
-            f"data.channels = {channels}, but the images of {name} have {channels_of(train.mode)} "
-            f"({train.mode}): set --config.data.channels={channels_of(train.mode)}."
-        )
+    require_channels(name, train, channels)
     declared = dict(
         size=size,
         tokenizer_size=tokenizer_size,

@@ -1,103 +1,125 @@
-"""From the bytes of a file to an image, whatever kind of file it is. H, W, c: an array's axes.
+"""Decodes image files of any kind; a file has one meaning, whichever library reads it.
 
-Pillow reads files of 8 bits and all of one channel; `.npy` and the TIFFs that Pillow cannot read,
-or only in part (13 channels, 16 bits in colour), become arrays. PNGs in 16-bit colour are read in
-8 bits, as Pillow does; of animations the first frame.
+Axes: h height, w width, c channels.
+
+Pillow reads most files. `.npy` files are arrays, and so are the TIFFs that Pillow does not
+interpret fully, see tiff.py. PNGs in colour of 16 bits are read with 8 bits, as Pillow does; of
+animations, the first frame is read. Transparent images are composited on white, unless they are
+decoded with 4 channels.
 """
 
 import contextlib
 import io
 import logging
+import math
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from mim_jax.data.arrays import (
+    BadImageError,
+    Pixels,
+    decoded_type,
+    in_type,
+    named_axes,
+    on_white,
+)
+from mim_jax.data.tiff import STARTS, VALUES, open_tiff
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
-DTYPES = ("uint8", "uint16", "float32")  # what pixels may be; all else becomes one of these
-LARGE = 2**26  # pixels: beyond, an image is halved (Pillow refuses them beyond 2.7 times that)
+LARGE = 2**26  # pixels; a larger image is halved (Pillow refuses more than 2.7 times as many)
+STRIP = 2**22  # pixels of a large image that are converted at once, to bound memory
 
 Image.init()
-FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF"]
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF"]
 FORMATS = [name for name in FORMATS if name in Image.OPEN]
+OTHER_FORMATS = {  # (offset, bytes): reason
+    (4, b"ftypheic"): "HEIC, which Pillow does not read; convert it to JPEG",
+    (4, b"ftypheix"): "HEIC, which Pillow does not read; convert it to JPEG",
+    (4, b"ftypmif1"): "HEIC, which Pillow does not read; convert it to JPEG",
+    (4, b"ftypmsf1"): "HEIC, which Pillow does not read; convert it to JPEG",
+    (0, b"\xff\x0a"): "JPEG XL, which Pillow does not read; convert it to PNG",
+    (0, b"\0\0\0\x0cJXL "): "JPEG XL, which Pillow does not read; convert it to PNG",
+    (0, b"PAR1"): "a Parquet table; export its images to files",
+    (128, b"DICM"): "DICOM; convert it to 16-bit PNG, TIFF or .npy",
+    (344, b"n+1\0"): "NIfTI; convert its slices to TIFF or .npy",
+}
 one_large_image = threading.Lock()
 
-# What readers say of a broken file stands in the reason for leaving it out.
-for reader in ("PIL", "tifffile"):
-    logging.getLogger(reader).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module=reader)
-
-
-class BadImageError(ValueError):
-    """A file that is no image, or is of no use to the run: the message is the reason."""
-
-
-class Pixels(NamedTuple):
-    """An array in a file, not yet read."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
+# The exceptions of these libraries become the reasons of bad files; their warnings are noise.
+for library in ("PIL", "tifffile"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=library)
 
 
 class Header(NamedTuple):
-    """What a file says of its image before it is decoded."""
+    """Size and mode of an image as it is stored.
+
+    width, height: 0 where the file does not say which axis is which.
+    mode: Pillow's mode, as "RGB" or "CMYK"; or type and channels of an array, as "uint16 x 13", or
+        "uint16 x 3 + alpha", or "uint16 array" where the file does not say which axis is which.
+    """
 
     width: int
     height: int
-    mode: str  # Pillow's, as "RGB" or "CMYK", or type and channels, as "uint16 x 13"
+    mode: str
 
 
-def header(file: BinaryIO) -> Header:
-    """Size and mode of the image in an open file, as it is stored. Raises BadImageError."""
+def header(file: BinaryIO, channels: int = 0) -> Header:
+    """Returns size and mode of the image in an open file. Raises BadImageError.
+
+    channels: data.channels, which decides the axes of an array whose file does not name them.
+    """
     with reasons():
         image = opened(file)
         if isinstance(image, Image.Image):
-            return Header(*image.size, image.mode)
-        height, width, channels = axes_last(np.empty(image.shape, np.void)).shape
-        return Header(width, height, f"{known(image.dtype)} x {channels}")
+            return Header(*image.size, mode_of(image))
+        dtype = decoded_type(image.dtype)
+        if not channels and not image.axes and len(image.shape) == 3:
+            return Header(0, 0, f"{dtype} array")
+        axes = named_axes(image.shape, image.axes, channels)
+        length = dict(zip(axes, image.shape, strict=True))
+        count = length.get("C", 1) - image.alpha
+        mode = f"{dtype} x {count}" + (" + alpha" if image.alpha else "")
+        return Header(length["X"], length["Y"], mode)
 
 
 def decode(encoded: bytes, channels: int, dtype: str = "uint8") -> Image.Image | np.ndarray:
-    """The image in a file, upright, with so many channels of a type.
+    """Decodes the image in a file, upright, with the given channels and type.
 
-    8 bits and 1, 3 or 4 channels are a Pillow image in mode L, RGB or RGBA, whatever mode the file
-    has; what is transparent is laid on white, unless there are 4 channels. All else is an array
-    (H, W, c) of that type. Integers keep their share of the type's range.
-    Raises BadImageError where that cannot be.
+    With 8 bits and 1, 3 or 4 channels, the result is a Pillow image in mode L, RGB or RGBA, where
+    RGBA may hold any four channels. All others are arrays (h, w, c). Integers keep their share of
+    the type's range. Grey images can be used with 3 channels and images in colour with 1.
+
+    Raises BadImageError if the file cannot be read or has other channels or another type.
     """
     with reasons():
         image = opened(io.BytesIO(encoded))
         if isinstance(image, Pixels):
-            array = axes_last(image.read())
-        else:
-            large = image.width * image.height > LARGE
-            with one_large_image if large else contextlib.nullcontext():
-                image = upright(image)
-                if type_of(image.mode) == "uint8" and channels in MODES:
-                    image = in_mode(image, channels)
-                    image = image.reduce(2) if image.width * image.height > LARGE else image
-                    if dtype == "uint8":
-                        return image
-                image = image.convert("RGB") if image.mode == "P" else image
-                array = axes_last(np.array(image))
-        array = in_type(array, dtype)
-        count = array.shape[2]
-        if dtype == "uint8" and count in MODES and channels in MODES:
-            return in_mode(Image.fromarray(array[..., 0] if count == 1 else array), channels)
-        if count == 1 and channels == 3:
-            return array.repeat(3, axis=2)
-        if count != channels:
-            raise BadImageError(f"it has {count} channels, data.channels is {channels}")
-        return array
+            array = in_type(image.load(channels), dtype)
+            return in_channels(array, channels, rgb=image.rgb, alpha=image.alpha)
+        large = image.width * image.height > LARGE
+        with one_large_image if large else contextlib.nullcontext():
+            image = upright(image)
+            if type_of(mode_of(image)) != "uint8":
+                return in_channels(in_type(to_array(image), dtype), channels)
+            if channels not in MODES:
+                count = len(image.getbands())
+                raise BadImageError(f"it has {count} channels, data.channels is {channels}")
+            image = halved(image, channels) if large else in_mode(image, channels)
+            if dtype == "uint8":
+                return image
+            array = np.asarray(image).reshape(image.height, image.width, channels)
+            return in_type(array, dtype)
 
 
 @contextlib.contextmanager
-def reasons():
-    """Makes a BadImageError of whatever a reader meets in a broken file."""
+def reasons() -> Iterator[None]:
+    """Turns any exception of a reader into a BadImageError."""
     try:
         yield
     except BadImageError:
@@ -107,122 +129,127 @@ def reasons():
 
 
 def opened(file: BinaryIO) -> Image.Image | Pixels:
-    """The image in a file; its pixels are not yet read."""
-    start = file.read(12)
+    """Opens the image in a file without reading its pixels."""
+    start = file.read(352)
     file.seek(0)
     if not start:
         raise BadImageError("the file is empty")
     if start[:6] == b"\x93NUMPY":
-        return npy(file)
-    is_tiff = start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+        return open_npy(file)
+    if start[:4] in STARTS:
+        return open_tiff(file)
     try:
-        image = Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        if is_tiff:
-            return tiff(file)
-        if start[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"):
-            raise BadImageError("HEIC, which Pillow does not read: make it a JPEG") from None
-        raise BadImageError("no image that can be read") from None
-    if image.format == "TIFF":
-        bits = max(image.tag_v2.get(258, (1,)))
-        one_channel = image.mode in ("F", "I") or image.mode.startswith("I;16")
-        if (bits > 8 and not one_channel) or (image.n_frames > 1 and len(image.getbands()) == 1):
-            return tiff(file)
-    return image
+        for (offset, signature), reason in OTHER_FORMATS.items():
+            if start[offset:].startswith(signature):
+                raise BadImageError(reason) from None
+        raise BadImageError("not an image of a known format") from None
 
 
-def npy(file: BinaryIO) -> Pixels:
+def open_npy(file: BinaryIO) -> Pixels:
+    """Opens a NumPy file without reading its values."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0
     read = read if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
+    if math.prod(shape) > VALUES:
+        raise BadImageError(f"its shape, {shape}, is too large")
     file.seek(0)
-    return Pixels(shape, dtype, lambda: np.load(file, allow_pickle=False))
+    axes = "YX" if len(shape) == 2 and all(shape) else ""
+    return Pixels(shape, dtype, axes, lambda: np.load(file, allow_pickle=False))
 
 
-def tiff(file: BinaryIO) -> Pixels:
-    """The first series of a TIFF; several grey pages are channels, of others the first counts."""
-    try:
-        import tifffile
-    except ImportError:
-        raise BadImageError("this kind of TIFF takes tifffile: pip install -e '.[tiff]'") from None
-    file.seek(0)
-    first = tifffile.TiffFile(file).series[0]
-    if first.size > 4 * LARGE:
-        raise BadImageError(f"its shape, {first.shape}, is too large")
-    if len(first.shape) > 3:
-        page = first.pages[0]
-        return Pixels(page.shape, page.dtype, page.asarray)
-    return Pixels(first.shape, first.dtype, first.asarray)
-
-
-def axes_last(array: np.ndarray) -> np.ndarray:
-    """(H, W), (H, W, c) or (c, H, W) -> (H, W, c): there are fewer channels than rows."""
-    if array.ndim == 2:
-        return array[..., None]
-    if array.ndim != 3 or not array.size:
-        raise BadImageError(f"its shape, {array.shape}, is not (height, width, channels)")
-    return array if array.shape[2] <= array.shape[0] else array.transpose(1, 2, 0)
-
-
-def known(dtype: np.dtype) -> str:
-    """The type that an array of this type becomes."""
-    if dtype.kind not in "buif":
-        raise BadImageError(f"its values are {dtype}, not numbers")
-    if dtype.name in DTYPES:
-        return dtype.name
-    return "uint8" if dtype.kind == "b" else "float32"
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image read, and turned as its camera was held."""
-    if image.width * image.height > LARGE:
-        image.draft(None, (image.width // 2, image.height // 2))  # JPEG can do that as it reads
-    image.load()
-    with contextlib.suppress(Exception):  # EXIF may be any rubbish
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
+def mode_of(image: Image.Image) -> str:
+    """Returns the mode of an image. Pillow's I of PNG and PGM holds 16 bits, that of TIFF more."""
+    return "I;16" if image.mode == "I" and image.format in ("PNG", "PPM") else image.mode
 
 
 def type_of(mode: str) -> str:
-    """The type of pixels of a header's mode."""
-    if " x " in mode:
-        return mode.split(" x ")[0]
+    """Returns the type of pixels of a header's mode."""
+    if " " in mode:
+        return mode.split()[0]
     return {"I;16": "uint16", "I": "float32", "F": "float32"}.get(mode[:4], "uint8")
 
 
 def channels_of(mode: str) -> int:
-    """How many channels a header's mode has."""
-    return int(mode.split(" x ")[1]) if " x " in mode else Image.getmodebands(mode)
+    """Returns the number of channels of a header's mode, without alpha of arrays."""
+    return int(mode.split()[2]) if " x " in mode else Image.getmodebands(mode)
 
 
 def suits(mode: str, channels: int) -> bool:
-    """Whether images of a header's mode can have so many channels."""
-    count = channels_of(mode)
-    eight_bits = type_of(mode) == "uint8" and channels in MODES
-    pillows = " x " not in mode or count in MODES
-    return count == channels or (count == 1 and channels == 3) or (eight_bits and pillows)
+    """Returns whether images of a header's mode may be decoded with so many channels."""
+    if mode.endswith(" array"):
+        return True
+    if " x " in mode or type_of(mode) != "uint8":
+        count = channels_of(mode)
+        with_alpha = "alpha" in mode and channels == count + 1
+        return channels == count or with_alpha or {count, channels} == {1, 3}
+    return channels in (1, 3) or (channels == 4 and mode in ("RGBA", "LA", "PA", "P"))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Reads an image and turns it as its EXIF orientation says."""
+    if image.width * image.height > LARGE:
+        image.draft(None, (image.width // 2, image.height // 2))  # JPEG halves while it reads
+    image.load()
+    with contextlib.suppress(Exception):  # EXIF data may be invalid
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Returns a read image of one channel with more than 8 bits as an array (h, w, 1)."""
+    array = np.array(image)
+    if type_of(mode_of(image)) == "uint16":
+        array = array.astype(np.uint16)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            array[array == transparent] = 65535  # white
+    return array[..., None]
 
 
 def in_mode(image: Image.Image, channels: int) -> Image.Image:
-    """An 8-bit image in the mode of 1, 3 or 4 channels."""
+    """Converts an 8-bit image to the mode of 1, 3 or 4 channels; 4 need an alpha channel."""
+    if channels == 4 and not image.has_transparency_data:
+        count = len(image.getbands()) if image.mode != "P" else 3
+        raise BadImageError(f"it has {count} channels and no alpha, data.channels is 4")
     if channels != 4 and image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = MODES[channels]
-    return image if image.mode == mode else image.convert(mode)  # which copies all the same
+    return image if image.mode == mode else image.convert(mode)  # convert always copies
 
 
-def in_type(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Pixels of any type in one of DTYPES."""
-    have = known(array.dtype)
-    array = array * np.uint8(255) if array.dtype.kind == "b" else array.astype(have, copy=False)
-    if have == "float32" and not np.isfinite(array).all():
-        raise BadImageError("it has values that are no numbers (NaN or infinite)")
-    if have == dtype:
-        return array
-    if "float32" in (have, dtype):
-        raise BadImageError(f"its values are {have} in a set of {dtype}")
-    if dtype == "uint8":
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return array.astype(np.uint16) * 257
+def halved(image: Image.Image, channels: int) -> Image.Image:
+    """Does the same as `in_mode` for a large image, at half its size if it is still large."""
+    width, height = image.size
+    if width * height <= LARGE:
+        return in_mode(image, channels)
+    result = Image.new(MODES[channels], (-(-width // 2), -(-height // 2)))
+    rows = max(2, STRIP // width // 2 * 2)
+    for top in range(0, height, rows):
+        strip = in_mode(image.crop((0, top, width, min(top + rows, height))), channels)
+        bands = [band.reduce(2) for band in strip.split()]  # each on its own, unlike RGBA
+        result.paste(Image.merge(MODES[channels], bands), (0, top // 2))
+    return result
+
+
+def in_channels(
+    array: np.ndarray, channels: int, *, rgb: bool = False, alpha: bool = False
+) -> Image.Image | np.ndarray:
+    """Converts an array (h, w, c) to so many channels; of 8 bits to a Pillow image where possible.
+
+    rgb, alpha: as of Pixels.
+    """
+    if alpha and array.shape[2] != channels:
+        array = on_white(array)
+    count = array.shape[2]
+    if count == 1 and channels == 3:
+        array = array.repeat(3, axis=2)
+    elif rgb and array.dtype == np.uint8 and channels == 1:
+        return Image.fromarray(np.ascontiguousarray(array)).convert("L")
+    elif count != channels:
+        raise BadImageError(f"it has {count} channels, data.channels is {channels}")
+    if array.dtype == np.uint8 and channels in MODES:
+        return Image.fromarray(np.ascontiguousarray(array[..., 0] if channels == 1 else array))
+    return array

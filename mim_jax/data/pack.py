@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from mim_jax import UserError
-from mim_jax.data.decode import BadImageError
+from mim_jax.data.decode import BadImageError, type_of
 from mim_jax.data.folder import Examples, Folder
 from mim_jax.data.manifest import in_threads
 from mim_jax.data.records import shard_path, write_info, write_shard
@@ -58,7 +58,7 @@ def pack(
     )
     claim(to, plan)
     name = set_name(to)
-    is_image = " x " not in folder.mode and not folder.mode.startswith(("I", "F"))
+    is_image = " " not in folder.mode and type_of(folder.mode) == "uint8"
     features = features_of(is_image, folder.label_names)
 
     def write(shard: tuple[str, int]) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mim_jax import UserError
+from mim_jax.data.decode import MODES
 from mim_jax.data.folder import Folder
 
 BUILTIN = {"emoji": Path(__file__).parent / "builtin" / "emoji" / "1.0.0"}
@@ -114,8 +115,9 @@ def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
 
 
 def mode_of(image: tfds.features.Image) -> str:
-    """The type and the channels of a feature, as decode.header says them."""
-    return f"{np.dtype(image.np_dtype)} x {image.shape[-1] or 3}"
+    """Returns the mode of a feature's images, as in decode.Header."""
+    dtype, channels = np.dtype(image.np_dtype), image.shape[-1] or 3
+    return MODES[channels] if dtype == "uint8" and channels in MODES else f"{dtype} x {channels}"
 
 
 def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:

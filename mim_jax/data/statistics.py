@@ -9,6 +9,8 @@ floats are used as they are. Every image has the same weight, whatever its size.
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -16,8 +18,9 @@ from tqdm import tqdm
 from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, decode, type_of
 from mim_jax.data.manifest import in_threads
-from mim_jax.data.sources import open_sources
+from mim_jax.data.sources import Source, open_sources
 
+FACTOR = 10  # between normalized values and unit variance, at most
 PIXELS = 2**18  # used of an image; of a larger one, every second, third, ... pixel is used
 
 
@@ -46,6 +49,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class Values(NamedTuple):
+    """What the pixels of some images are, per channel (c,), in the unit of objective.mean."""
+
+    dtype: str  # as stored
+    images: int
+    low: np.ndarray
+    high: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    bad: list[tuple[int, str]]  # examples that cannot be decoded, and why
+
+    def __str__(self) -> str:
+        unit = np.iinfo(self.dtype).max if self.dtype != "float32" else 1
+        low, high = float(self.low.min() * unit), float(self.high.max() * unit)
+        return f"{self.dtype} values from {low:,.6g} to {high:,.6g} in {self.images:,} images"
+
+
 def statistics(
     name: str, *, channels: int = 3, split: str = "train", data_dir: str = "", limit: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -56,34 +76,73 @@ def statistics(
     Raises UserError if none of the images can be used.
     """
     (source,) = open_sources(name, (split,), data_dir=data_dir)
+    values = observe(source, channels, limit)
+    if values.bad:
+        total = values.images + len(values.bad)
+        print(f"{len(values.bad):,} of {total:,} images cannot be used", file=sys.stderr)
+    print(values, file=sys.stderr)
+    return values.mean, values.std
+
+
+def observe(source: Source, channels: int, limit: int = 0) -> Values:
+    """Decodes images of a source and summarizes their pixels.
+
+    limit: number of images, drawn at random; 0 for all.
+
+    Raises UserError if none of the images can be used.
+    """
     dtype, count = type_of(source.mode), len(source.examples)
     drawn = np.random.default_rng(0).permutation(count)[: limit or count]
+    unit = 1 if dtype == "float32" else np.iinfo(dtype).max
 
-    def moments(i: int) -> np.ndarray | str:
-        """Returns the means of the pixels and of their squares (2, c), or why there are none."""
+    def summarize(i: int) -> np.ndarray | str:
+        """Returns lowest, highest, mean and mean square (4, c), or why there are none."""
         try:
             image = np.asarray(decode(source.examples[i]["image"], channels, dtype))
         except BadImageError as error:
             return str(error)
         stride = int(np.ceil((image.shape[0] * image.shape[1] / PIXELS) ** 0.5))
-        pixels = image[::stride, ::stride].reshape(-1, channels).astype(np.float64)
-        if dtype != "float32":
-            pixels /= np.iinfo(dtype).max
-        return np.stack([pixels.mean(0), (pixels**2).mean(0)])
+        pixels = image[::stride, ::stride].reshape(-1, channels).astype(np.float64) / unit
+        return np.stack([pixels.min(0), pixels.max(0), pixels.mean(0), (pixels**2).mean(0)])
 
-    computed = list(
-        tqdm(in_threads(moments, drawn, at_once=8), total=len(drawn), unit=" images", delay=3)
-    )
-    good = [pair for pair in computed if not isinstance(pair, str)]
+    good, bad = [], []
+    summaries = in_threads(summarize, drawn, at_once=8)
+    for i, summary in zip(drawn, tqdm(summaries, "reading values", count, delay=3), strict=True):
+        if isinstance(summary, str):
+            bad.append((int(i), summary))
+        else:
+            good.append(summary)
     if not good:
-        raise UserError(f"none of {len(drawn):,} images can be used; the first: {computed[0]}.")
-    if len(good) < len(computed):
-        print(
-            f"{len(computed) - len(good):,} of {len(computed):,} images cannot be used",
-            file=sys.stderr,
-        )
-    mean, squares = np.mean(good, axis=0)
-    return mean, np.sqrt(np.maximum(squares - mean**2, 0))
+        raise UserError(f"none of {len(drawn):,} images can be used; the first: {bad[0][1]}.")
+    low, high, mean, squares = np.moveaxis(good, 1, 0)  # (images, c) each
+    std = np.sqrt(np.maximum(squares.mean(0) - mean.mean(0) ** 2, 0))
+    return Values(dtype, len(good), low.min(0), high.max(0), mean.mean(0), std, bad)
+
+
+def range_problem(values: Values, mean: Sequence[float], std: Sequence[float]) -> str:
+    """Returns why images normalized by mean and std are out of proportion; "" if they are not.
+
+    Training expects normalized values of about zero mean and unit variance. Refused are images that
+    are more than FACTOR times wider or farther from 0 than that in some channel, as floats in 0 to
+    255 are, and images that are FACTOR times narrower in all, as 12 bits stored in 16 are.
+
+    mean, std: objective.mean and objective.std, one value per channel or one for all.
+    """
+    width = values.std / np.asarray(std, np.float64)
+    offset = np.abs(values.mean - np.asarray(mean, np.float64)) / np.asarray(std, np.float64)
+    narrow = 0 < width.max() < 1 / FACTOR  # constant images have no range to judge
+    if width.max() <= FACTOR and offset.max() <= FACTOR and not narrow:
+        return ""
+    return (
+        f"objective.mean = {tuple(mean)} and objective.std = {tuple(std)} do not describe the "
+        f"images, which have {values}, mean {shown(values.mean)} and std {shown(values.std)} in "
+        "that unit: set both as python -m mim_jax.data.statistics computes them."
+    )
+
+
+def shown(values: np.ndarray) -> str:
+    """Formats a few numbers for a message."""
+    return ", ".join(f"{x:.4g}" for x in values[:4]) + (", ..." if len(values) > 4 else "")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,13 @@ def resize(
     """Resizes an image with antialiasing -> array (H, W, c) of the image's own type."""
     shape, kind = (size[1], size[0]), INTERPOLATIONS[interpolation]
     if isinstance(image, Image.Image):
-        simd = resizer == "simd" and image.mode in ("L", "RGB")
-        image = resize_simd(image, size, interpolation) if simd else image.resize(shape, kind)
+        if resizer == "simd" and image.mode in ("L", "RGB"):
+            image = resize_simd(image, size, interpolation)
+        elif image.mode == "RGBA":  # Pillow would multiply the other channels by the fourth
+            bands = [band.resize(shape, kind) for band in image.split()]
+            image = Image.merge("RGBA", bands)
+        else:
+            image = image.resize(shape, kind)
         array = np.asarray(image)
         return array[..., None] if array.ndim == 2 else array
     pixels = image if image.dtype == np.uint8 else image.astype(np.float32)  # PIL resizes these

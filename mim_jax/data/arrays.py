@@ -1,0 +1,117 @@
+"""Arrays of pixels as files store them: which axis holds the channels, which type, which alpha.
+
+Axes: h height, w width, c channels.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+DTYPES = ("uint8", "uint16", "float32")  # types of decoded pixels; all others become one of these
+BLOCK = 2**22  # values that are converted at once, to bound memory
+
+
+class BadImageError(ValueError):
+    """A file that is not an image or that the run cannot use; the message is the reason."""
+
+
+class Pixels(NamedTuple):
+    """An array in a file, not yet read.
+
+    axes: "YX", "YXC" or "CYX" in the order of `shape`, or "" where the file does not say which of
+        three axes holds the channels.
+    finish: applied to the array (h, w, c) that `read` gave.
+    rgb: whether the channels are red, green and blue (and alpha), as the file says.
+    alpha: whether the last channel is opacity, as the file says.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axes: str
+    read: Callable[[], np.ndarray]
+    finish: Callable[[np.ndarray], np.ndarray] = lambda array: array  # (h, w, c) -> (h, w, c)
+    rgb: bool = False
+    alpha: bool = False
+
+    def load(self, channels: int) -> np.ndarray:
+        """Reads the array (h, w, c). `channels` decides where the file does not name its axes."""
+        axes = named_axes(self.shape, self.axes, channels)
+        array = self.read()
+        if axes == "YX":
+            return self.finish(array[..., None])
+        return self.finish(array.transpose([axes.index(axis) for axis in "YXC"]))
+
+
+def named_axes(shape: tuple[int, ...], axes: str, channels: int) -> str:
+    """Returns the axes of an array: those of its file, else by the one axis of length `channels`.
+
+    A grey image may also be used with 3 channels. Raises BadImageError if the axes are ambiguous.
+    """
+    if axes:
+        return axes
+    if 0 in shape or len(shape) not in (2, 3):
+        raise BadImageError(f"its shape, {shape}, is not (height, width, channels)")
+    if len(shape) == 2:
+        return "YX"
+    counts = (channels, 1) if channels == 3 else (channels,)
+    for count in counts:
+        fitting = [axis for axis, length in enumerate(shape) if length == count]
+        if len(fitting) == 1:
+            return ("CYX", "YCX", "YXC")[fitting[0]]
+        if fitting:
+            raise BadImageError(
+                f"its shape, {shape}, has several axes of length data.channels = {channels}, and "
+                "the file does not say which one holds the channels"
+            )
+    raise BadImageError(f"its shape, {shape}, has no axis of length data.channels = {channels}")
+
+
+def decoded_type(dtype: np.dtype) -> str:
+    """Returns which of DTYPES an array of this type becomes."""
+    if dtype.kind not in "buif":
+        raise BadImageError(f"its values are {dtype}, not numbers")
+    if dtype.name in DTYPES:
+        return dtype.name
+    return "uint8" if dtype.kind == "b" else "float32"
+
+
+def in_type(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Converts pixels of any type to one of DTYPES.
+
+    Integers keep their share of the type's range. Raises BadImageError for values that are not
+    finite and for floats in a set of integers, whose range is unknown, and the reverse.
+    """
+    stored = decoded_type(array.dtype)
+    array = array * np.uint8(255) if array.dtype.kind == "b" else array.astype(stored, copy=False)
+    if stored == "float32" and not np.isfinite(array).all():
+        raise BadImageError("some of its values are NaN or infinite")
+    if stored == dtype:
+        return array
+    if "float32" in (stored, dtype):
+        raise BadImageError(f"its values are {stored} in a set of {dtype}")
+    converted = np.empty(array.shape, dtype)
+    for block in blocks(array.shape):
+        if dtype == "uint8":
+            converted[block] = (array[block].astype(np.uint32) + 128) // 257
+        else:
+            converted[block] = array[block].astype(np.uint16) * 257
+    return converted
+
+
+def on_white(array: np.ndarray) -> np.ndarray:
+    """Composites integer pixels (h, w, c + 1), the last channel alpha, on white -> (h, w, c)."""
+    if array.dtype.kind != "u":
+        raise BadImageError(f"it has an alpha channel of {array.dtype} values")
+    white = float(np.iinfo(array.dtype).max)
+    result = np.empty((*array.shape[:2], array.shape[2] - 1), array.dtype)
+    for block in blocks(array.shape):
+        opacity = array[block][..., -1:] / white
+        result[block] = np.rint(white + (array[block][..., :-1] - white) * opacity)
+    return result
+
+
+def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yields slices of rows that cover an array, of at most about BLOCK values each."""
+    rows = max(1, BLOCK // max(1, int(np.prod(shape[1:], dtype=np.int64))))
+    return (slice(first, first + rows) for first in range(0, shape[0], rows))

@@ -1,0 +1,53 @@
+"""Checks of a data set before a run: its channels and its size."""
+
+import io
+
+from mim_jax import UserError
+from mim_jax.data.decode import BadImageError, channels_of, header, suits
+from mim_jax.data.sources import Source
+
+FIRST = 3  # examples that are tried where a set's mode does not tell its channels
+
+
+def require_channels(name: str, source: Source, channels: int) -> None:
+    """Raises UserError if the images of a source do not have so many channels.
+
+    name: data.name, for the message.
+    """
+    if not suits(source.mode, channels):
+        count = channels_of(source.mode)
+        raise UserError(
+            f"data.channels = {channels}, but the images of {name} have {count} ({source.mode}): "
+            f"set --config.data.channels={count}."
+        )
+    if not source.mode.endswith(" array"):
+        return
+    for i in range(min(FIRST, len(source.examples))):
+        try:
+            header(io.BytesIO(source.examples[i]["image"]), channels)
+        except BadImageError as error:
+            problem = f"{source.name_of(i)}: {error}"
+        else:
+            return
+    raise UserError(f"data.channels = {channels} does not fit the images of {name}; {problem}.")
+
+
+def size_warnings(examples: int, evaluation_examples: int, batch_size: int) -> list[str]:
+    """Returns what is unusual about the sizes of a data set, one sentence each.
+
+    examples, evaluation_examples: of the training split and of the evaluation split.
+    """
+    warnings = []
+    if batch_size > examples:
+        warnings.append(
+            f"a batch of {batch_size:,} is larger than the training split, {examples:,} images: "
+            "every batch holds some images several times, differently augmented"
+        )
+    if evaluation_examples == 1:
+        warnings.append(
+            "the evaluation split has one image, so its metrics mean little: "
+            "set --config.data.evaluation_split"
+        )
+    elif evaluation_examples < 10:
+        warnings.append(f"the evaluation split has only {evaluation_examples} images")
+    return warnings

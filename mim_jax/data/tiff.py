@@ -1,0 +1,223 @@
+"""Reads TIFF files by their tags, so that Pillow and tifffile give the same pixels.
+
+Axes: h height, w width, c channels.
+
+Pillow reads 8-bit files whose tags it interprets fully: grey, palette, RGB, CMYK, JPEG-compressed
+YCbCr, and alpha that is declared as such. tifffile reads all others (more bits, other numbers of
+channels, several grey pages). Whatever neither reads with a defined meaning is refused.
+
+The image is the first page that is not marked as a reduced version or a mask. Further grey pages of
+the same kind are channels; of pages in colour only the first counts. A sample beyond grey or RGB is
+alpha only if the ExtraSamples tag says so, otherwise it is a channel.
+"""
+
+import math
+from collections.abc import Callable
+from typing import BinaryIO
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from mim_jax.data.arrays import BadImageError, Pixels
+
+STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PAGES = 1024  # of a file with more, nothing is read
+VALUES = 2**28  # in the largest array that is read
+
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR = 0, 1, 2, 3, 5, 6  # photometrics
+JPEGS = (6, 7)  # compressions
+NO_ALPHA, PREMULTIPLIED, STRAIGHT = 0, 1, 2  # in ExtraSamples
+REDUCED, MASK = 1, 4  # bits of NewSubfileType
+ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x),
+}
+
+
+def open_tiff(file: BinaryIO) -> Image.Image | Pixels:
+    """Opens the image of a TIFF without reading its pixels. Raises BadImageError."""
+    file.seek(0)
+    start = file.read(10)
+    if start[8:10] == b"CR":
+        raise BadImageError("a camera's raw file (CR2); convert it to TIFF or JPEG")
+    file.seek(0)
+    tiff = tifffile.TiffFile(file, _multifile=False)  # reads no other files
+    pages = full_pages(tiff)
+    page, shape, axes = pages[0], pages[0].shape, pages[0].axes
+    read = page_reader(file, page)
+    grey = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and page.samplesperpixel == 1
+    if grey and (stack := stacked(tiff, pages)):
+        shape, axes, read = stack
+    elif pillow_reads(page):
+        return pillow_image(file, page)
+    if page.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) or page.dtype is None:
+        raise BadImageError(f"{describe(page)}; convert it to RGB or grey")
+    if math.prod(shape) > VALUES:
+        raise BadImageError(f"its shape, {shape}, is too large")
+    shape, axes = squeezed(shape, axes)
+    return Pixels(
+        shape,
+        page.dtype,
+        axes,
+        lambda: read().reshape(shape),
+        finish=lambda array: interpret(page, array),
+        rgb=page.photometric == RGB,
+        alpha=alpha_of(page) != NO_ALPHA,
+    )
+
+
+def pillow_image(file: BinaryIO, page: tifffile.TiffPage) -> Image.Image:
+    """Opens a page with Pillow."""
+    file.seek(0)
+    image = Image.open(file, formats=["TIFF"])
+    image.seek(page.index)
+    return image
+
+
+def page_reader(file: BinaryIO, page: tifffile.TiffPage) -> Callable[[], np.ndarray]:
+    """Returns a function that reads a page as tifffile does.
+
+    Without imagecodecs, Pillow decompresses pages of one channel; others need that package.
+    """
+
+    def read() -> np.ndarray:
+        try:
+            return page.asarray()
+        except (ValueError, NotImplementedError) as error:
+            if "imagecodecs" not in str(error):
+                raise
+            one = page.samplesperpixel == 1 and page.tags.valueof(274, 1) == 1
+            kind = page.sampleformat, page.bitspersample
+            if one and kind in ((1, 12), (1, 16), (2, 16), (3, 32)):
+                return np.array(pillow_image(file, page)).astype(page.dtype)
+            raise BadImageError(f"{error}: pip install -e '.[tiff]'") from error
+
+    return read
+
+
+def full_pages(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
+    """Returns the pages of a TIFF that are no thumbnails, overviews or masks.
+
+    Raises BadImageError if there are none, or more than PAGES pages.
+    """
+    try:
+        tiff.pages[PAGES]
+    except IndexError:
+        pass
+    else:
+        raise BadImageError(f"it has more than {PAGES:,} pages")
+    pages = [page.aspage() for page in tiff.pages]
+    full = [page for page in pages if not page.subfiletype & (REDUCED | MASK)]
+    if not full:
+        raise BadImageError("it holds no full image, only a thumbnail (a camera's raw file?)")
+    return full
+
+
+def stacked(
+    tiff: tifffile.TiffFile, pages: list[tifffile.TiffPage]
+) -> tuple[tuple[int, ...], str, Callable[[], np.ndarray]] | None:
+    """Returns shape, axes and reader of several grey images like the first page; None if it is one.
+
+    They are pages, or lie in one page as ImageJ and tifffile write them.
+    """
+    first = pages[0]
+    if tiff.is_ome or tiff.is_imagej or tiff.is_shaped:  # their metadata name the axes
+        for series in tiff.series:
+            if series.keyframe.index == first.index:
+                if any(page is not None and page.parent is not tiff for page in series.pages):
+                    raise BadImageError("its channels are in several files")
+                size = math.prod(first.shape)
+                several = math.prod(series.shape) > size
+                return (series.shape, series.axes, series.asarray) if several else None
+    kind = ("shape", "dtype", "photometric", "samplesperpixel")
+    pages = [p for p in pages if all(getattr(p, key) == getattr(first, key) for key in kind)]
+    if len(pages) == 1:
+        return None
+    shape = (len(pages), *first.shape)
+    return shape, f"I{first.axes}", lambda: np.stack([page.asarray() for page in pages])
+
+
+def squeezed(shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], str]:
+    """Returns shape and axes ("YX", "YXC", "CYX", or "" for unknown) without axes of length 1.
+
+    axes: tifffile's, where Q is an axis that nothing is known of.
+    """
+    kept = [(n, axis) for n, axis in zip(shape, axes, strict=True) if n > 1 or axis in "YX"]
+    shape, names = tuple(n for n, _ in kept), "".join(axis for _, axis in kept)
+    if len(shape) > 3 or not {"Y", "X"} <= set(names):
+        raise BadImageError(f"its axes are {names}, of lengths {shape}, not one image's")
+    unknown = len(shape) == 3 and "Q" in names
+    return shape, "" if unknown else "".join(a if a in "YX" else "C" for a in names)
+
+
+def pillow_reads(page: tifffile.TiffPage) -> bool:
+    """Returns whether Pillow gives the pixels that the tags of a page define."""
+    kind, samples, extra = page.photometric, page.samplesperpixel, tuple(page.extrasamples)
+    bits, signed = page.bitspersample, page.sampleformat != 1
+    if signed or bits not in (1, 2, 4, 8) or (bits < 8 and samples > 1):
+        return False
+    if kind in (WHITE_IS_ZERO, BLACK_IS_ZERO, PALETTE) and samples == 1:
+        return True
+    if kind == RGB:
+        return samples == 3 or (samples == 4 and extra in ((PREMULTIPLIED,), (STRAIGHT,)))
+    if kind in (BLACK_IS_ZERO, PALETTE) and samples == 2:
+        return extra == (STRAIGHT,)
+    if kind == SEPARATED:
+        ink_set = page.tags.valueof(332, 1)
+        return samples == 4 and ink_set == 1
+    return kind == YCBCR and samples == 3 and page.compression in JPEGS
+
+
+def alpha_of(page: tifffile.TiffPage) -> int:
+    """Returns the kind of alpha that a page in grey or RGB declares."""
+    colours = 3 if page.photometric == RGB else 1
+    extra = tuple(page.extrasamples)
+    is_alpha = page.samplesperpixel == colours + 1 and extra in ((PREMULTIPLIED,), (STRAIGHT,))
+    return int(extra[0]) if is_alpha else NO_ALPHA
+
+
+def interpret(page: tifffile.TiffPage, array: np.ndarray) -> np.ndarray:
+    """Applies the tags of a page that tifffile leaves to the caller to its pixels (h, w, c).
+
+    These are bits per sample, white as zero, premultiplied alpha and orientation.
+    """
+    bits = page.bitspersample
+    unsigned = array.dtype.kind == "u"
+    if unsigned and array.dtype.itemsize <= 2 and bits < 8 * array.dtype.itemsize:
+        top, largest = np.iinfo(array.dtype).max, 2**bits - 1
+        array = ((array.astype(np.uint32) * top + largest // 2) // largest).astype(array.dtype)
+    if page.photometric == WHITE_IS_ZERO:
+        if array.dtype.kind == "b":
+            array = ~array
+        elif unsigned and page.samplesperpixel == 1:
+            array = np.iinfo(array.dtype).max - array
+        else:
+            raise BadImageError(f"{describe(page)}; convert it to black as zero")
+    if alpha_of(page) == PREMULTIPLIED:
+        array = straight(array)
+    orientation = page.tags.valueof(274, 1)
+    return ORIENTATIONS.get(orientation, ORIENTATIONS[1])(array)
+
+
+def straight(array: np.ndarray) -> np.ndarray:
+    """Divides integer colours by their alpha, the last channel."""
+    if array.dtype.kind != "u":
+        raise BadImageError(f"it has a premultiplied alpha channel of {array.dtype} values")
+    white = np.iinfo(array.dtype).max
+    colours, alpha = array[..., :-1].astype(np.float64), array[..., -1:]
+    colours = np.rint(colours * white / np.maximum(alpha, 1)).clip(0, white)
+    return np.concatenate([colours.astype(array.dtype), alpha], axis=-1)
+
+
+def describe(page: tifffile.TiffPage) -> str:
+    """Returns the kind of a page, for messages."""
+    name = getattr(page.photometric, "name", str(page.photometric))
+    samples = f"{page.samplesperpixel} samples of {page.bitspersample} bits"
+    return f"a TIFF of photometric interpretation {name} with {samples}"
