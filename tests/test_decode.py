@@ -11,34 +11,7 @@ from PIL import Image
 from mim_jax.data import tiff
 from mim_jax.data.arrays import BadImageError
 from mim_jax.data.decode import decode, header, suits
-
-
-def pixels(seed=0, height=30, width=40, channels=3, dtype=np.uint8):
-    high = 256 if dtype == np.uint8 else 65536
-    return np.random.default_rng(seed).integers(0, high, (height, width, channels)).astype(dtype)
-
-
-def encoded(image, form="PNG", **settings):
-    file = io.BytesIO()
-    image.save(file, form, **settings)
-    return file.getvalue()
-
-
-def jpeg(seed=0, **size):
-    return encoded(Image.fromarray(pixels(seed, **size)), "JPEG", quality=95)
-
-
-def npy(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-def tif(array, **settings):
-    file = io.BytesIO()
-    tifffile.imwrite(file, array, **settings)
-    return file.getvalue()
-
+from tests.images import encoded, jpeg, npy, pixels, tif
 
 # --- Modes, orientation, size. ---
 

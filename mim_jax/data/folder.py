@@ -1,69 +1,84 @@
-"""Any tree of images, or tar files of them, as a source: its splits and its labels.
+"""A tree of images, or tar files of them, as a source: its splits and its labels.
 
-With a folder `train/` beside `validation/` (or `val/`, `valid/`) or `test/`, these are the splits;
-`test` is `validation` too where there is no other. In any other tree `validation` is a twentieth of
-all, drawn by the names, and `train` the rest. TFDS's way to ask for parts and sums holds here too:
-`train[:1000]`, `train[10%:]`, `train+validation`, `all`; a slice is as drawn, too.
+Folders called train, validation and test are the splits, in any case and in other common spellings
+(see layout.py); `test` stands in for a missing `validation`. In any other tree, `validation` is a
+twentieth of all images, drawn by their names, and `train` the rest. As in TFDS, a split may be a
+slice or a sum: `train[:1000]`, `train[10%:]`, `train+validation`, `all`. The order is random.
 """
 
-import csv
 import hashlib
 import os
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from mim_jax import UserError
-from mim_jax.data.manifest import SPLITS, Manifest, scan
-
-HEADERS = ("path", "file", "filename", "file_name", "image", "name")  # of a CSV's first column
-MANY_LABELS = 100_000  # in numbers, more are dates or keys by mistake
+from mim_jax.data.labels import from_table, label_in, number_labels
+from mim_jax.data.layout import layout
+from mim_jax.data.manifest import Manifest, in_threads, printable, scan
 
 
 class Folder:
-    """A scanned folder: `splits` {name: rows of the manifest}, and the labels of all rows.
+    """A scanned folder: its images, their splits and labels.
 
-    labels: "folder", which is the first one below the split's that an image lies in, or the path of
-        a CSV file, a line an image: its path from the root, its label; or "" for none.
+    labels: where labels come from.
+        "": there are none.
+        "folder": the first folder below the split's.
+        "cls": a file .cls beside each image, as in WebDataset.
+        "json:KEY": the value of KEY in a file .json beside each image.
+        any other: the path of a CSV file with one line per image, its path and its label.
+
+    Attributes: `names` of the images; `splits` {name: rows of the manifest}; `labels` (images,) and
+    `label_names`; `unread`, names and reasons of files that are not used.
     """
 
     def __init__(self, root: str, labels: str = ""):
         self.manifest = scan(root)
-        self.root = self.manifest.root
+        self.root, given = self.manifest.root, os.path.abspath(os.path.expanduser(root))
         self.names = os.fsdecode(self.manifest.names).split("\0")[:-1]
+        self.unread = list(self.manifest.unread)
         if not self.names:
-            why, files = "it is empty", self.manifest.unread
-            if files:
-                most = Counter(reason for _, reason in files).most_common(1)[0][0]
-                why = f"of {len(files):,} files most are not because: {most}"
+            why = "it is empty"
+            if self.unread:
+                most = Counter(reason for _, reason in self.unread).most_common(1)[0][0]
+                why = f"for most of its {len(self.unread):,} files, the reason is: {most}"
             raise UserError(f"{self.root} holds no image that can be read: {why}.")
-        tops = {name[: name.find("/")] for name in self.names if "/" in name}
-        self.split = "train" in tops and (len(tops) == 1 or len(tops & set(SPLITS)) > 1)
-        self.splits = self.by_folder() if self.split else {}
-        if "validation" not in self.splits:
-            ours = self.splits.get("train", np.arange(len(self.names)))
-            test = self.splits.get("test")
-            held_out = max(1, len(ours) // 20) if len(ours) > 1 else 0
-            self.splits["validation"] = ours[:held_out] if test is None else test
-            self.splits["train"] = ours[held_out:] if test is None else ours
+        folders: dict[str, int] = {}
+        self.folder_of = [
+            folders.setdefault(name.rpartition("/")[0], len(folders)) for name in self.names
+        ]
+        tars = {tar.removesuffix(".tar") for tar in self.manifest.tars}
+        self.layout = layout(list(folders), tars)
+        self.splits = self.all_splits()
         self.how_labelled, self.labels, self.label_names = labels, None, []
         if labels:
-            named = self.named_by_folder() if labels == "folder" else self.named_by_csv(labels)
-            number = {name: number for number, name in enumerate(self.label_names)}
-            self.labels = np.array([number.get(name, -1) for name in named], np.int32)
+            self.set_labels(labels, (self.root, given))
 
-    def by_folder(self) -> dict[str, np.ndarray]:
-        rows = {}
-        for row, name in enumerate(self.names):
-            top, _, below = name.partition("/")
-            if below and top.isidentifier():  # so that TFDS's way to ask for it is clear
-                rows.setdefault(SPLITS.get(top, top), []).append(row)
-        return {split: np.array(rows[split]) for split in sorted(rows)}
+    def all_splits(self) -> dict[str, np.ndarray]:
+        """Returns the splits that folders are, and those that stand in for missing ones."""
+        rows: dict[str, list[int]] = {}
+        for row, folder in enumerate(self.folder_of if self.layout.splits else ()):
+            rows.setdefault(self.layout.splits[folder], []).append(row)
+        for row in rows.pop("", []):
+            self.unread.append((self.names[row], "it lies in none of the folders of splits"))
+        splits = {split: np.array(rows[split]) for split in sorted(rows)}
+        if "validation" in splits:
+            return splits
+        if "test" in splits:
+            splits["validation"] = splits["test"]
+        elif "train" in splits or not splits:
+            train = splits.get("train", np.arange(len(self.names)))
+            held_out = max(1, len(train) // 20) if len(train) > 1 else 0
+            splits["validation"], splits["train"] = train[:held_out], train[held_out:]
+        return splits
 
     def rows(self, split: str) -> np.ndarray:
-        """The rows of a split, or of a slice or sum of splits."""
+        """Returns the rows of a split, or of a slice or a sum of splits.
+
+        Raises UserError if there is no such split or it is empty.
+        """
         infos = (
             tfds.core.SplitInfo(name=name, shard_lengths=[len(rows)], num_bytes=0)
             for name, rows in self.splits.items()
@@ -75,24 +90,24 @@ class Folder:
         except (ValueError, AssertionError, NotImplementedError) as error:
             raise UserError(
                 f"{self.root} has no split {split!r}; it has {', '.join(sorted(self.splits))}, "
-                "all, and slices as 'train[:1000]' or 'train[10%:]'."
+                "all, and slices such as 'train[:1000]' or 'train[10%:]'."
             ) from error
         rows = np.concatenate([self.splits[part.splitname][part.from_ : part.to] for part in parts])
         rows = rows[np.sort(np.unique(rows, return_index=True)[1])]  # each once
         if not len(rows):
             raise UserError(
-                f"split {split!r} of {self.root} is empty: of {len(self.names)} images in all, say "
-                "which, as data.split=all or data.evaluation_split=all."
+                f"split {split!r} of {self.root} is empty: the folder has {len(self.names)} images "
+                "in all; set --config.data.split=all or --config.data.evaluation_split=all."
             )
         return rows
 
     @property
     def mode(self) -> str:
-        """The mode that most images have."""
+        """The mode that most images have, as in decode.Header."""
         return self.manifest.modes[np.bincount(self.manifest.rows["mode"]).argmax()]
 
     def examples(self, split: str) -> "Examples":
-        """The examples of a split. Raises UserError where one should have a label and has none."""
+        """Returns the examples of a split. Raises UserError if some images lack a label."""
         rows = self.rows(split)
         if self.labels is None:
             return Examples(self.manifest, rows, None)
@@ -105,61 +120,70 @@ class Folder:
             )
         return Examples(self.manifest, rows, labels)
 
-    def named_by_folder(self) -> list[str]:
-        """The label's name of every row, "" for none."""
-        level = int(self.split)
-        parts = (name.split("/", level + 1) for name in self.names)
-        named = [part[level] if len(part) > level + 1 else "" for part in parts]
-        known = [named[row] for row in self.splits["train"]] if self.split else named
-        self.label_names = sorted(set(known) - {""})
-        if not self.label_names:
+    def set_labels(self, labels: str, roots: Sequence[str]) -> None:
+        """Reads the labels of all images."""
+        where = f"data.labels = {labels!r}"
+        if labels == "folder":
+            texts = self.labels_by_folder()
+            names = sorted(self.known_labels(texts))
+            numbers = {text: number for number, text in enumerate(names)}
+        else:
+            if labels == "cls" or labels.startswith("json:"):
+                texts = self.labels_by_files(labels)
+            else:
+                texts, missing = from_table(labels, self.names, roots)
+                self.unread += [
+                    (name, f"{labels} names it, but it is no image") for name in missing
+                ]
+            names, numbers = number_labels(where, texts)
+        self.label_names = [printable(name) for name in names]
+        self.labels = np.array([numbers.get(text, -1) for text in texts], np.int32)
+
+    def known_labels(self, texts: Sequence[str]) -> set[str]:
+        """Returns the labels that images of the train folder have, or of all folders without it."""
+        splits = self.layout.splits
+        if "train" not in splits:
+            return set(texts) - {""}
+        pairs = zip(texts, self.folder_of, strict=True)
+        return {text for text, folder in pairs if splits[folder] == "train"} - {""}
+
+    def labels_by_folder(self) -> list[str]:
+        """Returns the label of each image, "" for none."""
+        if self.layout.conflict:
+            first, second = self.layout.conflict
+            raise UserError(
+                f"data.labels = 'folder', but in {self.root} folders above and below the splits "
+                f"could both be labels, for example {first!r} and {second!r}: set data.labels to "
+                "the path of a CSV file."
+            )
+        if not any(self.layout.labels):
             raise UserError(
                 f"data.labels = 'folder', but the images of {self.root} lie in no folders that "
-                'could be labels: say data.labels="" or the path of a CSV file.'
+                "could be labels (splits and numbered shards are none): set data.labels to '', "
+                "'cls', 'json:KEY' or the path of a CSV file."
             )
-        return named
+        return [self.layout.labels[folder] for folder in self.folder_of]
 
-    def named_by_csv(self, path: str) -> list[str]:
-        try:
-            with open(Path(path).expanduser(), newline="", encoding="utf-8-sig") as file:
-                lines = [line for line in csv.reader(file) if line]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+    def labels_by_files(self, how: str) -> list[str]:
+        """Returns the labels in the files beside the images, "" for none."""
+        suffix = "." + how.partition(":")[0]
+
+        def read(row: int) -> str:
+            content = self.manifest.companion(row, self.names[row], suffix)
+            try:
+                return "" if content is None else label_in(content, how)
+            except ValueError as error:
+                raise UserError(
+                    f"data.labels = {how!r}: the {suffix} file of {self.names[row]!r} cannot be "
+                    f"used: {error}."
+                ) from error
+
+        texts = list(in_threads(read, range(len(self.names)), at_once=1024))
+        if not any(texts):
             raise UserError(
-                f"data.labels = {path!r} cannot be read ({error}): say '', 'folder' or the path of "
-                "a CSV file."
-            ) from error
-        if lines and lines[0][0].strip().lower() in HEADERS:
-            del lines[0]
-        for line in lines:
-            if len(line) < 2 or not line[1].strip():
-                raise UserError(
-                    f"data.labels = {path!r}: {','.join(line)!r} is not a path, a comma, a label."
-                )
-        of = {}
-        for name, label, *_ in lines:
-            name, label = os.path.normpath(name.strip()), label.strip()
-            if of.setdefault(name, label) != label:
-                raise UserError(
-                    f"data.labels = {path!r}: {name!r} has two labels, {of[name]!r} and {label!r}."
-                )
-        named = [of.get(name, of.get(os.path.join(self.root, name), "")) for name in self.names]
-        names = sorted(set(of.values()))
-        if all(name.isdecimal() for name in names):  # numbers are labels as they stand
-            largest = max(map(int, names), default=-1)
-            if largest > max(MANY_LABELS, 10 * len(names)):
-                raise UserError(
-                    f"data.labels = {path!r}: numbers are labels as they stand, and the largest is "
-                    f"{largest}, but there are {len(names)}: write 0, 1, 2, ... or names."
-                )
-            names = [str(number) for number in range(largest + 1)]
-            named = [name and str(int(name)) for name in named]
-        if not any(named):
-            raise UserError(
-                f"data.labels = {path!r} names none of the images of {self.root}: write paths from "
-                f"there, as {self.names[0]!r}."
+                f"data.labels = {how!r}, but no image of {self.root} has a {suffix} file beside it."
             )
-        self.label_names = names
-        return named
+        return texts
 
 
 class Examples:
@@ -177,13 +201,13 @@ class Examples:
         return example if self.labels is None else example | {"label": self.labels[i]}
 
     def name(self, i: int) -> str:
-        """The path of example i, from the root."""
+        """Returns the path of example i from the root."""
         row = self.rows[i]
         start = self.ends[row - 1] + 1 if row else 0
         return os.fsdecode(self.manifest.names[start : self.ends[row]])
 
     def digest(self) -> str:
-        """A number that is another one if names, sizes or labels are others."""
+        """Returns a digest of names, sizes and labels."""
         digest = hashlib.sha256()
         names = self.manifest.names.split(b"\0")
         digest.update(b"\0".join([names[row] for row in self.rows]))

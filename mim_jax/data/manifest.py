@@ -1,9 +1,10 @@
-"""What images lie under a folder or in a tar file: found by their content, and remembered.
+"""Scans a folder or a tar file for images, by the content of its files, and caches the result.
 
 The first scan reads the header of every file, in threads. Its result is kept under
-`~/.cache/mim_jax/manifests`, and is good as long as no folder's time of change is another (a file
-that is added, removed or renamed changes it), nor that of a tar file or of a file that could not be
-read. After that, files that were known before are not opened again.
+`~/.cache/mim_jax/manifests` and reused as long as no folder has another time of change (which
+changes when a file in it is added, removed or renamed), nor a tar file, a file that could not be
+read, or an image: size and time of each image are compared for up to VERIFY seconds. A new scan
+opens only files that are new or changed.
 """
 
 import contextlib
@@ -11,13 +12,13 @@ import hashlib
 import io
 import json
 import os
-import tarfile
+import stat
+import time
 import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,46 +27,72 @@ from tqdm import tqdm
 
 from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, header
+from mim_jax.data.tars import is_hidden, is_tar, list_tar
+from mim_jax.data.tiff import STARTS
 
-FORMAT = [1, find_spec("tifffile") is not None]  # of what is kept; of another, nothing is believed
-ROW = [("tar", "i4"), ("offset", "i8"), ("bytes", "i8"), ("changed", "i8")]
-ROW = np.dtype([*ROW, ("width", "i4"), ("height", "i4"), ("mode", "i2")])
-HEAD = 2**18  # bytes of a tar's member: enough to read size and mode of nearly all
-THREADS = 32  # they wait for disks, most of the time
+FORMAT = 2  # of the cached files; others are ignored
+ROW = np.dtype(
+    [
+        *(("tar", "i4"), ("offset", "i8"), ("bytes", "i8"), ("changed", "i8")),
+        *(("width", "i4"), ("height", "i4"), ("mode", "i2")),
+        *(("cls_offset", "i8"), ("cls_bytes", "i4"), ("json_offset", "i8"), ("json_bytes", "i4")),
+    ]
+)
+HEAD = 2**18  # bytes of a tar's member; enough to read size and mode of nearly all images
+VERIFY = 10  # seconds in which images of a cached scan are checked for changes
+THREADS = 32  # they mostly wait for disks
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
-SPLITS = {"train": "train", "validation": "validation", "val": "validation"}
-SPLITS |= {"valid": "validation", "test": "test"}  # folder -> split
+COMPANIONS = (".cls", ".json", ".txt")  # files that belong to an image of the same name
 
 
 class Manifest(NamedTuple):
     """The images under a root, in an order as good as random, which growth does not change.
 
-    A name is a path from the root. Members of a tar have it as if the tar were unpacked where it
-    lies; into a folder of its name, if they lie in no folder, or if it is named as a split.
+    A name is a path from the root. Members of a tar are named as if the tar were unpacked where it
+    lies: into a folder of its name, if they lie in no folder or if it is named as a split.
     """
 
     root: str
-    names: bytes  # each with a zero after it
-    rows: np.ndarray  # (images,) of ROW; `tar` counts in `tars`, -1: a file
-    modes: list[str]  # what `mode` counts in, as decode.header says them
+    names: bytes  # each followed by a zero
+    rows: np.ndarray  # (images,) of ROW; `tar` is an index into `tars`, -1 for a file
+    modes: list[str]  # `mode` is an index into these, which are those of decode.Header
     tars: list[str]
-    unread: list[tuple[str, str]]  # name and reason of files that are no images, or broken ones
-    stamps: dict[str, int]  # when folders, tars and unread files changed, in ns
+    unread: list[tuple[str, str]]  # names and reasons of files that are not used
+    stamps: dict[str, int]  # times of change of folders, tars and unread files, in ns
 
     def read(self, i: int, name: str) -> bytes:
-        """The bytes of image i, which has that name. Raises BadImageError."""
+        """Reads the bytes of image i, which has that name. Raises BadImageError."""
         row = self.rows[i]
-        path = os.path.join(self.root, self.tars[row["tar"]] if row["tar"] >= 0 else name)
+        in_tar = row["tar"] >= 0
+        path = os.path.join(self.root, self.tars[row["tar"]] if in_tar else name)
         try:
             with open(path.removesuffix("/"), "rb") as file:
                 file.seek(row["offset"])
-                return file.read(row["bytes"] if row["tar"] >= 0 else -1)
+                content = file.read(row["bytes"] if in_tar else -1)
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror}") from error
+        if len(content) != row["bytes"]:
+            raise BadImageError(
+                f"changed since the folder was scanned ({len(content):,} bytes, not "
+                f"{row['bytes']:,}): start again to scan it"
+            )
+        return content
+
+    def companion(self, i: int, name: str, suffix: str) -> bytes | None:
+        """Reads the file .cls or .json beside image i, which has that name; None without one."""
+        row, kind = self.rows[i], suffix.removeprefix(".")
+        size = row[f"{kind}_bytes"]
+        if not size:
+            return None
+        in_tar = row["tar"] >= 0
+        path = self.tars[row["tar"]] if in_tar else key_of(name) + suffix
+        with open(os.path.join(self.root, path).removesuffix("/"), "rb") as file:
+            file.seek(row[f"{kind}_offset"])
+            return file.read(size)
 
 
-class Found(NamedTuple):
-    """A file of the root or a member of a tar, before it is known what it is."""
+class Entry(NamedTuple):
+    """A file of the root or a member of a tar, before its header is read."""
 
     name: str
     bytes: int
@@ -75,148 +102,164 @@ class Found(NamedTuple):
 
 
 def scan(root: str) -> Manifest:
-    """The images under a folder, or in a tar file. Raises UserError if there is no such thing."""
+    """Returns the images under a folder or in a tar file. Raises UserError if it is neither."""
     if "://" in str(root):
         raise UserError(
-            f"{root} must be local, or mounted: pack it where it is, by mim_jax.data.prepare, and "
-            "read it by data.name=tfds:gs://..."
+            f"{root} must be local or mounted: pack it where it is, with mim_jax.data.prepare, and "
+            "read it with data.name=tfds:gs://..."
         )
     root = os.path.realpath(os.path.expanduser(root))
     if not os.path.exists(root):
-        raise UserError(f"there is no folder {root}: say data.name=folder:/path/to/images.")
-    if os.path.isfile(root) and (root.endswith(COMPRESSED) or not tarfile.is_tarfile(root)):
+        raise UserError(f"there is no folder {root}: set data.name=folder:/path/to/images.")
+    if os.path.isfile(root) and (root.endswith(COMPRESSED) or not is_tar(root)):
         raise UserError(
-            f"{root} is neither a folder nor a plain tar file: unpack it, and say its folder."
+            f"{root} is neither a folder nor an uncompressed tar file: unpack it and set data.name "
+            "to its folder."
         )
     key = hashlib.sha256(os.fsencode(root)).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    kept = cache / "mim_jax" / "manifests" / f"{key}.npz"
-    before = load(kept, root)
-    if before and all(changed(root, name) == at for name, at in before.stamps.items()):
-        return before
-    manifest = look(root, before)
-    save(manifest, kept)
+    path = cache / "mim_jax" / "manifests" / f"{key}.npz"
+    cached = load(path, root)
+    if cached and is_current(cached):
+        return cached
+    manifest = rescan(root, cached)
+    save(manifest, path)
     return manifest
 
 
+def is_current(manifest: Manifest) -> bool:
+    """Returns whether nothing has changed since a scan, as far as VERIFY seconds tell."""
+    root, rows = manifest.root, manifest.rows
+    if any(changed(root, name) != at for name, at in manifest.stamps.items()):
+        return False
+    names = os.fsdecode(manifest.names).split("\0")[:-1]
+    known = list(zip(names, rows["bytes"].tolist(), rows["changed"].tolist(), strict=True))
+    files = [known[i] for i in np.flatnonzero(rows["tar"] < 0)]
+
+    def same(file: tuple[str, int, int]) -> bool:
+        try:
+            status = os.stat(os.path.join(root, file[0]))
+        except OSError:
+            return False
+        return (status.st_size, status.st_mtime_ns) == file[1:]
+
+    end = time.monotonic() + VERIFY
+    for is_same in in_threads(same, files, at_once=1024):
+        if not is_same:
+            return False
+        if time.monotonic() > end:
+            break
+    return True
+
+
 def changed(root: str, name: str) -> int:
-    """When a file or folder changed last, in ns; -1 if it is gone."""
+    """Returns when a file or folder changed last, in ns; -1 if it does not exist."""
     try:
         return os.stat(os.path.join(root, name).removesuffix("/")).st_mtime_ns
     except OSError:
         return -1
 
 
-def look(root: str, before: Manifest | None) -> Manifest:
-    """Scans; opens no file that `before` knows and that has not changed since."""
+def rescan(root: str, cached: Manifest | None) -> Manifest:
+    """Scans a root. Files that `cached` knows and that have not changed are not opened."""
     files, unread, stamps = walk(root)
     tars = [file.name for file in files if file.name.endswith(".tar") or not file.name]
     files = [file for file in files if not (file.name.endswith(".tar") or not file.name)]
-    for i, tar in enumerate(tars):
+    for number, tar in enumerate(tars):
         stamps[tar] = changed(root, tar)
-        members, reason = members_of(root, tar, i)
-        files += members
-        unread += [(tar, reason)] if reason else []
-    known = {} if before is None else known_of(before)
-    rows, names, modes = [], [], {}
+        members, problems = list_tar(root, tar)
+        files += [Entry(name, size, stamps[tar], number, at) for name, size, at in members]
+        unread += problems
+    known = {} if cached is None else described_images(cached)
 
-    def described(file: Found):
-        seen = known.get((file.name, file.bytes, file.changed))
-        return seen or describe(root, tars, file)
+    def described(file: Entry) -> tuple | str:
+        return known.get((file.name, file.bytes, file.changed)) or describe(root, tars, file)
 
-    progress = tqdm(total=len(files), unit=" files", desc=f"looking through {root}", delay=3)
-    for file, found in zip(files, in_threads(described, files), strict=True):
-        progress.update()
-        if isinstance(found, str):
-            unread.append((file.name, found))
-            if file.tar < 0:
-                stamps[file.name] = file.changed
-            continue
-        width, height, mode = found
-        mode = modes.setdefault(mode, len(modes))
-        rows.append((file.tar, file.offset, file.bytes, file.changed, width, height, mode))
-        names.append(os.fsencode(file.name))
-    progress.close()
+    companions = {(x.tar, x.name): x for x in files if x.name.lower().endswith(COMPANIONS)}
+    images, modes = [], {}
+    with tqdm(unit=" files", desc=f"scanning {root}", delay=3, total=len(files)) as progress:
+
+        def look_at(some: list[Entry]) -> None:
+            for file, result in zip(some, in_threads(described, some), strict=True):
+                progress.update()
+                if isinstance(result, str):
+                    unread.append((file.name, result))
+                    if file.tar < 0:
+                        stamps[file.name] = file.changed
+                else:
+                    images.append((file, *result[:2], modes.setdefault(result[2], len(modes))))
+
+        look_at([file for file in files if (file.tar, file.name) not in companions])
+        keys = {(file.tar, key_of(file.name)) for file, *_ in images}
+        look_at([x for x in companions.values() if (x.tar, key_of(x.name)) not in keys])
+    rows = [row_of(*image, companions) for image in images]
+    names = [os.fsencode(file.name) for file, *_ in images]
     order = sorted(range(len(rows)), key=lambda i: (zlib.crc32(names[i]), names[i], rows[i]))
     blob = b"".join(names[i] + b"\0" for i in order)
-    rows = np.array(rows, ROW)[order]
-    return Manifest(root, blob, rows, list(modes), tars, sorted(unread), stamps)
+    array = np.array(rows, ROW)[order]
+    return Manifest(root, blob, array, list(modes), tars, sorted(unread), stamps)
 
 
-def walk(root: str) -> tuple[list[Found], list[tuple[str, str]], dict[str, int]]:
-    """All files, by name; folders that cannot be read; when each folder changed.
+def row_of(file: Entry, width: int, height: int, mode: int, companions: dict) -> tuple:
+    """Returns the row of an image, of type ROW."""
+    row = [file.tar, file.offset, file.bytes, file.changed, width, height, mode]
+    for suffix in (".cls", ".json"):
+        beside = companions.get((file.tar, key_of(file.name) + suffix))
+        row += (beside.offset, beside.bytes) if beside else (0, 0)
+    return tuple(row)
 
-    Links are followed. What is hidden does not count.
+
+def key_of(name: str) -> str:
+    """Returns a path up to the first dot of its last part, as WebDataset joins files."""
+    folder, _, file = name.rpartition("/")
+    return os.path.join(folder, file.partition(".")[0])
+
+
+def walk(root: str) -> tuple[list[Entry], list[tuple[str, str]], dict[str, int]]:
+    """Lists all files by name; the names and reasons of what cannot be read; times of change.
+
+    Links are followed. Hidden files and folders of operating systems are skipped.
     """
     if os.path.isfile(root):
-        return [Found("", 0, 0)], [], {}
-    files, unread, stamps, seen, ahead = [], [], {}, set(), [""]
-    while ahead:
-        folder = ahead.pop()
+        return [Entry("", 0, 0)], [], {}
+    files, unread, stamps, seen = [], [], {}, set()
+    folders, links = [""], []  # links last: a folder has its own name, not that of a link to it
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()
         try:
             status = os.stat(os.path.join(root, folder))
-            if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+            if (status.st_dev, status.st_ino) in seen:
+                unread.append((folder, "a link to a folder that is scanned already"))
                 continue
             seen.add((status.st_dev, status.st_ino))
             stamps[folder] = status.st_mtime_ns
-            entries = list(os.scandir(os.path.join(root, folder)))
+            entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda x: x.name)
         except OSError as error:
             unread.append((folder, f"cannot be read: {error.strerror}"))
-            stamps[folder] = 0  # so that it is tried again
+            stamps[folder] = 0  # it is tried again
             continue
         for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
             name = os.path.join(folder, entry.name)
-            if entry.is_dir():
-                ahead.append(name)
-            elif entry.is_file():
-                with contextlib.suppress(FileNotFoundError):  # just gone
-                    status = entry.stat()
-                    files.append(Found(name, status.st_size, status.st_mtime_ns))
+            if is_hidden(entry.name):
+                continue
+            try:
+                status = entry.stat()
+            except OSError as error:
+                reason = f"cannot be read: {error.strerror}"
+                unread.append((name, "a broken link" if entry.is_symlink() else reason))
+                stamps[name] = -1  # as of what does not exist
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                (links if entry.is_symlink() else folders).append(name)
+            elif stat.S_ISREG(status.st_mode):
+                files.append(Entry(name, status.st_size, status.st_mtime_ns))
+            else:
+                unread.append((name, "not a regular file"))
     return sorted(files), unread, stamps
 
 
-def members_of(root: str, tar: str, number: int) -> tuple[list[Found], str]:
-    """The files in a tar, and what is wrong with it, if anything is."""
-    path = os.path.join(root, tar).removesuffix("/")
-    found, whole, at = [], os.path.getsize(path), changed(root, tar)
-    try:
-        with tarfile.open(path, "r:") as file:
-            for name, size, offset in files_in(file):
-                if offset + size > whole:
-                    return found, "the tar file is cut off"
-                name = unpacked(tar.removesuffix(".tar"), name)
-                found.append(Found(name, size, at, number, offset))
-    except (tarfile.TarError, OSError) as error:
-        return found, f"not a whole tar file: {error}"
-    return found, ""
-
-
-def files_in(file: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
-    """Name, size and offset of the files in a tar, and in the tars in it, as ImageNet has them."""
-    for member in file:
-        name = os.path.normpath(member.name)
-        if not member.isfile() or os.path.basename(name).startswith("."):
-            continue
-        if not name.endswith(".tar"):
-            yield name, member.size, member.offset_data
-            continue
-        with tarfile.open(fileobj=file.extractfile(member), mode="r:") as inner:
-            for below, size, offset in files_in(inner):
-                name_below = unpacked(name.removesuffix(".tar"), below)
-                yield name_below, size, member.offset_data + offset
-
-
-def unpacked(tar: str, name: str) -> str:
-    """Where a member of a tar would lie, whose path without `.tar` is given; see Manifest."""
-    place, _, stem = tar.rpartition("/")
-    in_place = "/" in name and (stem not in SPLITS or name.startswith(f"{stem}/"))
-    return os.path.join(place, "" if in_place else stem, name)
-
-
-def known_of(manifest: Manifest) -> dict[tuple, tuple]:
-    """What a manifest says of its images, by name, size and time of change."""
+def described_images(manifest: Manifest) -> dict[tuple, tuple]:
+    """Returns {(name, size, time of change): (width, height, mode)} of a manifest's images."""
     names = map(os.fsdecode, manifest.names.split(b"\0"))
     rows = manifest.rows[["bytes", "changed", "width", "height", "mode"]].tolist()
     return {
@@ -225,8 +268,8 @@ def known_of(manifest: Manifest) -> dict[tuple, tuple]:
     }
 
 
-def describe(root: str, tars: list[str], file: Found) -> tuple | str:
-    """Width, height and mode of an image, or why it is none."""
+def describe(root: str, tars: list[str], file: Entry) -> tuple | str:
+    """Returns width, height and mode of an image, or why a file is none."""
     try:
         if file.tar < 0:
             with open(os.path.join(root, file.name), "rb") as opened:
@@ -234,22 +277,26 @@ def describe(root: str, tars: list[str], file: Found) -> tuple | str:
         with open(os.path.join(root, tars[file.tar]).removesuffix("/"), "rb") as opened:
             opened.seek(file.offset)
             start = opened.read(min(file.bytes, HEAD))
-            try:
-                return header(io.BytesIO(start))
-            except BadImageError:
-                if len(start) == file.bytes:
-                    raise
+            if start[:4] not in STARTS:  # the pages of a TIFF may lie anywhere
+                try:
+                    return header(io.BytesIO(start))
+                except BadImageError:
+                    if len(start) == file.bytes:
+                        raise
             return header(io.BytesIO(start + opened.read(file.bytes - len(start))))
     except BadImageError as error:
         if file.name.endswith(COMPRESSED):
-            return "compressed: unpack it, or make it a plain .tar"
+            return "compressed: unpack it or make it an uncompressed .tar"
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
 
 def in_threads(function: Callable, items: Sequence, at_once: int = 64) -> Iterator:
-    """map(function, items) in threads. An interruption does not wait for what is ahead."""
+    """Yields function(item) for each item, in order, from threads.
+
+    at_once: items per task. Abandoning the iterator does not wait for the remaining items.
+    """
     parts = [items[i : i + at_once] for i in range(0, len(items), at_once)]
     pool = ThreadPoolExecutor(THREADS)
     try:
@@ -259,8 +306,14 @@ def in_threads(function: Callable, items: Sequence, at_once: int = 64) -> Iterat
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def printable(name: str) -> str:
+    """Returns a name with control characters, and bytes that are not UTF-8, as escapes."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def save(manifest: Manifest, path: Path) -> None:
-    """Keeps a manifest; where that cannot be, the next scan is as long as this one."""
+    """Caches a manifest. Where that fails, the next scan takes as long as this one."""
     rest = [FORMAT, manifest.modes, manifest.tars, manifest.unread, manifest.stamps]
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
@@ -275,14 +328,14 @@ def save(manifest: Manifest, path: Path) -> None:
 
 
 def load(path: Path, root: str) -> Manifest | None:
-    """The manifest kept in a file, if it is there and whole."""
+    """Returns the manifest cached in a file, None if there is none or it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            form, modes, tars, unread, stamps = json.loads(str(kept["rest"]))
-            if form != FORMAT or kept["rows"].dtype != ROW:
+        with np.load(path, allow_pickle=False) as cached:
+            form, modes, tars, unread, stamps = json.loads(str(cached["rest"]))
+            if form != FORMAT or cached["rows"].dtype != ROW:
                 return None
             unread = [tuple(pair) for pair in unread]
-            names = kept["names"].tobytes()
-            return Manifest(root, names, kept["rows"], modes, tars, unread, stamps)
+            names = cached["names"].tobytes()
+            return Manifest(root, names, cached["rows"], modes, tars, unread, stamps)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

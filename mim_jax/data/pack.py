@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, type_of
 from mim_jax.data.folder import Examples, Folder
-from mim_jax.data.manifest import in_threads
+from mim_jax.data.manifest import in_threads, printable
 from mim_jax.data.records import shard_path, write_info, write_shard
 
 
@@ -44,8 +44,8 @@ def pack(
         )
     folder, to = Folder(root, labels), Path(to).expanduser().resolve()
     splits = {split: folder.examples(split) for split in folder.splits}
-    if splits["validation"].digest() == splits.get("test", splits["train"]).digest():
-        del splits["validation"]  # the same images as `test`, which stands in for it
+    if "test" in splits and splits["validation"].digest() == splits["test"].digest():
+        del splits["validation"]  # `test` stands in for it, also for readers of the packed set
     sizes = {
         split: folder.manifest.rows["bytes"][examples.rows] for split, examples in splits.items()
     }
@@ -78,8 +78,9 @@ def pack(
             progress.update(count)
     lengths = {split: (plan["shards"][split], int(sizes[split].sum())) for split in splits}
     write_info(to, name, features, lengths, plan, f"The images of {folder.root}.")
-    if unread := folder.manifest.unread:
-        print(f"{len(unread):,} files are not readable images; the first is {unread[0]}")
+    if folder.unread:
+        name, reason = folder.unread[0]
+        print(f"{len(folder.unread):,} files are not used; the first: {printable(name)}: {reason}")
     counts = ", ".join(f"{len(examples):,} in {split}" for split, examples in splits.items())
     print(f"{to}: {counts}\nread it with --config.data.name=tfds:{to}")
 

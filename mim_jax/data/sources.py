@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from mim_jax import UserError
 from mim_jax.data.decode import MODES
 from mim_jax.data.folder import Folder
+from mim_jax.data.manifest import printable
 
 BUILTIN = {"emoji": Path(__file__).parent / "builtin" / "emoji" / "1.0.0"}
 
@@ -23,7 +24,8 @@ class Source(NamedTuple):
     fingerprint: dict  # equal where the examples are: name, version, split, how many
     mode: str  # of most images, as decode.header says it
     name_of: Callable[[int], str]  # where example i comes from, for people
-    unread: Sequence[tuple[str, str]] = ()  # names and reasons of files that are no images
+    unread: Sequence[tuple[str, str]] = ()  # names and reasons of files that are not used
+    class_names: Sequence[str] = ()  # of the labels, in order
 
 
 def open_sources(
@@ -63,8 +65,9 @@ def of_folder(folder: Folder, split: str) -> Source:
             name="folder", version=examples.digest(), split=split, examples=len(examples)
         ),
         mode=folder.mode,
-        name_of=examples.name,
-        unread=folder.manifest.unread,
+        name_of=lambda i: printable(examples.name(i)),
+        unread=[(printable(name), reason) for name, reason in folder.unread],
+        class_names=folder.label_names,
     )
 
 
@@ -99,18 +102,21 @@ def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def name_of(i: int) -> str:
-        file = records[i].get("file_name", b"").decode(errors="replace")
-        return file or f"{split}, example {i}"
+        file = records[i].get("file_name", b"")
+        return printable(os.fsdecode(file)) or f"{split}, example {i}"
 
     name, version, note = builder.name, str(builder.version), builder.info.metadata or {}
     if "digests" in note:  # prepared from a folder, whose examples these are, in the same order
         name, version = "folder", note["digests"].get(split, "+".join(note["digests"].values()))
+    labelled = "label" in features
+    label = features["label"] if labelled else None
     return Source(
-        Records(records, labelled="label" in features),
-        num_labels=features["label"].num_classes if "label" in features else 0,
+        Records(records, labelled=labelled),
+        num_labels=label.num_classes if label else 0,
         fingerprint=dict(name=name, version=version, split=split, examples=count),
         mode=note["mode"] if "mode" in note else mode_of(features["image"]),
         name_of=name_of,
+        class_names=label.names if label else (),
     )
 
 

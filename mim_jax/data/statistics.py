@@ -128,9 +128,11 @@ def range_problem(values: Values, mean: Sequence[float], std: Sequence[float]) -
 
     mean, std: objective.mean and objective.std, one value per channel or one for all.
     """
-    width = values.std / np.asarray(std, np.float64)
-    offset = np.abs(values.mean - np.asarray(mean, np.float64)) / np.asarray(std, np.float64)
-    narrow = 0 < width.max() < 1 / FACTOR  # constant images have no range to judge
+    mean_, std_ = (np.asarray(x, np.float64) for x in (mean, std))
+    width, offset = values.std / std_, np.abs(values.mean - mean_) / std_
+    # Images that are not normalized, std = 1, are narrower than that anyway: 0.5 is enough.
+    least = values.std / (std_ if values.dtype == "float32" else np.minimum(std_, 0.5))
+    narrow = 0 < least.max() < 1 / FACTOR  # constant images have no range to judge
     if width.max() <= FACTOR and offset.max() <= FACTOR and not narrow:
         return ""
     return (

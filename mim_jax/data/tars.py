@@ -1,0 +1,128 @@
+"""Lists the members of tar files, so that they can be read without unpacking."""
+
+import os
+import tarfile
+from typing import NamedTuple
+
+from mim_jax.data.layout import split_of
+
+JUNK = {  # folders and files that operating systems and tools leave behind, in lower case
+    *("__macosx", "@eadir", "#recycle", "#snapshot", "lost+found", "$recycle.bin", "__pycache__"),
+    *("system volume information", "thumbs.db", "desktop.ini"),
+}
+REST = 2**16  # bytes that are read at once behind the end of an archive
+
+
+class Members(NamedTuple):
+    """What a tar holds; paths are those in the tar."""
+
+    files: dict[str, tuple[int, int]]  # name: size and offset; of several with one name the last
+    links: dict[str, str]  # name: name of the file it points to
+    unread: list[tuple[str, str]]  # name and reason
+
+
+def is_tar(path: str) -> bool:
+    """Returns whether a file is a tar file, compressed or not."""
+    return tarfile.is_tarfile(path)
+
+
+def is_hidden(name: str) -> bool:
+    """Returns whether a file or folder is hidden, or left behind by an operating system."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def list_tar(root: str, tar: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
+    """Lists the files in a tar and in the tars in it (as ImageNet has them).
+
+    root, tar: the path of the tar is root/tar; `tar` is "" if the root is a tar.
+
+    Returns name, size and offset of each file, and name and reason of what cannot be read. Names
+    are paths from the root, as if the tar were unpacked where it lies.
+    """
+    path = os.path.join(root, tar).removesuffix("/")
+    members, stem = Members({}, {}, []), tar.removesuffix(".tar")
+    problems = []
+    try:
+        with tarfile.open(path, "r:") as file:
+            add_members(file, os.path.getsize(path), members)
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        problems.append((tar, f"not a complete tar file: {error}"))
+    follow_links(members)
+    files = [(unpacked(stem, name), *place) for name, place in members.files.items()]
+    problems += [(unpacked(stem, name), reason) for name, reason in members.unread]
+    return files, problems
+
+
+def add_members(
+    file: tarfile.TarFile, size: int, members: Members, prefix: str = "", start: int = 0
+) -> None:
+    """Adds the members of an open tar, also of one in a tar.
+
+    size: of the tar in bytes.
+    prefix, start: path and offset in the outer tar.
+
+    Raises tarfile.TarError if it is cut off or damaged; what lies before that is added.
+    """
+    for member in file:
+        name = os.path.normpath(member.name.lstrip("/"))
+        parts = name.split("/")
+        if member.isdir() or (parts[0] != ".." and any(map(is_hidden, parts))):
+            continue
+        full = unpacked(prefix, name)
+        if parts[0] == "..":
+            members.unread.append((full, "its path leads out of the tar"))
+        elif member.issparse() or not (member.isfile() or member.islnk() or member.issym()):
+            members.unread.append((full, "not a regular file"))
+        elif not member.isfile():
+            folder = os.path.dirname(name) if member.issym() else ""
+            target = os.path.normpath(os.path.join(folder, member.linkname))
+            members.files.pop(full, None)
+            members.links[full] = unpacked(prefix, target)
+        elif member.offset_data + member.size > size:
+            raise tarfile.ReadError("it is cut off")
+        elif name.endswith(".tar"):
+            add_inner(file, member, members, full, start)
+        else:
+            members.links.pop(full, None)
+            members.files[full] = (member.size, start + member.offset_data)
+    if has_data(file, size):
+        raise tarfile.ReadError("more data follows its end, which is not read")
+
+
+def add_inner(
+    file: tarfile.TarFile, member: tarfile.TarInfo, members: Members, name: str, start: int
+) -> None:
+    """Adds the members of a tar in a tar; a damaged one is listed as not read."""
+    place = start + member.offset_data
+    try:
+        with tarfile.open(fileobj=file.extractfile(member), mode="r:") as inner:
+            add_members(inner, member.size, members, name.removesuffix(".tar"), place)
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        members.unread.append((name, f"not a complete tar file: {error}"))
+
+
+def has_data(file: tarfile.TarFile, size: int) -> bool:
+    """Returns whether anything but zeros follows the end of an archive, as in joined ones."""
+    file.fileobj.seek(file.offset)
+    return any(file.fileobj.read(REST).strip(b"\0") for _ in range(file.offset, size, REST))
+
+
+def follow_links(members: Members) -> None:
+    """Replaces links by the files they point to; others are listed as not read."""
+    while reached := {name for name, to in members.links.items() if to in members.files}:
+        for name in reached:
+            members.files[name] = members.files[members.links.pop(name)]
+    for name, target in members.links.items():
+        members.unread.append((name, f"a link to {target!r}, which is no file of the tar"))
+
+
+def unpacked(tar: str, name: str) -> str:
+    """Returns the path of a member when its tar, whose path without `.tar` is given, is unpacked.
+
+    Members that lie in folders are unpacked beside the tar, others into a folder of its name. If
+    the tar is named as a split and the members' folders are not, that folder is used for all.
+    """
+    place, _, stem = tar.rpartition("/")
+    first, slash, _ = name.partition("/")
+    beside = slash and (not split_of(stem, is_tar=True) or split_of(first))
+    return os.path.join(place, "" if beside else stem, name)
