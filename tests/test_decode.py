@@ -112,7 +112,7 @@ def test_large_jpegs_are_halved_and_bombs_are_refused(small_limits, monkeypatch)
     [
         (b"", "the file is empty"),
         (b"words", "not an image of a known format"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, which Pillow does not read"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC: convert it to JPEG or pip install pillow-heif"),
         (bytes(128) + b"DICM" + bytes(400), "DICOM; convert it"),
         (b"PAR1" + bytes(20), "a Parquet table"),
         (jpeg()[:900], "image file is truncated"),
@@ -260,6 +260,26 @@ def test_a_declared_alpha_is_composited_on_white_with_any_number_of_bits():
         assert abs(np.asarray(decode(content, 1), float) - expected[..., 0]).max() <= 1
     with pytest.raises(BadImageError, match=r"has 3 channels and no alpha, data.channels is 4"):
         decode(encoded(Image.fromarray(pixels())), 4)
+
+
+def test_alpha_of_jpeg_2000():
+    """Pillow takes the last of two or four channels for alpha, whatever the file defines."""
+    for mode, channels in (("RGBA", 4), ("LA", 2)):
+        array = FOUR[..., :channels].copy()
+        image = Image.fromarray(array, mode)
+        declared = encoded(image, "JPEG2000")
+        np.testing.assert_array_equal(
+            decode(declared, 3),
+            np.full((30, 40, 3), 255) if mode == "RGBA" else decode(encoded(image), 3),
+        )
+        unspecified = bytearray(declared)
+        at = declared.index(b"cdef") + 6 * channels + 2  # type of the last channel
+        unspecified[at : at + 2] = b"\xff\xff"
+        for content in (bytes(unspecified), encoded(image, "JPEG2000", no_jp2=True)):
+            np.testing.assert_array_equal(decode(content, channels), array)
+            assert header(io.BytesIO(content)) == (40, 30, f"uint8 x {channels}")
+            with pytest.raises(BadImageError, match=f"it has {channels} channels"):
+                decode(content, 3)
 
 
 # --- TIFF: one meaning for both readers. ---

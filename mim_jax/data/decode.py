@@ -9,6 +9,7 @@ decoded with 4 channels.
 """
 
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -32,18 +33,20 @@ from mim_jax.data.tiff import STARTS, VALUES, open_tiff
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
 LARGE = 2**26  # pixels; a larger image is halved (Pillow refuses more than 2.7 times as many)
+BOXES = 2**16  # bytes of a JPEG 2000 file that hold what describes its channels
 STRIP = 2**22  # pixels of a large image that are converted at once, to bound memory
 
 Image.init()
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF"]
+for plugin in ("pillow_heif", "pillow_jxl"):  # used if they are installed
+    with contextlib.suppress(ImportError):
+        getattr(importlib.import_module(plugin), "register_heif_opener", lambda: None)()
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL"]
 FORMATS = [name for name in FORMATS if name in Image.OPEN]
+HEIC = "HEIC: convert it to JPEG or pip install pillow-heif"
+JXL = "JPEG XL: convert it to PNG or pip install pillow-jxl-plugin"
 OTHER_FORMATS = {  # (offset, bytes): reason
-    (4, b"ftypheic"): "HEIC, which Pillow does not read; convert it to JPEG",
-    (4, b"ftypheix"): "HEIC, which Pillow does not read; convert it to JPEG",
-    (4, b"ftypmif1"): "HEIC, which Pillow does not read; convert it to JPEG",
-    (4, b"ftypmsf1"): "HEIC, which Pillow does not read; convert it to JPEG",
-    (0, b"\xff\x0a"): "JPEG XL, which Pillow does not read; convert it to PNG",
-    (0, b"\0\0\0\x0cJXL "): "JPEG XL, which Pillow does not read; convert it to PNG",
+    **{(4, b"ftyp" + kind): HEIC for kind in (b"heic", b"heix", b"mif1", b"msf1")},
+    **{(0, start): JXL for start in (b"\xff\x0a", b"\0\0\0\x0cJXL ")},
     (0, b"PAR1"): "a Parquet table; export its images to files",
     (128, b"DICM"): "DICOM; convert it to 16-bit PNG, TIFF or .npy",
     (344, b"n+1\0"): "NIfTI; convert its slices to TIFF or .npy",
@@ -139,12 +142,37 @@ def opened(file: BinaryIO) -> Image.Image | Pixels:
     if start[:4] in STARTS:
         return open_tiff(file)
     try:
-        return Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
+        if image.format == "JPEG2000" and image.mode in ("LA", "RGBA"):
+            return image if declares_alpha(file) else bands_of(image)
+        return image
     except Image.UnidentifiedImageError:
         for (offset, signature), reason in OTHER_FORMATS.items():
             if start[offset:].startswith(signature):
                 raise BadImageError(reason) from None
         raise BadImageError("not an image of a known format") from None
+
+
+def declares_alpha(file: BinaryIO) -> bool:
+    """Returns whether a JPEG 2000 file defines a channel as opacity; Pillow takes the last one."""
+    file.seek(0)
+    start = file.read(BOXES)
+    header_box = start[start.find(b"jp2h") :]
+    size = int.from_bytes(start[start.find(b"jp2h") - 4 :][:4])
+    at = header_box[:size].find(b"cdef")
+    if b"jp2h" not in start or at < 0:
+        return False
+    count = int.from_bytes(header_box[at + 4 : at + 6])
+    kinds = np.frombuffer(header_box[at + 6 : at + 6 + 6 * count], ">u2")[1::3]
+    return bool(np.isin(kinds, (1, 2)).any())  # opacity, straight or premultiplied
+
+
+def bands_of(image: Image.Image) -> Pixels:
+    """Returns an 8-bit image of Pillow as an array, its last channel no alpha."""
+    shape = (image.height, image.width, len(image.getbands()))
+    if math.prod(shape) > VALUES:
+        raise BadImageError(f"its shape, {shape}, is too large")
+    return Pixels(shape, np.dtype(np.uint8), "YXC", lambda: np.asarray(image))
 
 
 def open_npy(file: BinaryIO) -> Pixels:
@@ -200,11 +228,11 @@ def upright(image: Image.Image) -> Image.Image:
 
 def to_array(image: Image.Image) -> np.ndarray:
     """Returns a read image of one channel with more than 8 bits as an array (h, w, 1)."""
-    array = np.array(image)
+    array = np.asarray(image)
     if type_of(mode_of(image)) == "uint16":
-        array = array.astype(np.uint16)
+        array = array.astype(np.uint16, copy=False)
         if isinstance(transparent := image.info.get("transparency"), int):
-            array[array == transparent] = 65535  # white
+            array = np.where(array == transparent, np.uint16(65535), array)  # white
     return array[..., None]
 
 

@@ -138,7 +138,7 @@ def is_current(manifest: Manifest) -> bool:
 
     def same(file: tuple[str, int, int]) -> bool:
         try:
-            status = os.stat(os.path.join(root, file[0]))
+            status = os.stat(f"{root}/{file[0]}")
         except OSError:
             return False
         return (status.st_size, status.st_mtime_ns) == file[1:]
