@@ -475,6 +475,18 @@ def test_pages_are_bounded():
             header(io.BytesIO(content))
 
 
+def test_compressions_that_tifffile_alone_does_not_read():
+    """Pillow decompresses one channel; more of them take imagecodecs."""
+    rng = np.random.default_rng(0)
+    for array, dtype in (
+        (rng.integers(0, 65536, (30, 40)).astype(np.uint16), "uint16"),
+        (rng.normal(size=(30, 40)).astype(np.float32), "float32"),
+        (rng.integers(-(2**31), 2**31, (30, 40)).astype(np.int32), "float32"),
+    ):
+        content = encoded(Image.fromarray(array), "TIFF", compression="tiff_lzw")
+        np.testing.assert_array_equal(decode(content, 1, dtype)[..., 0], array.astype(dtype))
+
+
 def test_a_raw_file_of_a_camera_is_refused():
     with pytest.raises(BadImageError, match="raw file"):
         decode(b"II*\0\x10\0\0\0CR\2\0" + bytes(300), 3)

@@ -110,6 +110,8 @@ def decode(encoded: bytes, channels: int, dtype: str = "uint8") -> Image.Image |
             image = upright(image)
             if type_of(mode_of(image)) != "uint8":
                 return in_channels(in_type(to_array(image), dtype), channels)
+            if image.mode == "LA" and channels == 2:
+                return in_type(np.asarray(image), dtype)
             if channels not in MODES:
                 count = len(image.getbands())
                 raise BadImageError(f"it has {count} channels, data.channels is {channels}")
@@ -213,6 +215,8 @@ def suits(mode: str, channels: int) -> bool:
         count = channels_of(mode)
         with_alpha = "alpha" in mode and channels == count + 1
         return channels == count or with_alpha or {count, channels} == {1, 3}
+    if channels == 2:
+        return mode == "LA"
     return channels in (1, 3) or (channels == 4 and mode in ("RGBA", "LA", "PA", "P"))
 
 

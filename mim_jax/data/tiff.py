@@ -55,10 +55,11 @@ def open_tiff(file: BinaryIO) -> Image.Image | Pixels:
     grey = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and page.samplesperpixel == 1
     if grey and (stack := stacked(tiff, pages)):
         shape, axes, read = stack
-    elif pillow_reads(page):
-        return pillow_image(file, page)
-    if page.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) or page.dtype is None:
-        raise BadImageError(f"{describe(page)}; convert it to RGB or grey")
+    elif pillow_reads(page) and (image := pillow_image(file, page)):
+        return image
+    known = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) and page.dtype is not None
+    if not known or (page.bitspersample < 8 and page.samplesperpixel > 1):
+        raise BadImageError(f"{describe(page)}; convert it to RGB or grey of 8 or more bits")
     if math.prod(shape) > VALUES:
         raise BadImageError(f"its shape, {shape}, is too large")
     shape, axes = squeezed(shape, axes)
@@ -73,11 +74,14 @@ def open_tiff(file: BinaryIO) -> Image.Image | Pixels:
     )
 
 
-def pillow_image(file: BinaryIO, page: tifffile.TiffPage) -> Image.Image:
-    """Opens a page with Pillow."""
+def pillow_image(file: BinaryIO, page: tifffile.TiffPage) -> Image.Image | None:
+    """Opens a page with Pillow, which does not know some byte orders; None then."""
     file.seek(0)
-    image = Image.open(file, formats=["TIFF"])
-    image.seek(page.index)
+    try:
+        image = Image.open(file, formats=["TIFF"])
+        image.seek(page.index)
+    except Image.UnidentifiedImageError:
+        return None
     return image
 
 
@@ -90,14 +94,18 @@ def page_reader(file: BinaryIO, page: tifffile.TiffPage) -> Callable[[], np.ndar
     def read() -> np.ndarray:
         try:
             return page.asarray()
-        except (ValueError, NotImplementedError) as error:
-            if "imagecodecs" not in str(error):
+        except (ImportError, NotImplementedError, ValueError) as error:
+            if isinstance(error, ValueError) and "imagecodecs" not in str(error):
                 raise
             one = page.samplesperpixel == 1 and page.tags.valueof(274, 1) == 1
             kind = page.sampleformat, page.bitspersample
-            if one and kind in ((1, 12), (1, 16), (2, 16), (3, 32)):
-                return np.array(pillow_image(file, page)).astype(page.dtype)
-            raise BadImageError(f"{error}: pip install -e '.[tiff]'") from error
+            image = pillow_image(file, page) if one else None
+            if image and kind in ((1, 12), (1, 16), (2, 16), (2, 32), (3, 32)):
+                return np.array(image).astype(page.dtype)
+            reason = (
+                f"compressed in a way that takes imagecodecs: pip install -e '.[tiff]' ({error})"
+            )
+            raise BadImageError(reason) from error
 
     return read
 
@@ -189,17 +197,14 @@ def interpret(page: tifffile.TiffPage, array: np.ndarray) -> np.ndarray:
     These are bits per sample, white as zero, premultiplied alpha and orientation.
     """
     bits = page.bitspersample
-    unsigned = array.dtype.kind == "u"
-    if unsigned and array.dtype.itemsize <= 2 and bits < 8 * array.dtype.itemsize:
+    unsigned = array.dtype.kind == "u" and array.dtype.itemsize <= 2
+    if unsigned and bits < 8 * array.dtype.itemsize:
         top, largest = np.iinfo(array.dtype).max, 2**bits - 1
         array = ((array.astype(np.uint32) * top + largest // 2) // largest).astype(array.dtype)
     if page.photometric == WHITE_IS_ZERO:
-        if array.dtype.kind == "b":
-            array = ~array
-        elif unsigned and page.samplesperpixel == 1:
-            array = np.iinfo(array.dtype).max - array
-        else:
+        if page.samplesperpixel > 1 or not (unsigned or array.dtype.kind == "b"):
             raise BadImageError(f"{describe(page)}; convert it to black as zero")
+        array = ~array  # of unsigned integers, the largest value minus these
     if alpha_of(page) == PREMULTIPLIED:
         array = straight(array)
     orientation = page.tags.valueof(274, 1)
