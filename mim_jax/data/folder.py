@@ -79,27 +79,7 @@ class Folder:
 
         Raises UserError if there is no such split or it is empty.
         """
-        infos = (
-            tfds.core.SplitInfo(name=name, shard_lengths=[len(rows)], num_bytes=0)
-            for name, rows in self.splits.items()
-        )
-        try:
-            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(
-                tfds.core.splits.SplitDict(infos)
-            )
-        except (ValueError, AssertionError, NotImplementedError) as error:
-            raise UserError(
-                f"{self.root} has no split {split!r}; it has {', '.join(sorted(self.splits))}, "
-                "all, and slices such as 'train[:1000]' or 'train[10%:]'."
-            ) from error
-        rows = np.concatenate([self.splits[part.splitname][part.from_ : part.to] for part in parts])
-        rows = rows[np.sort(np.unique(rows, return_index=True)[1])]  # each once
-        if not len(rows):
-            raise UserError(
-                f"split {split!r} of {self.root} is empty: the folder has {len(self.names)} images "
-                "in all; set --config.data.split=all or --config.data.evaluation_split=all."
-            )
-        return rows
+        return select(self.splits, split, self.root)
 
     @property
     def mode(self) -> str:
@@ -184,6 +164,37 @@ class Folder:
                 f"data.labels = {how!r}, but no image of {self.root} has a {suffix} file beside it."
             )
         return texts
+
+
+def select(splits: dict[str, np.ndarray], split: str, root: str) -> np.ndarray:
+    """Returns the rows of a split, or of a slice or a sum of splits, each once.
+
+    splits: {name: rows}.
+
+    Raises UserError if there is no such split or it is empty.
+    """
+    infos = (
+        tfds.core.SplitInfo(name=name, shard_lengths=[len(rows)], num_bytes=0)
+        for name, rows in splits.items()
+    )
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(
+            tfds.core.splits.SplitDict(infos)
+        )
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"{root} has no split {split!r}; it has {', '.join(sorted(splits))}, all, and slices "
+            "such as 'train[:1000]' or 'train[10%:]'."
+        ) from error
+    rows = np.concatenate([splits[part.splitname][part.from_ : part.to] for part in parts])
+    rows = rows[np.sort(np.unique(rows, return_index=True)[1])]
+    if not len(rows):
+        count = len(np.unique(np.concatenate(list(splits.values()))))
+        raise UserError(
+            f"split {split!r} of {root} is empty: there are {count} images in all; set "
+            "--config.data.split=all or --config.data.evaluation_split=all."
+        )
+    return rows
 
 
 class Examples:

@@ -9,8 +9,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mim_jax import UserError
+from mim_jax.data.arrow import Rows, Table
 from mim_jax.data.decode import MODES
-from mim_jax.data.folder import Folder
+from mim_jax.data.folder import Folder, select
 from mim_jax.data.manifest import printable
 
 BUILTIN = {"emoji": Path(__file__).parent / "builtin" / "emoji" / "1.0.0"}
@@ -39,11 +40,14 @@ def open_sources(
     splits: "validation" is "test" where there is no other, as in CIFAR's sets.
     labels: of a folder: "folder", or the path of a CSV file, or "" for none.
     """
-    if name in ("", "folder:", "tfds:"):
+    if name in ("", "folder:", "tfds:", "hf:"):
         raise UserError(f"data.name = {name!r} has no path: say folder:PATH or tfds:PATH.")
     if name.startswith("folder:"):
         folder = Folder(name.removeprefix("folder:"), labels)
         return [of_folder(folder, split) for split in splits]
+    if name.startswith("hf:"):
+        table = Table(name.removeprefix("hf:"), labels)
+        return [of_table(table, split) for split in splits]
     if labels:
         raise UserError(
             f"data.labels = {labels!r} is for data.name=folder:PATH; {name!r} has its own labels."
@@ -68,6 +72,19 @@ def of_folder(folder: Folder, split: str) -> Source:
         name_of=lambda i: printable(examples.name(i)),
         unread=[(printable(name), reason) for name, reason in folder.unread],
         class_names=folder.label_names,
+    )
+
+
+def of_table(table: Table, split: str) -> Source:
+    """Returns a split of a folder of Parquet or Arrow files."""
+    rows = Rows(table, select(table.splits(), split, table.root))
+    return Source(
+        rows,
+        num_labels=len(table.class_names),
+        fingerprint=dict(name="hf", version=rows.digest(), split=split, examples=len(rows)),
+        mode=rows.mode(),
+        name_of=rows.name,
+        class_names=table.class_names,
     )
 
 

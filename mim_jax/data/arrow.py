@@ -1,0 +1,261 @@
+"""Reads the Parquet and Arrow files of Hugging Face's `datasets` as a source, with pyarrow.
+
+A folder may hold the files of a repository (`data/train-00000-of-00002.parquet`, or one folder per
+split), or what `save_to_disk` writes. The names of files and folders tell the splits (see
+layout.py). Arrow files are mapped into memory. Parquet files have no random access to single rows:
+of every image its whole row group is read, so that row groups should be small.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from importlib.util import find_spec
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mim_jax import UserError
+from mim_jax.data.decode import BadImageError, header
+from mim_jax.data.labels import number_labels
+from mim_jax.data.layout import SPLITS, split_of
+from mim_jax.data.manifest import printable
+
+SUFFIXES = (".parquet", ".arrow")
+PARTS = re.compile(r"[-_.]?\d{5,}-of-\d{5,}(-[0-9a-f]+)?$")  # "train-00000-of-00002-<digest>"
+SAMPLE = 32  # images whose headers tell the mode
+GROUPS = 64  # row groups of Parquet files that are kept in memory
+
+
+class Columns(NamedTuple):
+    """What the columns of a data set hold."""
+
+    image: str
+    label: str  # "" for none
+    class_names: list[str]  # of a ClassLabel, else []
+
+
+class Table:
+    """A folder of Parquet or Arrow files: `files` of each split, `counts` of their rows.
+
+    labels: the column of labels; "" for the column "label", or the only one of class labels.
+    """
+
+    def __init__(self, root: str, labels: str = ""):
+        if find_spec("pyarrow") is None:
+            raise UserError("data.name=hf:PATH needs pyarrow: pip install -e '.[parquet]'.")
+        self.root = os.path.abspath(os.path.expanduser(root))
+        self.files: dict[str, list[str]] = {}
+        for path in sorted(list_files(self.root)):
+            self.files.setdefault(split_name(os.path.relpath(path, self.root)), []).append(path)
+        if not self.files:
+            raise UserError(
+                f"{self.root} holds no .parquet or .arrow files: set data.name=hf:PATH."
+            )
+        first = next(iter(self.files.values()))[0]
+        self.columns = columns_of(schema_of(first), labels, self.root)
+        self.counts = {path: count_rows(path) for paths in self.files.values() for path in paths}
+        self.class_names, self.numbers = self.number_labels()
+
+    def number_labels(self) -> tuple[list[str], dict[Any, int]]:
+        """Returns the names of labels, and the numbers of values that are not numbers already."""
+        if not self.columns.label or self.columns.class_names:
+            return self.columns.class_names, {}
+        values = {v for path in self.counts for v in read_column(path, self.columns.label)}
+        where = f"the column {self.columns.label!r} of {self.root}"
+        names, numbers = number_labels(where, {str(v) for v in values if v is not None})
+        return names, {v: numbers[str(v)] for v in values if v is not None}
+
+    def splits(self) -> dict[str, np.ndarray]:
+        """Returns the rows of each split, counted over all files; `test` may be `validation`."""
+        splits, start = {}, 0
+        for split, paths in self.files.items():
+            count = sum(self.counts[path] for path in paths)
+            splits[split] = np.arange(start, start + count)
+            start += count
+        if "validation" not in splits and "test" in splits:
+            splits["validation"] = splits["test"]
+        elif "validation" not in splits and "train" in splits:
+            order = np.random.default_rng(0).permutation(splits["train"])  # often sorted by class
+            held_out = max(1, len(order) // 20) if len(order) > 1 else 0
+            splits["validation"] = np.sort(order[:held_out])
+            splits["train"] = np.sort(order[held_out:])
+        return splits
+
+
+class Rows:
+    """examples[i] is {"image": encoded bytes, "label": int, where there are labels}."""
+
+    def __init__(self, table: Table, rows: np.ndarray):
+        self.table, self.rows = table, rows
+        self.paths = [path for paths in table.files.values() for path in paths]
+        self.ends = np.cumsum([table.counts[path] for path in self.paths])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def place(self, i: int) -> tuple[str, int]:
+        """Returns the file of example i and its row there."""
+        row = int(self.rows[i])
+        file = int(np.searchsorted(self.ends, row, side="right"))
+        return self.paths[file], row - (int(self.ends[file - 1]) if file else 0)
+
+    def __getitem__(self, i: int) -> dict:
+        columns = self.table.columns
+        record = read_row(*self.place(i), columns.image, columns.label)
+        image = record[columns.image]
+        content = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(content, bytes):
+            path = image.get("path") if isinstance(image, dict) else None
+            raise BadImageError(
+                f"the row has no image, only the path {path!r}" if path else "no image"
+            )
+        if not columns.label:
+            return {"image": content}
+        label = record[columns.label]
+        number = self.table.numbers.get(label, -1) if self.table.numbers else label
+        return {"image": content, "label": np.int32(-1 if number is None else number)}
+
+    def name(self, i: int) -> str:
+        """Returns the file and the row of example i."""
+        path, row = self.place(i)
+        return printable(f"{os.path.relpath(path, self.table.root)}, row {row}")
+
+    def mode(self) -> str:
+        """Returns the mode of most of a sample of images, as in decode.Header."""
+        modes = Counter()
+        for i in np.linspace(0, len(self) - 1, min(SAMPLE, len(self))).astype(int):
+            try:
+                modes[header(BytesIO(self[i]["image"])).mode] += 1
+            except BadImageError as error:
+                reason = f"{self.name(i)}: {error}"
+        if not modes:
+            raise UserError(f"{self.table.root} holds no image that can be read; {reason}.")
+        return modes.most_common(1)[0][0]
+
+    def digest(self) -> str:
+        """Returns a digest of the files' names and sizes and of the rows."""
+        digest = hashlib.sha256(self.rows.tobytes())
+        for path in self.paths:
+            name = os.path.relpath(path, self.table.root)
+            digest.update(os.fsencode(f"{name}\0{os.path.getsize(path)}\0"))
+        digest.update(self.table.columns.label.encode())
+        return digest.hexdigest()[:16]
+
+
+def list_files(root: str) -> list[str]:
+    """Returns the Parquet and Arrow files below a folder that are not hidden."""
+    if not os.path.isdir(root):
+        raise UserError(f"there is no folder {root}: set data.name=hf:/path/to/files.")
+    paths = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [os.path.join(folder, name) for name in files if name.endswith(SUFFIXES)]
+    return [path for path in paths if not os.path.basename(path).startswith("cache-")]
+
+
+def split_name(path: str) -> str:
+    """Returns the split of a file: that which its name, or its innermost folder, names."""
+    *folders, file = path.split(os.sep)
+    stem = PARTS.sub("", file.rpartition(".")[0])
+    for name in (stem, *reversed(folders)):
+        if word := split_of(name):
+            return SPLITS[word]
+    name = re.sub(r"\W", "_", folders[-1] if stem == "data" and folders else stem)
+    return "train" if name in ("data", "default", "") or name.isdecimal() else name
+
+
+def columns_of(schema: Any, labels: str, root: str) -> Columns:
+    """Finds the columns of images and labels by the features of the schema's metadata."""
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = stored.get("info", {}).get("features", {})
+    images = [name for name, x in features.items() if x.get("_type") == "Image"]
+    images = images or [name for name in ("image", "img") if name in schema.names]
+    if "image" in images:
+        images = ["image"]
+    if len(images) != 1:
+        problem = "several columns of images" if images else "no column of images"
+        raise UserError(f"{root} has {problem}; its columns are {', '.join(schema.names)}.")
+    classes = [name for name, x in features.items() if x.get("_type") == "ClassLabel"]
+    if labels and labels not in schema.names:
+        raise UserError(
+            f"data.labels = {labels!r} is no column of {root}; it has {', '.join(schema.names)}."
+        )
+    if not labels and len(classes) > 1 and "label" not in classes:
+        raise UserError(
+            f"{root} has several columns of labels: set data.labels to one of {classes}."
+        )
+    label = labels or ("label" if "label" in schema.names else "".join(classes))
+    return Columns(images[0], label, features.get(label, {}).get("names") or [])
+
+
+def schema_of(path: str) -> Any:
+    """Returns the schema of a Parquet or Arrow file. Raises UserError if it cannot be read."""
+    import pyarrow as pa
+
+    try:
+        return opened(path).schema if path.endswith(".arrow") else opened(path).schema_arrow
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+@functools.lru_cache(maxsize=None)
+def opened(path: str) -> Any:
+    """Returns an open ParquetFile, or the mapped table of an Arrow file; once per process."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.endswith(".parquet"):
+        return pq.ParquetFile(path)
+    file = pa.memory_map(path)
+    try:
+        return pa.ipc.open_stream(file).read_all()
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(file).read_all()
+
+
+def count_rows(path: str) -> int:
+    """Returns the number of rows of a file. Raises UserError if it cannot be read."""
+    schema_of(path)
+    return opened(path).num_rows if path.endswith(".arrow") else opened(path).metadata.num_rows
+
+
+def read_column(path: str, column: str) -> Sequence:
+    """Returns the values of a column of a file."""
+    table = opened(path) if path.endswith(".arrow") else opened(path).read([column])
+    return table[column].to_pylist()
+
+
+def read_row(path: str, row: int, *columns: str) -> dict:
+    """Returns the values of some columns in a row of a file. Raises BadImageError."""
+    names = [name for name in columns if name]
+    try:
+        if path.endswith(".arrow"):
+            return {name: opened(path)[name][row].as_py() for name in names}
+        starts = group_starts(path)
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        table = read_group(path, group, tuple(names))
+        return {name: table[name][row - int(starts[group])].as_py() for name in names}
+    except (OSError, ValueError) as error:  # pyarrow's errors are among these
+        raise BadImageError(f"cannot be read: {error}") from error
+
+
+@functools.lru_cache(maxsize=None)
+def group_starts(path: str) -> np.ndarray:
+    """Returns the first row of each row group of a Parquet file."""
+    metadata = opened(path).metadata
+    counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return np.cumsum([0, *counts[:-1]])
+
+
+@functools.lru_cache(maxsize=GROUPS)
+def read_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
+    """Reads a row group of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:  # threads do not share a reader
+        return file.read_row_group(group, columns=list(columns))
