@@ -1,16 +1,17 @@
-"""Attention by cuDNN, as far as that can be seen without a GPU."""
+"""Which implementation of attention is compiled for which platform, and cuDNN's without a GPU."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax.models import attention
+from mim_jax.models import attention_gpu
+from mim_jax.models.attention import attention, plain
 from mim_jax.models.transformer import Block
 
 
-@pytest.mark.parametrize("queries, keys", [(50, 50), (197, 197), (147, 197), (48, 65), (5, 8)])
-def test_what_flash_attention_adds_to_odd_lengths_counts_for_nothing(monkeypatch, queries, keys):
+@pytest.mark.parametrize("queries, keys", [(50, 50), (197, 197), (147, 197), (47, 65), (5, 8)])
+def test_padding_to_even_lengths_changes_nothing(monkeypatch, queries, keys):
     def reference(*args, implementation, **kwargs):  # as cuDNN: no gradients of odd lengths
         assert implementation == "cudnn"
         assert all(x.shape[1] % 2 == 0 for x in args)
@@ -19,20 +20,27 @@ def test_what_flash_attention_adds_to_odd_lengths_counts_for_nothing(monkeypatch
     by_jax = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", reference)
     draw = np.random.default_rng(0).normal
-    sizes = (queries, keys, keys, queries)
-    q, k, v, weights = (draw(size=(2, 3, n, 8)).astype(np.float32) for n in sizes)
+    qkv = draw(size=(2, keys, 3 * 3 * 8)).astype(np.float32)
+    weights = draw(size=(2, queries, 3 * 8)).astype(np.float32)
 
-    def total(function):
-        return lambda *qkv: (function(*qkv) * weights).sum()
+    def by_cudnn(qkv):
+        return attention_gpu.attention(qkv, heads=3, last=queries)
 
-    flash, plain = (f(q, k, v) for f in (attention.flash_attention, attention.attention))
-    np.testing.assert_allclose(flash, plain, atol=2e-6)
-    ours, theirs = (
-        jax.grad(total(function), argnums=(0, 1, 2))(q, k, v)
-        for function in (attention.flash_attention, attention.attention)
-    )
-    for x, y in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(x, y, atol=2e-6)
+    def by_us(qkv):
+        return plain(qkv, None, heads=3, last=queries)
+
+    np.testing.assert_allclose(by_cudnn(qkv), by_us(qkv), atol=2e-6)
+    ours, theirs = (jax.grad(lambda x, f=f: (f(x) * weights).sum())(qkv) for f in (by_us, by_cudnn))
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_last_queries_alone(biased):
+    rng = np.random.default_rng(0)
+    qkv = rng.normal(size=(2, 9, 3 * 16)).astype(np.float32)
+    bias = rng.normal(size=(4, 9, 9)).astype(np.float32) if biased else None
+    whole, some = attention(qkv, 4, bias), attention(qkv, 4, bias, last=5)
+    np.testing.assert_allclose(some, whole[:, 4:], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -46,17 +54,26 @@ def test_what_flash_attention_adds_to_odd_lengths_counts_for_nothing(monkeypatch
     ],
 )
 def test_a_gpu_gets_flash_attention_where_cudnn_has_it(monkeypatch, dtype, heads, biased, flash):
-    def by_cudnn(q, k, v):
-        calls.append(q.shape)
-        return jnp.zeros_like(q)
+    def by_cudnn(qkv, *, heads, last):
+        calls.append(qkv.shape)
+        return jnp.zeros((len(qkv), last, qkv.shape[2] // 3), qkv.dtype)
 
     calls = []
-    monkeypatch.setattr(attention, "has_cudnn", lambda: True)
-    monkeypatch.setattr(attention, "flash_attention", by_cudnn)
+    monkeypatch.setattr(attention_gpu, "has_cudnn", lambda: True)
+    monkeypatch.setattr(attention_gpu, "attention", by_cudnn)
     x, bias = jnp.ones((1, 5, 16)), jnp.zeros((heads, 5, 5)) if biased else None
-    jax.eval_shape(Block(heads, dtype).init, jax.random.key(0), x.astype(dtype), bias)
+    jax.eval_shape(Block(heads, dtype).init, jax.random.key(0), x, bias)
     assert bool(calls) == flash
 
 
 def test_there_is_no_cudnn_on_a_cpu():
-    assert not attention.has_cudnn()
+    assert not attention_gpu.has_cudnn()
+
+
+@pytest.mark.parametrize("platform, kernels", [("cpu", 0), ("tpu", 2), ("cuda", 0)])
+def test_the_platform_that_is_compiled_for_decides(platform, kernels):
+    """Of programs lowered on this machine, whatever it is: forward and backward."""
+    gradient = jax.jit(jax.grad(lambda qkv: attention(qkv, 2).astype(jnp.float32).sum()))
+    traced = gradient.trace(jnp.ones((2, 16, 3 * 2 * 16), jnp.bfloat16))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("tpu_custom_call") == kernels

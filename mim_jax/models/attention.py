@@ -1,64 +1,61 @@
-"""Attention: how tokens look at each other.
+"""Attention: every query is a weighted mean of values, by its similarity to their keys.
 
-Shapes: b images, h heads, m queries, n keys, d width of a head.
+Shapes: b images, n tokens, m of them as queries, h heads, d width of a head.
 """
 
 import functools
+from collections.abc import Callable
 
+import einops
 import jax
-import jax.extend
 import jax.numpy as jnp
 
+from mim_jax.models import attention_gpu, attention_tpu, cpu
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None):
-    """q (b, h, m, d), k and v (b, h, n, d), bias (h, m, n) -> (b, h, m, d).
 
-    The softmax is in float32 or better. In half precision on an NVIDIA GPU it is cuDNN's flash
-    attention, which never writes the weights (b, h, m, n) down; not with a bias, of which cuDNN
-    has the gradient in half precision alone, and slowly.
+def attention(
+    qkv: jax.Array, heads: int, bias: jax.Array | None = None, last: int | None = None
+) -> jax.Array:
+    """qkv (b, n, 3 h d), bias (h, n, n) -> (b, m, h d), of all queries or of the `last` m.
+
+    The features of qkv are queries, keys and values, each head by head. The softmax is in float32
+    or better. Which implementation is compiled depends on the platform that it is compiled for:
+
+    - TPUs in bfloat16: kernels over qkv as it is (attention_tpu.py);
+    - NVIDIA GPUs in half precision and without a bias: cuDNN (attention_gpu.py);
+    - CPUs: `plain`, with a softmax of their own (cpu.py);
+    - all else: `plain`.
     """
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if bias is None and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and has_cudnn():
-        return flash_attention(q, k, v)
+    last = last or qkv.shape[1]
+    plain_of = functools.partial(plain, heads=heads, last=last)
+    branches = dict(cpu=functools.partial(plain_of, softmax=cpu.softmax), default=plain_of)
+    if bias is None and attention_gpu.supports(qkv, heads):
+        flash = functools.partial(attention_gpu.attention, heads=heads, last=last)
+        branches["cuda"] = lambda qkv, bias: flash(qkv)
+    if attention_tpu.supports(qkv, heads, bias):
+        branches["tpu"] = lambda qkv, bias: attention_tpu.attention(qkv, bias, heads, last)
+    return jax.lax.platform_dependent(qkv, bias, **branches)
+
+
+def plain(
+    qkv: jax.Array,
+    bias: jax.Array | None,
+    *,
+    heads: int,
+    last: int,
+    softmax: Callable = jax.nn.softmax,
+) -> jax.Array:
+    """`attention` in plain operations: the reference for all others."""
+    q, k, v = split_heads(qkv, heads)
     scores = jnp.promote_types(q.dtype, jnp.float32)
+    q = q[:, :, -last:]
     logits = jnp.einsum("bhmd,bhnd->bhmn", q, k, preferred_element_type=scores)
     logits = logits * q.shape[-1] ** -0.5
-    weights = softmax(logits if bias is None else logits + bias.astype(scores))
-    return jnp.einsum("bhmn,bhnd->bhmd", weights.astype(v.dtype), v)
+    weights = softmax(logits if bias is None else logits + bias[:, -last:].astype(scores))
+    y = jnp.einsum("bhmn,bhnd->bhmd", weights.astype(v.dtype), v)
+    return einops.rearrange(y, "b h m d -> b m (h d)")
 
 
-@jax.custom_jvp
-def softmax(x: jax.Array) -> jax.Array:
-    """As jax.nn's, with one division a row instead of one an element: a CPU's step is faster."""
-    weights = jnp.exp(x - x.max(-1, keepdims=True))
-    return weights * (1 / weights.sum(-1, keepdims=True))
-
-
-@softmax.defjvp
-def _(primals, tangents):
-    y, dx = softmax(*primals), tangents[0]
-    return y, y * (dx - (y * dx).sum(-1, keepdims=True))
-
-
-def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attention` by cuDNN, for which m and n must be even: with one more query where they are not,
-    whose answer is dropped, and one more key, which none sees.
-    """
-    m, n = q.shape[2], k.shape[2]
-
-    def even(x):  # -> (b, m + m % 2, h, d)
-        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, x.shape[2] % 2), (0, 0), (0, 0)))
-
-    seen = jnp.full(len(q), n, jnp.int32) if n % 2 else None
-    y = jax.nn.dot_product_attention(
-        even(q), even(k), even(v), key_value_seq_lengths=seen, implementation="cudnn"
-    )
-    return y[:, :m].swapaxes(1, 2)
-
-
-@functools.cache
-def has_cudnn() -> bool:
-    """Whether programs are for NVIDIA GPUs that cuDNN has flash attention for: Ampere and later."""
-    if "cuda" not in jax.extend.backend.get_backend().platform_version:
-        return False
-    return float(jax.local_devices()[0].compute_capability) >= 8
+def split_heads(qkv: jax.Array, heads: int) -> jax.Array:
+    """qkv (b, n, 3 h d) -> queries, keys and values (3, b, h, n, d)."""
+    return einops.rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=heads)

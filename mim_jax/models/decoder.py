@@ -1,4 +1,4 @@
-"""MAE's decoder: from the latent of visible patches to what is predicted of hidden ones.
+"""MAE's decoder: from the latent of visible patches to predictions of hidden ones.
 
 Shapes: b images, n patches, k visible, d width, (p, q) patch, c channels.
 """
@@ -6,12 +6,13 @@ Shapes: b images, n patches, k visible, d width, (p, q) patch, c channels.
 import flax.linen as nn
 import jax.numpy as jnp
 
+from mim_jax.models.layers import Dense
 from mim_jax.models.patches import sincos2d, take
-from mim_jax.models.transformer import Dense, transform
+from mim_jax.models.transformer import transform
 
 
 class Decoder(nn.Module):
-    """The light transformer that paints patches from the latent of the visible ones."""
+    """The light transformer that predicts patches from the latent of the visible ones."""
 
     width: int
     depth: int
@@ -21,13 +22,14 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, latent, order, *, grid: tuple[int, int], values: int, last: int):
-        """latent (b, 1 + k, d), order (b, n) -> numbers for the last patches (b, last, values).
+        """latent (b, 1 + k, d), order (b, n) -> predictions of the last patches (b, last, values).
 
-        `order` says where each token lies, visible patches first. Attention does not mind the
-        order, so tokens are never shuffled back: the positions are shuffled instead.
+        `order` are the positions of the tokens, visible patches first. Attention does not depend
+        on the order, so that tokens need not be shuffled back: the positions are shuffled instead.
+        The predictions are in float32 or better.
         """
         b, n = order.shape
-        x = Dense(self.width, dtype=self.dtype, name="embed")(latent)
+        x = Dense(self.width, dtype=self.dtype, wide=True, name="embed")(latent)
         if hidden := n + 1 - x.shape[1]:
             mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
             mask_token = jnp.broadcast_to(mask_token.astype(x.dtype), (b, hidden, self.width))
@@ -36,4 +38,4 @@ class Decoder(nn.Module):
         x = x.at[:, 1:].add(positions)  # the class token has position zero
         options = dict(heads=self.heads, dtype=self.dtype, remat=self.remat, last=last)
         x = transform(x, self.depth, **options)
-        return Dense(values, dtype=self.dtype, name="pred")(x)
+        return Dense(values, dtype=self.dtype, wide=True, name="pred")(x)

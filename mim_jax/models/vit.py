@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from mim_jax import UserError
 from mim_jax.keys import BELOW_ONE, FREE, NOT_NEGATIVE, POSITIVE, Dtype, Smoke
+from mim_jax.models.layers import Dense
 from mim_jax.models.patches import patchify, sincos2d, take
 from mim_jax.models.stem import STRIDE, Stem
-from mim_jax.models.transformer import INITS, Dense, RelativePositionBias, drop_paths, transform
+from mim_jax.models.transformer import INITS, RelativePositionBias, drop_paths, transform
 
 SIZES = {
     "Ti": dict(width=192, depth=12, heads=3),
@@ -82,7 +83,9 @@ class ViT(nn.Module):
         bound = patches.shape[-1] ** -0.5  # torch's default, at which MAE leaves this bias
         uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
         embed = dict(bias_init=uniform) if self.initializer == "mae" else {}
-        embed |= dict(kernel_init=INITS[self.initializer], dtype=self.dtype, name="embed")
+        embed |= dict(
+            kernel_init=INITS[self.initializer], dtype=self.dtype, wide=True, name="embed"
+        )
         x = Dense(self.width, **embed)(patches)
         if masked is not None:
             x = jnp.where(masked[..., None], self.token("mask_token").astype(x.dtype), x)

@@ -20,8 +20,9 @@ from mim_jax import UserError, targets
 from mim_jax.keys import POSITIVE, SHARE, Smoke
 from mim_jax.masking import Sampling, corrupt, sample
 from mim_jax.models.dvae import DVAE
+from mim_jax.models.layers import Dense
 from mim_jax.models.patches import not_blank, patchify, take, unpatchify
-from mim_jax.models.transformer import INITS, Dense
+from mim_jax.models.transformer import INITS
 from mim_jax.models.vit import ViT
 from mim_jax.normalize import MEAN, STD, Mean, Std, denormalize, normalize, unit
 from mim_jax.objectives import objective_of, per_example
@@ -39,7 +40,7 @@ class BEiT(nn.Module):
         values = self.vocabulary or math.prod(self.encoder.patch) * images.shape[-1]
         tokens = self.encoder(images, masked=masked, drop_keys=drop_keys)
         init = INITS[self.encoder.initializer]
-        head = Dense(values, dtype=self.encoder.dtype, kernel_init=init, name="head")
+        head = Dense(values, dtype=self.encoder.dtype, wide=True, kernel_init=init, name="head")
         return head(take(tokens[:, 1:], places))
 
 

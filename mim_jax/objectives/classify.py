@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mim_jax import UserError
 from mim_jax.augment import erase, mix, smooth
 from mim_jax.keys import NOT_NEGATIVE, PER_DEVICE, SHARE, Range
-from mim_jax.models.transformer import LayerNorm
+from mim_jax.models.layers import LayerNorm
 from mim_jax.models.vit import ViT
 from mim_jax.normalize import MEAN, STD, Mean, Std, denormalize, normalize
 from mim_jax.objectives import objective_of, per_example
