@@ -1,32 +1,26 @@
-r"""What a run would ask of a TPU slice that one does not have, by the TPU's own compiler.
+r"""What a run would need of a TPU slice, by the TPU's own compiler, without the slice.
 
     pip install -e '.[tpu]'
     python -m benchmarks.pod --config=configs/mae_large.py --topology=v5e:4x4 --config.fsdp=16
 
-Compiles the run's step ahead of time, as it is, at full size, on any machine. Printed are, of one
-chip: FLOPs and bytes of memory read or written, as the compiler counts them (of a part of the
-batch, where it is taken in parts: a loop's body counts once); memory for the state, for all else,
-and at its peak; what collectives gather and add up, also as a multiple of the parameters' bytes in
-float32. These are exact, and the same every time; seconds are of the compilation. Data are not
-needed: their shapes are the built-in emoji's, at the config's size. A step that does not fit ends
-with the compiler's sentence. Compiling a ViT-L takes some ten minutes of a core.
+Compiles the step of the run ahead of time, at full size, on any machine. Printed are, of one chip:
+FLOPs and bytes read or written, as the compiler counts them (the body of a loop once, as over parts
+of a batch); memory of the state, of temporaries, and at its peak; what collectives gather and add
+up, also as a multiple of the bytes of the parameters in float32. These are exact, and the same
+every time; seconds are of the compilation. Data are not needed. A step that does not fit ends with
+the sentence of the compiler. Compiling a ViT-L takes some minutes of a core. For predicted times,
+see benchmarks/tpu_step.py.
 """
 
 import argparse
 import collections
 import math
-import os
 import re
 import sys
-import time
 
-import jax
-from jax.experimental import topologies
+from benchmarks.tpu_compiler import chips, trace
+from mim_jax import cli
 
-from mim_jax import UserError, cli, recipe, schema
-from mim_jax.start import Start
-
-DATA = ("name=emoji", "split=train", "evaluation_split=validation", "data_dir=", "labels=")
 GB = 1e9
 
 
@@ -42,19 +36,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(path: str, overrides: list[str], topology: str) -> int:
     """Compiles the step and prints what the compiler says of it."""
-    devices = chips(topology)
-    rest = ["init_from.tokenizer=random", "steps=10000"]
-    config = schema.load(path, [*(f"data.{word}" for word in DATA), *rest, *overrides])
-    run = recipe.build(config, devices)
-    start = Start(run, config)
-    print(f"{start.parameters:,} parameters\n{run.summary}", flush=True)
-
-    begun = time.perf_counter()
-    try:
-        compiled = start.trace_step().lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"the step does not compile: {str(error).splitlines()[0]}") from None
-    print(f"compiled in {time.perf_counter() - begun:.0f} s")
+    step = trace(path, overrides, chips(topology))
+    print(f"{step.parameters:,} parameters\n{step.run.summary}", flush=True)
+    compiled, seconds = step.compile()
+    print(f"compiled in {seconds:.0f} s")
 
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     print(f"FLOPs: {costs['flops'] / 1e12:.2f} T")
@@ -65,35 +50,18 @@ def report(path: str, overrides: list[str], topology: str) -> int:
         ("peak", memory.peak_memory_in_bytes),
     ):
         print(f"memory, {name}: {count / GB:.2f} GB")
-    parameters = 4 * start.parameters
+    parameters = 4 * step.parameters
     for kind, (count, size) in sorted(collectives(compiled.as_text()).items()):
         print(f"{kind}: {count}, {size / GB:.3f} GB, {size / parameters:.2f} x parameters")
     return 0
 
 
-def chips(topology: str) -> list:
-    """The devices of a slice that need not be there."""
-    kind, _, shape = topology.partition(":")
-    count = math.prod(int(side) for side in shape.split("x") if side.isdigit())
-    name = {"v5e": "v5litepod"}.get(kind, kind)
-    jax.config.update("jax_platforms", "cpu")  # no chip is looked for, nor kept from others
-    os.environ |= dict(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    os.environ |= dict(TPU_ACCELERATOR_TYPE=f"{name}-{count}", TPU_WORKER_HOSTNAMES="localhost")
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # of many kinds, by what is amiss
-        raise UserError(
-            f"there is no compiler for --topology={topology}: pip install -e '.[tpu]', and say one "
-            f"as v5e:4x4 ({str(error).splitlines()[0]})."
-        ) from None
-
-
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """{kind and type: (how many, bytes of the whole arrays)} in a compiled program.
+    """Returns {kind and type: (count, bytes of the whole arrays)} of a compiled program.
 
-    Whole are what an all-gather gives out and what a reduce-scatter takes in. Two things of TPUs:
-    one gather that runs beside other work stands in several fusions, under the same chain_id; and
-    an all-reduce of which a chip keeps its part stands in a computation all-reduce-scatter.
+    Whole arrays are the results of an all-gather and the operands of a reduce-scatter. On TPUs, a
+    gather that runs beside other work is in several fusions with the same chain_id, and an
+    all-reduce of which a chip keeps its part is in a computation all-reduce-scatter.
     """
     kinds = "all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-[a-z]+"
     found, seen, computation = collections.defaultdict(lambda: (0, 0)), set(), ""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from mim_jax.models import cpu
 
 EPSILON = 1e-6
+FIXED_POINT = 2.0**14  # 1 as a fixed-point number of 16 bits
 
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -144,25 +145,32 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias, self.dtype)
 
 
-@jax.custom_jvp
+@jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x times the normal distribution function; computed in float32 or better."""
-    return gelu_and_slope(x)[0]
+    """Returns x times the normal distribution function of x (the exact GELU).
 
-
-def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns gelu(x) and its derivative.
-
-    Only the derivative is kept for the backward pass, in the place of x: a product is then all
-    that is computed there.
+    The backward pass keeps the slope in place of x, so that it is a product and nothing more. A
+    slope lies in (-0.13, 1.13): with bfloat16, it takes 16 bits, as a fixed-point number. That is
+    100 times as exact as bfloat16 would be, which would round it once more than autocast does.
     """
+    return gelu_forward(x)[0]
+
+
+def gelu_forward(x):
     wide = x.astype(at_least_float32(x.dtype))
     below = 0.5 * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
     density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-    return (wide * below).astype(x.dtype), (below + wide * density).astype(x.dtype)
+    slope = below + wide * density
+    if x.dtype.itemsize == 2:
+        slope = jnp.round(slope * FIXED_POINT).astype(jnp.int16)
+    return (wide * below).astype(x.dtype), slope
 
 
-@gelu.defjvp
-def gelu_jvp(primals, tangents):
-    y, slope = gelu_and_slope(*primals)
-    return y, slope * tangents[0]
+def gelu_backward(slope, gradient):
+    wide = gradient.astype(at_least_float32(gradient.dtype))
+    if slope.dtype == jnp.int16:
+        slope = slope.astype(jnp.float32) / FIXED_POINT
+    return ((wide * slope).astype(gradient.dtype),)
+
+
+gelu.defvjp(gelu_forward, gelu_backward)
