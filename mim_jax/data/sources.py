@@ -27,6 +27,8 @@ class Source(NamedTuple):
     name_of: Callable[[int], str]  # where example i comes from, for people
     unread: Sequence[tuple[str, str]] = ()  # names and reasons of files that are not used
     class_names: Sequence[str] = ()  # of the labels, in order
+    classes: Any = None  # of the pixels, masks.Classes, where there are masks
+    sizes: np.ndarray | None = None  # height and width of each image (n, 2), where they are known
 
 
 def open_sources(

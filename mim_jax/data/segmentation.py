@@ -1,0 +1,211 @@
+"""Transforms of an image together with its mask, as mmsegmentation trains and evaluates.
+
+An image is an array (H, W, c), labels are an array (H, W). Sizes are (height, width). Masks are
+resized by nearest neighbor alone; images as Pillow does, with antialiasing, where mmsegmentation
+has OpenCV without.
+"""
+
+import dataclasses
+from collections import defaultdict
+
+import numpy as np
+from PIL import Image
+
+from mim_jax import UserError
+from mim_jax.data.decode import decode
+from mim_jax.data.masks import Classes, read_values
+from mim_jax.data.transforms import resize
+
+TRIES = 10  # crops, of which the last is taken if none suits
+
+
+def fitted(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
+    """The largest size of the same aspect within short_side and long_side (mmcv's rescale_size)."""
+    scale = min(long_side / max(size), short_side / min(size))
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
+
+
+def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Labels (H, W) at another size: of each pixel, the label at its center."""
+    rows, columns = (
+        ((np.arange(after) + 0.5) * before / after).astype(int)
+        for after, before in zip(size, labels.shape, strict=True)
+    )
+    return labels[rows[:, None], columns]
+
+
+def random_crop(
+    image: np.ndarray,
+    labels: np.ndarray,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    class_share: float,
+    ignore_label: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random crop of at most a size, in which no class has `class_share` of the labelled pixels.
+
+    Crops are drawn up to ten times more (mmsegmentation's RandomCrop with cat_max_ratio).
+    """
+    height, width = labels.shape
+    rows, columns = min(size[0], height), min(size[1], width)
+    for _ in range(TRIES + 1):
+        top = int(rng.integers(height - rows + 1))
+        left = int(rng.integers(width - columns + 1))
+        part = np.s_[top : top + rows, left : left + columns]
+        if class_share >= 1:
+            break
+        values, counts = np.unique(labels[part], return_counts=True)
+        counts = counts[values != ignore_label]
+        if len(counts) > 1 and counts.max() < class_share * counts.sum():
+            break
+    return image[part], labels[part]
+
+
+def random_flip(
+    image: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mirrors both, half of the time."""
+    return (image[:, ::-1], labels[:, ::-1]) if rng.random() < 0.5 else (image, labels)
+
+
+def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast, saturation and hue, each half of the time, of an image (H, W, 3).
+
+    As mmsegmentation's PhotoMetricDistortion, in uint8: brightness +-32, contrast and saturation
+    times 0.5 to 1.5, hue +-36 degrees; contrast comes second or last. Hues are in Pillow's 256
+    steps instead of OpenCV's 180.
+    """
+
+    def linear(x: np.ndarray, gain: float = 1, offset: float = 0) -> np.ndarray:
+        return np.clip(x.astype(np.float32) * gain + offset, 0, 255).astype(np.uint8)
+
+    def contrast(x: np.ndarray) -> np.ndarray:
+        return linear(x, gain=rng.uniform(0.5, 1.5)) if rng.integers(2) else x
+
+    if rng.integers(2):
+        image = linear(image, offset=rng.uniform(-32, 32))
+    contrast_first = rng.integers(2)
+    if contrast_first:
+        image = contrast(image)
+    saturation = rng.uniform(0.5, 1.5) if rng.integers(2) else None
+    hue = rng.integers(-18, 18) if rng.integers(2) else None
+    if saturation is not None or hue is not None:
+        hsv = np.array(Image.fromarray(image).convert("HSV"))
+        if saturation is not None:
+            hsv[..., 1] = linear(hsv[..., 1], gain=saturation)
+        if hue is not None:
+            hsv[..., 0] += np.uint8(round(hue * 256 / 180) % 256)  # wraps around
+        image = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    return image if contrast_first else contrast(image)
+
+
+def pad(array: np.ndarray, size: tuple[int, int], fill: int | tuple) -> np.ndarray:
+    """Extends an array below and to the right to a size."""
+    padded = np.empty((*size, *array.shape[2:]), array.dtype)
+    padded[...] = fill
+    padded[: array.shape[0], : array.shape[1]] = array
+    return padded
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedView:
+    """What views of an image and its mask share."""
+
+    size: tuple[int, int]  # that is trained on, and the smallest of evaluation
+    short_side: int  # what an image is resized to, before any random scale
+    long_side: int  # that it is at most resized to
+    channels: int
+    dtype: str
+    interpolation: str
+    resizer: str
+    fill: tuple[int, ...]  # color of padding
+    classes: Classes
+
+    def __post_init__(self):
+        if len(self.fill) not in (1, self.channels):
+            raise UserError(
+                f"data.fill = {self.fill} must have one value, or one for each of the "
+                f"{self.channels} channels."
+            )
+
+    def pair(self, example: dict, scale: float = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> the resized image, its labels in their own size, and resized."""
+        image = decode(example["image"], self.channels, self.dtype)
+        labels = self.classes.labels(read_values(example["mask"]))
+        size = fitted(labels.shape, int(self.short_side * scale), int(self.long_side * scale))
+        image = resize(image, size, self.interpolation, self.resizer)
+        return image, labels, resize_labels(labels, size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedTrainingView(MaskedView):
+    """Random scale, crop, flip and photometric distortion, then padding with ignored pixels."""
+
+    scale_range: tuple[float, float]
+    class_share: float
+    flip: bool
+    distortion: bool
+
+    def __post_init__(self):
+        super().__post_init__()
+        low, high = self.scale_range if len(self.scale_range) == 2 else (0, 0)
+        if not 0 < low <= high:
+            raise UserError(
+                f"data.scale_range = {self.scale_range} must be two factors, as (0.5, 2.0)."
+            )
+        if self.distortion and (self.channels != 3 or self.dtype != "uint8"):
+            raise UserError("data.distortion needs 8-bit images of 3 channels: set it to False.")
+
+    def __call__(self, example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        image, _, labels = self.pair(example, rng.uniform(*self.scale_range))
+        ignore = self.classes.ignore_label
+        image, labels = random_crop(
+            image, labels, self.size, rng, class_share=self.class_share, ignore_label=ignore
+        )
+        if self.flip:
+            image, labels = random_flip(image, labels, rng)
+        if self.distortion:
+            image = distort(image, rng)
+        return {
+            "image": pad(image, self.size, self.fill),
+            "segmentation": pad(labels, self.size, ignore),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedEvaluationView(MaskedView):
+    """A whole image, resized, and its labels in their own size, both padded.
+
+    Examples of one batch share a shape: `groups` collects those that can.
+    """
+
+    shapes: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))  # of images and of labels
+
+    def groups(self, sizes: np.ndarray) -> list[tuple[list[int], "MaskedEvaluationView"]]:
+        """Examples whose images have `sizes` (n, 2) -> [(their indices, the view of these)]."""
+        members = defaultdict(list)
+        for i, size in enumerate(map(tuple, np.asarray(sizes).tolist())):
+            view = fitted(size, self.short_side, self.long_side)
+            shape = tuple(max(pair) for pair in zip(map(next_side, view), self.size, strict=True))
+            members[shape, tuple(map(next_side, size))].append(i)
+        return [
+            (indices, dataclasses.replace(self, shapes=shapes))
+            for shapes, indices in sorted(members.items())
+        ]
+
+    def __call__(self, example: dict) -> dict[str, np.ndarray]:
+        image, labels, _ = self.pair(example)
+        shape, label_shape = self.shapes
+        return {
+            "image": pad(image, shape, self.fill),
+            "image_size": np.array(image.shape[:2], np.int32),
+            "segmentation": pad(labels, label_shape, self.classes.ignore_label),
+            "segmentation_size": np.array(labels.shape, np.int32),
+        }
+
+
+def next_side(side: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, ... that is not below a side: few shapes suffice."""
+    power = 1 << max(0, side - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= side else power
