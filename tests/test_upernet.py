@@ -7,8 +7,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the heads are compared with PyTorch's")
 
-from mim_jax import UserError  # noqa: E402
-from mim_jax.models.batch_norm import BatchNorm  # noqa: E402
 from mim_jax.models.upernet import (  # noqa: E402
     FCN,
     FeaturePyramid,
@@ -92,23 +90,6 @@ def test_fcn():
     module = FCN(CLASSES, CHANNELS, B, dtype="float64")
     ours, theirs, _ = pair(module, reference, oracle.FCN_NAMES, maps()[2], True)
     np.testing.assert_allclose(ours, nhwc(theirs), atol=1e-8)
-
-
-def test_groups_are_normalized_alone():
-    """Each group as PyTorch's module normalizes it; the running statistics are their mean."""
-    x = np.random.default_rng(0).normal(size=(B, 3, 5, WIDTH))
-    module = BatchNorm(2)
-    variables = module.init(jax.random.key(0), x, False)
-    ours, after = module.apply(variables, x, True, mutable=["batch_statistics"])
-    running = []
-    for group in (slice(0, 2), slice(2, 4)):
-        reference = torch.nn.BatchNorm2d(WIDTH).double()
-        np.testing.assert_allclose(ours[group], nhwc(reference(nchw(x[group]))), atol=1e-10)
-        running.append(reference.running_var.numpy())
-    after = after["batch_statistics"]["variance"]
-    np.testing.assert_allclose(after, np.mean(running, axis=0), atol=1e-10)
-    with pytest.raises(UserError, match=r"objective\.batch_norm = 3 does not divide the 4 images"):
-        BatchNorm(3).apply(variables, x, True, mutable=["batch_statistics"])
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])

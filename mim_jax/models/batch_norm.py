@@ -1,7 +1,9 @@
 """Batch normalization over fixed groups of images, and the convolution that it follows.
 
-Shapes: b images, g groups, H rows, W columns, c channels.
+Shapes: b images of a device, g groups, H rows, W columns, c channels.
 """
+
+import math
 
 import flax.linen as nn
 import jax
@@ -16,10 +18,11 @@ HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # mmcv's kaimin
 class BatchNorm(nn.Module):
     """Batch normalization (Ioffe & Szegedy, 2015) with statistics of `group` consecutive images.
 
-    A group replaces the images of one device, or of all devices (SyncBN), of the original codes:
-    the result is the same on any mesh and with any accumulation, as long as `group` divides the
-    images that one device computes at once. The running statistics, which evaluation uses, are
-    those of PyTorch: momentum 0.1, and the unbiased variance.
+    A group stands for the images of one device, or of all devices (SyncBN), of the original codes.
+    The result is the same on any mesh. A group lies on one device, or it is the whole batch, whose
+    statistics are then averaged over devices; `group` must divide the images of a device, or be
+    those of all devices. The running statistics, which evaluation uses, are those of PyTorch:
+    momentum 0.1, and the unbiased variance.
     """
 
     group: int
@@ -35,26 +38,51 @@ class BatchNorm(nn.Module):
         mean = self.variable(COLLECTION, "mean", jnp.zeros, (channels,), x.dtype)
         variance = self.variable(COLLECTION, "variance", jnp.ones, (channels,), x.dtype)
         if training:
-            if len(x) % self.group:
-                raise UserError(
-                    f"{self.key} = {self.group} does not divide the {len(x)} images that are "
-                    "computed at once: make it a divisor of batch_size / devices / accumulate."
-                )
-            groups = x.reshape(len(x) // self.group, -1, channels)  # (g, values, c)
-            count = groups.shape[1]
-            means = groups.mean(1, keepdims=True)
-            variances = groups.var(1, keepdims=True)
-            y = (groups - means) * jax.lax.rsqrt(variances + self.epsilon)
+            x, means, variances, count = self.normalize(x)
             unbiased = variances * count / max(count - 1, 1)
-            mean.value = 0.9 * mean.value + 0.1 * means.mean((0, 1))
-            variance.value = 0.9 * variance.value + 0.1 * unbiased.mean((0, 1))
+            mean.value = 0.9 * mean.value + 0.1 * means.mean(0)
+            variance.value = 0.9 * variance.value + 0.1 * unbiased.mean(0)
         else:
-            y = (x - mean.value) * jax.lax.rsqrt(variance.value + self.epsilon)
-        y = y.reshape(shape)
+            x = (x - mean.value) * jax.lax.rsqrt(variance.value + self.epsilon)
         if self.affine:
-            y = y * self.param("scale", nn.initializers.ones, (channels,))
-            y = y + self.param("bias", nn.initializers.zeros, (channels,))
-        return y.astype(dtype)
+            x = x * self.param("scale", nn.initializers.ones, (channels,))
+            x = x + self.param("bias", nn.initializers.zeros, (channels,))
+        return x.reshape(shape).astype(dtype)
+
+    def normalize(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+        """x (b, ..., c) -> normalized x, means (g, c), variances (g, c), values of each.
+
+        Raises UserError where the groups cannot be made of the images of a device.
+        """
+        axes = device_axes()
+        devices = math.prod(axes.values())
+        if whole := devices > 1 and self.group == len(x) * devices:
+            axes, groups = tuple(axes), 1
+        elif len(x) % self.group == 0:
+            groups = len(x) // self.group
+        else:
+            raise UserError(
+                f"{self.key} = {self.group} does not divide the {len(x)} images that are computed "
+                "at once: make it a divisor of batch_size / devices / accumulate, or batch_size "
+                "with accumulate = 1."
+            )
+
+        def mean_of(x):
+            mean = x.mean(1, keepdims=True)
+            return jax.lax.pmean(mean, axes) if whole else mean
+
+        shape, x = x.shape, x.reshape(groups, -1, x.shape[-1])  # (g, values, c)
+        means = mean_of(x)
+        variances = mean_of((x - means) ** 2)
+        y = (x - means) * jax.lax.rsqrt(variances + self.epsilon)
+        count = x.shape[1] * (devices if whole else 1)
+        return y.reshape(shape), means[:, 0], variances[:, 0], count
+
+
+def device_axes() -> dict[str, int]:
+    """{name: devices} of the mesh axes that the caller's rows are split over, inside shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: mesh.shape[name] for name in mesh.manual_axes if mesh.shape[name] > 1}
 
 
 class ConvNorm(nn.Module):
