@@ -36,11 +36,11 @@ from PIL import Image, ImageColor
 
 from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, header
-from mim_jax.data.manifest import SPLITS
+from mim_jax.data.layout import SPLITS
 from mim_jax.data.sources import Source, open_sources
 
 MASK_FOLDERS = ("masks", "annotations")
-SPLIT_NAMES = SPLITS | {"training": "train"}  # folder -> split
+SPLIT_NAMES = SPLITS  # folder -> split
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".npy")
 VALUES = 2**16  # that a mask may have
 UNKNOWN, IGNORED = -2, -1  # in a table of classes by value
