@@ -203,7 +203,7 @@ def schema_of(path: str) -> Any:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def opened(path: str) -> Any:
     """Returns an open ParquetFile, or the mapped table of an Arrow file; once per process."""
     import pyarrow as pa
@@ -244,7 +244,7 @@ def read_row(path: str, row: int, *columns: str) -> dict:
         raise BadImageError(f"cannot be read: {error}") from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def group_starts(path: str) -> np.ndarray:
     """Returns the first row of each row group of a Parquet file."""
     metadata = opened(path).metadata
