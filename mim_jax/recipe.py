@@ -186,7 +186,7 @@ def encoder_of(run: Run, config: ConfigDict):
     """
     if run.model is None:
         raise UserError(f"{config.objective.name} has no encoder.")
-    if not {"mean", "std"} <= config.objective.keys():
+    if not {"mean", "std"} <= set(config.objective):
         raise UserError(f"{config.objective.name} has no mean and std to normalize images with.")
     dtype = jnp.promote_types(run.model.dtype, jnp.float32).name
     model = run.model.clone(dtype=dtype)
