@@ -1,11 +1,10 @@
-r"""BEiT, ViT-B/16, ImageNet-1k, 800 epochs, as in the paper (Bao et al., 2021, table 12).
+r"""BEiT pretraining of ViT-B/16 on ImageNet-1k for 800 epochs (Bao et al., 2021, table 12).
 
-First the tokenizer (configs/dvae.py), then
+Requires a tokenizer, from configs/dvae.py or converted (`mim-jax convert`).
 
-    python -m mim_jax.main --config=configs/beit_base.py
-    python -m mim_jax.main --config=configs/beit_base.py --smoke     # without a tokenizer
+    mim-jax train --config=configs/beit_base.py
 
-The paper reports 83.2 % top-1 after fine-tuning (table 1). Ours: not yet run.
+The paper reports 83.2 % top-1 after fine-tuning (table 1). Not yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -50,7 +49,7 @@ def get_config() -> ConfigDict:
         undecayed=("cls_token", "positions"),  # modeling_pretrain.py
         clip_norm=3.0,  # table 12
     )
-    config.evaluate = dict(every_epochs=10.0)  # loss and accuracy of hidden tokens
+    config.evaluate = dict(every_epochs=10.0)  # loss and accuracy at masked patches
     config.pictures = dict(every_epochs=10.0)
     config.save = dict(every_epochs=1.0)
     return config

@@ -1,8 +1,8 @@
-r"""BEiT, ablation: all tokens are predicted, not the hidden ones alone. ViT-B/16, 300 epochs.
+r"""BEiT ablation: predict the tokens of all patches, not only of masked ones.
 
-    python -m mim_jax.main --config=configs/beit_base_ablation_all.py
+    mim-jax train --config=configs/beit_base_ablation_all.py
 
-The paper reports 82.59 % top-1 after fine-tuning (Bao et al., 2021, table 4). Ours: not yet run.
+The paper reports 82.59 % top-1 after fine-tuning (Bao et al., 2021, table 4). Not yet run here.
 """
 
 from ml_collections import ConfigDict

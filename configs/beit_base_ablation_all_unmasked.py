@@ -1,8 +1,8 @@
-r"""BEiT, ablation: all visual tokens are predicted, and nothing is hidden. ViT-B/16, 300 epochs.
+r"""BEiT ablation: predict the tokens of all patches of an unmasked image.
 
-    python -m mim_jax.main --config=configs/beit_base_ablation_all_unmasked.py
+    mim-jax train --config=configs/beit_base_ablation_all_unmasked.py
 
-The paper reports 81.67 % top-1 after fine-tuning (Bao et al., 2021, table 4). Ours: not yet run.
+The paper reports 81.67 % top-1 after fine-tuning (Bao et al., 2021, table 4). Not yet run here.
 """
 
 from ml_collections import ConfigDict

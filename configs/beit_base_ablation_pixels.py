@@ -1,8 +1,8 @@
-r"""BEiT, ablation: pixels in place of visual tokens. ViT-B/16, 300 epochs.
+r"""BEiT ablation: predict pixels instead of visual tokens.
 
-    python -m mim_jax.main --config=configs/beit_base_ablation_pixels.py
+    mim-jax train --config=configs/beit_base_ablation_pixels.py
 
-The paper reports 81.04 % top-1 after fine-tuning (Bao et al., 2021, table 4). Ours: not yet run.
+The paper reports 81.04 % top-1 after fine-tuning (Bao et al., 2021, table 4). Not yet run here.
 """
 
 from ml_collections import ConfigDict

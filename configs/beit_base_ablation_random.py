@@ -1,8 +1,8 @@
-r"""BEiT, ablation: no blockwise masking. ViT-B/16, 300 epochs.
+r"""BEiT ablation: random instead of blockwise masking.
 
-    python -m mim_jax.main --config=configs/beit_base_ablation_random.py
+    mim-jax train --config=configs/beit_base_ablation_random.py
 
-The paper reports 82.77 % top-1 after fine-tuning (Bao et al., 2021, table 4). Ours: not yet run.
+The paper reports 82.77 % top-1 after fine-tuning (Bao et al., 2021, table 4). Not yet run here.
 """
 
 from ml_collections import ConfigDict

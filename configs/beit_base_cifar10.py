@@ -1,10 +1,10 @@
-r"""Fine-tuning BEiT's ViT-B/16 on CIFAR-10 by the paper's recipe for CIFAR-100.
+r"""Fine-tuning of BEiT's ViT-B/16 on CIFAR-10, with the paper's recipe for CIFAR-100.
 
-First configs/beit_base.py, then
+Requires a run of configs/beit_base.py.
 
-    python -m mim_jax.main --config=configs/beit_base_cifar10.py
+    mim-jax train --config=configs/beit_base_cifar10.py
 
-The paper has no figure. Ours: not yet run.
+The paper reports no result on CIFAR-10. Not yet run here.
 """
 
 from ml_collections import ConfigDict

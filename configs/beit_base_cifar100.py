@@ -1,11 +1,11 @@
-r"""Fine-tuning BEiT's ViT-B/16 on CIFAR-100, 150 epochs (Bao et al., 2021, table 13).
+r"""Fine-tuning of BEiT's ViT-B/16 on CIFAR-100 for 150 epochs (Bao et al., 2021, table 13).
 
-First configs/beit_base.py, then
+Requires a run of configs/beit_base.py.
 
-    python -m mim_jax.main --config=configs/beit_base_cifar100.py
+    mim-jax train --config=configs/beit_base_cifar100.py
 
-The paper reports 90.1 % top-1 (appendix). Its table has repeated augmentation, which the official
-code has not, nor this. Ours: not yet run.
+The paper reports 90.1 % top-1 (appendix). Its repeated augmentation is missing in the official
+code and here. Not yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from configs import beit_base_finetune
 
 def get_config() -> ConfigDict:
     config = beit_base_finetune.get_config()
-    config.batch_size = 512  # table 13, as all that follows
+    config.batch_size = 512  # table 13, like all values below
     config.epochs = 150.0
     config.objective.erasing = 0.0
     config.data.name, config.data.evaluation_split = "cifar100", "test"

@@ -1,10 +1,10 @@
-r"""Fine-tuning BEiT's ViT-B/16 on ImageNet-1k, 100 epochs (Bao et al., 2021, table 13).
+r"""Fine-tuning of BEiT's ViT-B/16 on ImageNet-1k for 100 epochs (Bao et al., 2021, table 13).
 
-First configs/beit_base.py, then
+Requires a run of configs/beit_base.py.
 
-    python -m mim_jax.main --config=configs/beit_base_finetune.py
+    mim-jax train --config=configs/beit_base_finetune.py
 
-The paper reports 83.2 % top-1 (table 1). Ours: not yet run.
+The paper reports 83.2 % top-1 (table 1). Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,12 @@
-r"""BEiT's ViT-B/16, fine-tuned, at 384 x 384 for 10 epochs more (Bao et al., 2021, section 3.1).
+r"""Fine-tuning of BEiT's ViT-B/16 at 384 x 384 for 10 more epochs (Bao et al., 2021, section 3.1).
 
-First configs/beit_base_finetune.py, then
+Requires a run of configs/beit_base_finetune.py.
 
-    python -m mim_jax.main --config=configs/beit_base_finetune_384.py
+    mim-jax train --config=configs/beit_base_finetune_384.py
 
-The paper reports 84.6 % top-1 (table 1) and no settings but the epochs: these are README.md's for
-weights that were fine-tuned before, but for the warm-up. Ours: not yet run.
+The paper reports 84.6 % top-1 (table 1) but, of the settings, only the epochs. The others are
+those of the official README for weights that were fine-tuned before, with a shorter warm-up. Not
+yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from configs import beit_base_finetune
 
 def get_config() -> ConfigDict:
     config = beit_base_finetune.get_config()
-    config.batch_size = 512
+    config.batch_size = 512  # README.md, like all values without a comment
     config.epochs = 10.0  # section 3.1
     config.init_from.encoder = "runs/beit_base_finetune"
     config.model.drop_path = 0.1
@@ -25,5 +26,5 @@ def get_config() -> ConfigDict:
     config.optimizer.lr = 2e-5
     config.optimizer.layer_decay = 0.85
     config.optimizer.weight_decay = 1e-8
-    config.optimizer.warmup_epochs = 2.0
+    config.optimizer.warmup_epochs = 2.0  # README.md: 5 of 30 epochs
     return config

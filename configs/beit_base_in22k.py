@@ -1,9 +1,9 @@
-r"""BEiT, ViT-B/16, ImageNet-22k, 150 epochs, as released (get_started_for_image_classification.md).
+r"""BEiT pretraining of ViT-B/16 on ImageNet-22k for 150 epochs, as the released weights.
 
-    python -m mim_jax.main --config=configs/beit_base_in22k.py
+    mim-jax train --config=configs/beit_base_in22k.py
 
-Released: 83.7 % top-1 on ImageNet-1k after fine-tuning, 85.2 % after intermediate fine-tuning.
-Ours: not yet run.
+Released: 83.7 % top-1 on ImageNet-1k after fine-tuning, 85.2 % after intermediate fine-tuning on
+ImageNet-22k (get_started_for_image_classification.md). Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,11 @@
-r"""BEiT's ViT-B/16 fine-tuned on ImageNet-22k: the step between (README.md).
+r"""Intermediate fine-tuning of BEiT's ViT-B/16 on ImageNet-22k for 90 epochs (README.md).
 
-First configs/beit_base_in22k.py, then
+Requires a run of configs/beit_base_in22k.py.
 
-    python -m mim_jax.main --config=configs/beit_base_in22k_finetune.py
+    mim-jax train --config=configs/beit_base_in22k_finetune.py
 
-21,841 classes; what begins with it has a new head. Released: 85.2 % top-1 on ImageNet-1k after
-it, at 224 x 224. Ours: not yet run.
+A run that starts from this one gets a new head if its classes differ. Released: 85.2 % top-1 on
+ImageNet-1k after fine-tuning at 224 x 224. Not yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from configs import beit_base_finetune
 
 def get_config() -> ConfigDict:
     config = beit_base_finetune.get_config()
-    config.batch_size = 4096  # README.md, as all that follows
+    config.batch_size = 4096  # README.md, like all values below
     config.epochs = 90.0
     config.init_from.encoder = "runs/beit_base_in22k"
     config.model.positions = "none"

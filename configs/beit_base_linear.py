@@ -1,10 +1,10 @@
-r"""Linear probe of each layer of BEiT's ViT-B/16 on ImageNet-1k (Bao et al., 2021, appendix D).
+r"""Linear probes of all blocks of BEiT's ViT-B/16 (Bao et al., 2021, appendix D).
 
-First configs/beit_base.py, then
+Requires a run of configs/beit_base.py.
 
-    python -m mim_jax.main --config=configs/beit_base_linear.py
+    mim-jax train --config=configs/beit_base_linear.py
 
-The best layer is the 9th, with 56.7 % top-1 in the paper. Ours: not yet run.
+The paper reports 56.7 % top-1 for the best block, the 9th. Not yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.model.key_bias = False
     config.objective = dict(
         name="classify",
-        pooling="layers",  # run_linear_eval.py, as all that follows
+        pooling="layers",  # run_linear_eval.py, like all values below
         tuned_blocks=0.0,
         head_std=0.01,
     )

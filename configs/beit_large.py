@@ -1,8 +1,8 @@
-r"""BEiT, ViT-L/16, ImageNet-1k, 800 epochs, as in the paper (Bao et al., 2021, table 12).
+r"""BEiT pretraining of ViT-L/16 on ImageNet-1k for 800 epochs (Bao et al., 2021, table 12).
 
-    python -m mim_jax.main --config=configs/beit_large.py
+    mim-jax train --config=configs/beit_large.py
 
-The paper reports 85.2 % top-1 after fine-tuning (table 1). Ours: not yet run.
+The paper reports 85.2 % top-1 after fine-tuning (table 1). Not yet run here.
 """
 
 from ml_collections import ConfigDict

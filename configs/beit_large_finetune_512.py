@@ -1,10 +1,10 @@
-r"""BEiT's ViT-L/16, fine-tuned on ImageNet-22k, on ImageNet-1k at 512 x 512 (README.md).
+r"""Fine-tuning of BEiT's ViT-L/16 from ImageNet-22k on ImageNet-1k at 512 x 512 (README.md).
 
-First configs/beit_large_in22k_finetune.py, then
+Requires a run of configs/beit_large_in22k_finetune.py.
 
-    python -m mim_jax.main --config=configs/beit_large_finetune_512.py
+    mim-jax train --config=configs/beit_large_finetune_512.py
 
-Released: 88.60 % top-1. Ours: not yet run. With --config.data.size=384 it is the one of 88.41 %.
+Released: 88.60 % top-1; with --config.data.size=384 88.41 %. Not yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from configs import beit_large_in22k_finetune
 
 def get_config() -> ConfigDict:
     config = beit_large_in22k_finetune.get_config()
-    config.batch_size = 512  # README.md, as all that follows
+    config.batch_size = 512  # README.md, like all values below
     config.epochs = 30.0
     config.init_from.encoder = "runs/beit_large_in22k_finetune"
     config.model.drop_path = 0.4

@@ -1,7 +1,11 @@
-r"""Fine-tuning the small MAE of CIFAR-10 on 1000 labelled images.
+r"""Fine-tuning of the small MAE on 1000 labelled images of CIFAR-10.
 
-python -m mim_jax.main --config=configs/mae_cifar10.py --config.data.name=folder:/data/cifar10
-python -m mim_jax.main --config=configs/cifar10_finetune.py --config.data.name=folder:/data/cifar10
+Requires a run of configs/mae_cifar10.py.
+
+    mim-jax train --config=configs/cifar10_finetune.py
+
+49.3 % of the test images are classified correctly at the end, against 32.9 % from scratch: means
+of five seeds, each with its best learning rate (benchmarks/few_labels.py).
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,9 @@
-r"""DALL-E's tokenizer, 8192 codes (Ramesh et al., 2021, appendix A; what BEiT predicts).
+r"""DALL-E's tokenizer with 8192 codes, which BEiT predicts (Ramesh et al., 2021, appendix A).
 
-    python -m mim_jax.main --config=configs/dvae.py --workdir=runs/dvae
-    python -m mim_jax.main --config=configs/dvae.py --smoke
+    mim-jax train --config=configs/dvae.py
 
-The paper trained on 250 million images of its own; this is its recipe on ImageNet. Ours: not yet
-run. Look at `perplexity`, `used` and `entropy` in the log: a codebook that collapses shows there.
+The paper trained on 250 million images; this is its recipe on ImageNet. A collapsing codebook
+shows in `perplexity`, `used` and `entropy`. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,10 @@
-r"""A small tokenizer of the built-in emoji, 512 codes, 8 x 8 tokens an image: no download.
+r"""A small tokenizer of the built-in emoji with 512 codes: 12 minutes on one core, no download.
 
-    python -m mim_jax.main --config=configs/dvae_emoji.py --workdir=runs/dvae_emoji
+    mim-jax train --config=configs/dvae_emoji.py
 
-Then look at runs/dvae_emoji/pictures: none of these emoji is trained on. On the validation
-split it ended with 71 % of the codes in use, a perplexity of 278 in cells that are not of one
-colour, and 69 % less squared error than cells painted with their true mean colour. It took 12
-minutes of one core's time.
+On the validation split, at the end, 71 % of the codes are used, the perplexity is 278 in cells of
+more than one color, and the squared error is 69 % below that of cells filled with their mean
+color.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,11 @@
-r"""A linear probe of the small MAE on 268 of the built-in emoji.
+r"""Linear probe of the small MAE on 268 labelled emoji.
 
-    python -m mim_jax.main --config=configs/mae_emoji.py
-    python -m mim_jax.main --config=configs/emoji_linear.py
+Requires a run of configs/mae_emoji.py.
 
-The encoder is frozen. Accuracy on the validation split at the end: 51.9 %, 32.5 % where it is one
-at random (--config.init_from.encoder=). One run each.
+    mim-jax train --config=configs/emoji_linear.py
+
+Accuracy on the validation split at the end: 51.9 %, against 32.5 % for a random encoder
+(--config.init_from.encoder=). One run each.
 """
 
 from ml_collections import ConfigDict

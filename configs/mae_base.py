@@ -1,9 +1,9 @@
-r"""MAE, ViT-B/16, ImageNet-1k, 1600 epochs (He et al., 2021, table 3; mae_pretrain_vit_base).
+r"""MAE pretraining of ViT-B/16 on ImageNet-1k for 1600 epochs (He et al., 2021, tables 3 and 8).
 
-    python -m mim_jax.main --config=configs/mae_base.py --workdir=runs/mae_base
-    python -m mim_jax.main --config=configs/mae_base.py --smoke
+    mim-jax train --config=configs/mae_base.py
 
-The paper reports 83.6 % top-1 after fine-tuning (table 3). Ours: not yet run.
+The paper reports 83.6 % top-1 after fine-tuning (table 3; mae_pretrain_vit_base). Not yet run
+here.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
         name="imagenet2012",
         size=224,
         crop_scale=(0.2, 1.0),  # main_pretrain.py
-        flip=True,  # table 8: RandomResizedCrop, and no colour jitter
+        flip=True,  # table 8: RandomResizedCrop, and no color jitter
     )
     config.optimizer = dict(
         name="adamw",

@@ -1,10 +1,10 @@
-r"""Fine-tuning MAE's ViT-B/16 on ImageNet-1k, 100 epochs (He et al., 2021; FINETUNE.md).
+r"""Fine-tuning of MAE's ViT-B/16 on ImageNet-1k for 100 epochs (He et al., 2021; FINETUNE.md).
 
-First configs/mae_base.py, then
+Requires a run of configs/mae_base.py.
 
-    python -m mim_jax.main --config=configs/mae_base_finetune.py
+    mim-jax train --config=configs/mae_base_finetune.py
 
-The paper reports 83.6 % top-1 (table 3), the released weights 83.66 %. Ours: not yet run.
+The paper reports 83.6 % top-1 (table 3), the released weights have 83.66 %. Not yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.batch_size = 1024  # FINETUNE.md, as all that follows
+    config.batch_size = 1024  # FINETUNE.md, like all values below
     config.epochs = 100.0
     config.init_from = dict(encoder="runs/mae_base")
 
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         smoothing=0.1,
         mixup=0.8,
         cutmix=1.0,
-        mixup_group=32,  # the images of a device
+        mixup_group=32,  # the official code: the images of a device
         erasing=0.25,
     )
     config.data = dict(
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = dict(
         name="adamw",
-        base_lr=5e-4,  # table 9 has 1e-3 and a decay of 0.75, for targets that are not normalised
+        base_lr=5e-4,  # table 9 has 1e-3 and a decay of 0.75, for targets that are not normalized
         min_lr=1e-6,
         layer_decay=0.65,
         weight_decay=0.05,

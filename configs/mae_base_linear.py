@@ -1,10 +1,10 @@
-r"""Linear probe of MAE's ViT-B/16 on ImageNet-1k, 90 epochs (He et al., 2021, table 10).
+r"""Linear probe of MAE's ViT-B/16 on ImageNet-1k for 90 epochs (He et al., 2021, table 10).
 
-First configs/mae_base.py, then
+Requires a run of configs/mae_base.py.
 
-    python -m mim_jax.main --config=configs/mae_base_linear.py
+    mim-jax train --config=configs/mae_base_linear.py
 
-The paper reports 68.0 % top-1, the released code 67.8 %. Ours: not yet run.
+The paper reports 68.0 % top-1, the released code 67.8 %. Not yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -19,9 +19,9 @@ def get_config() -> ConfigDict:
     config.model = dict(size="B", patch=16)
     config.objective = dict(
         name="classify",
-        pooling="cls",  # main_linprobe.py, as all that follows
+        pooling="cls",  # main_linprobe.py, like all values below
         tuned_blocks=0.0,
-        batch_norm=512,  # the images of a device
+        batch_norm=512,  # the official code: the images of a device
         head_std=0.01,
     )
     config.data = dict(name="imagenet2012", size=224, crop_scale=(0.08, 1.0), clip_crop=True)

@@ -1,10 +1,10 @@
-r"""A small MAE on CIFAR-10, of 32 x 32 pixels in patches of 4 x 4: 75 minutes on two cores.
+r"""A small MAE on CIFAR-10, 32 x 32 pixels in patches of 4 x 4: 75 minutes on two cores.
 
-    python -m mim_jax.main --config=configs/mae_cifar10.py
+    mim-jax train --config=configs/mae_cifar10.py
 
-Then configs/cifar10_finetune.py, on 1000 labelled images. Where the data set lies as a folder with
-train/ and test/, one folder a class in each: --config.data.name=folder:/data/cifar10, for the
-others --config.data.labels=folder too. The loss on 2000 test images ended at 0.495.
+For a folder with train/ and test/, one folder per class in each, add
+--config.data.name=folder:/data/cifar10 (and --config.data.labels=folder to fine-tune). The loss
+on 2000 test images ended at 0.495.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
 r"""A small MAE on the built-in emoji: five to seven minutes on two cores, no download.
 
-    python -m mim_jax.main --config=configs/mae_emoji.py --workdir=runs/emoji
+    mim-jax train --config=configs/mae_emoji.py
 
-Then look at runs/emoji/pictures: none of these emoji is trained on. The squared error of hidden
-pixels on the validation split ends at 0.140 (0.216 after 400 steps).
+Results are in WORKDIR/pictures: reconstructions of emoji that are not in the training split. The
+squared error of hidden pixels on the validation split ends at 0.140 (0.216 after 400 steps).
 """
 
 from ml_collections import ConfigDict
@@ -31,6 +31,6 @@ def get_config() -> ConfigDict:
     )
     config.evaluate = dict(every_steps=400)
     config.pictures = dict(every_steps=400)
-    config.probe = dict(every_steps=400, images=1340)  # which of nine categories is it?
+    config.probe = dict(every_steps=400, images=1340)  # nine categories
     config.save = dict(every_steps=400)
     return config

@@ -1,9 +1,9 @@
-r"""MAE, ViT-H/14, ImageNet-1k, 1600 epochs (He et al., 2021, table 3; mae_pretrain_vit_huge).
+r"""MAE pretraining of ViT-H/14 on ImageNet-1k for 1600 epochs (He et al., 2021, tables 3 and 8).
 
-    python -m mim_jax.main --config=configs/mae_huge.py --workdir=runs/mae_huge
-    python -m mim_jax.main --config=configs/mae_huge.py --smoke
+    mim-jax train --config=configs/mae_huge.py
 
-The paper reports 86.9 % top-1 after fine-tuning (table 3). Ours: not yet run.
+The paper reports 86.9 % top-1 after fine-tuning (table 3; mae_pretrain_vit_huge). Not yet run
+here.
 """
 
 from ml_collections import ConfigDict

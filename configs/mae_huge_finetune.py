@@ -1,10 +1,10 @@
-r"""Fine-tuning MAE's ViT-H/14 on ImageNet-1k, 50 epochs (He et al., 2021; FINETUNE.md).
+r"""Fine-tuning of MAE's ViT-H/14 on ImageNet-1k for 50 epochs (He et al., 2021; FINETUNE.md).
 
-First configs/mae_huge.py, then
+Requires a run of configs/mae_huge.py.
 
-    python -m mim_jax.main --config=configs/mae_huge_finetune.py
+    mim-jax train --config=configs/mae_huge_finetune.py
 
-The paper reports 86.9 % top-1 (table 3), the released weights 86.93 %. Ours: not yet run.
+The paper reports 86.9 % top-1 (table 3), the released weights have 86.93 %. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,11 @@
-r"""Fine-tuning MAE's ViT-H/14 on ImageNet-1k at 448 x 448, 50 epochs (He et al., 2021, table 3).
+r"""Fine-tuning of MAE's ViT-H/14 at 448 x 448 for 50 epochs (He et al., 2021, table 3).
 
-First configs/mae_huge.py, then
+Requires a run of configs/mae_huge.py.
 
-    python -m mim_jax.main --config=configs/mae_huge_finetune_448.py
+    mim-jax train --config=configs/mae_huge_finetune_448.py
 
-The paper reports 87.8 % top-1 and no settings: these are those for 224, with which mmpretrain
-has 87.3 %. Ours: not yet run.
+The paper reports 87.8 % top-1 but no settings. These are the ones for 224 x 224, with which
+mmpretrain reports 87.3 %. Not yet run here.
 """
 
 from ml_collections import ConfigDict

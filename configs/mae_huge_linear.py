@@ -1,10 +1,10 @@
-r"""Linear probe of MAE's ViT-H/14 on ImageNet-1k, 50 epochs (FINETUNE.md).
+r"""Linear probe of MAE's ViT-H/14 on ImageNet-1k for 50 epochs (FINETUNE.md).
 
-First configs/mae_huge.py, then
+Requires a run of configs/mae_huge.py.
 
-    python -m mim_jax.main --config=configs/mae_huge_linear.py
+    mim-jax train --config=configs/mae_huge_linear.py
 
-The paper reports 76.6 % top-1, the released code 77.2 %. Ours: not yet run.
+The paper reports 76.6 % top-1, the released code 77.2 %. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-r"""MAE, ViT-L/16, ImageNet-1k, 1600 epochs (He et al., 2021, table 3; mae_pretrain_vit_large).
+r"""MAE pretraining of ViT-L/16 on ImageNet-1k for 1600 epochs (He et al., 2021, tables 3 and 8).
 
-    python -m mim_jax.main --config=configs/mae_large.py --workdir=runs/mae_large
-    python -m mim_jax.main --config=configs/mae_large.py --smoke
+    mim-jax train --config=configs/mae_large.py
 
-The paper reports 85.9 % top-1 after fine-tuning (table 3). Ours: not yet run.
+The paper reports 85.9 % top-1 after fine-tuning (table 3; mae_pretrain_vit_large). Not yet run
+here.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
-r"""Fine-tuning MAE's ViT-L/16 on ImageNet-1k, 50 epochs (He et al., 2021; FINETUNE.md).
+r"""Fine-tuning of MAE's ViT-L/16 on ImageNet-1k for 50 epochs (He et al., 2021; FINETUNE.md).
 
-First configs/mae_large.py, then
+Requires a run of configs/mae_large.py.
 
-    python -m mim_jax.main --config=configs/mae_large_finetune.py
+    mim-jax train --config=configs/mae_large_finetune.py
 
-The paper reports 85.9 % top-1 (table 3), the released weights 85.95 %. Ours: not yet run.
+The paper reports 85.9 % top-1 (table 3), the released weights have 85.95 %. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
-r"""Linear probe of MAE's ViT-L/16 on ImageNet-1k, 50 epochs (FINETUNE.md).
+r"""Linear probe of MAE's ViT-L/16 on ImageNet-1k for 50 epochs (FINETUNE.md).
 
-First configs/mae_large.py, then
+Requires a run of configs/mae_large.py.
 
-    python -m mim_jax.main --config=configs/mae_large_linear.py
+    mim-jax train --config=configs/mae_large_linear.py
 
-The paper reports 75.8 % top-1, the released code 76.0 %. Ours: not yet run.
+The paper reports 75.8 % top-1, the released code 76.0 %. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,11 @@
-r"""SimMIM, ViT-B/16, ImageNet-1k, 800 epochs (Xie et al., 2021; its code, vit_base__800ep).
+r"""SimMIM pretraining of ViT-B/16 on ImageNet-1k for 800 epochs (Xie et al., 2021).
 
-    python -m mim_jax.main --config=configs/simmim_base.py --workdir=runs/simmim_base
+    mim-jax train --config=configs/simmim_base.py
 
-BEiT without a tokenizer: squares of 32 x 32 pixels are hidden at random, a linear head predicts
-their colours. The paper reports 83.8 % top-1 after fine-tuning (table 6). Ours: not yet run; the
-rate falls along a cosine here, in the code by ten at epoch 700.
+Random squares of 32 x 32 pixels are masked, and a linear head predicts their colors. All values
+are from the official code (vit_base__800ep), except for the schedule: here a cosine, there a step
+to a tenth at epoch 700. The paper reports 83.8 % top-1 after fine-tuning (table 6). Not yet run
+here.
 """
 
 from ml_collections import ConfigDict

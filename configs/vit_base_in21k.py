@@ -1,9 +1,9 @@
-r"""ViT-B/16, supervised, ImageNet-21k, 90 epochs (Dosovitskiy et al., 2020, table 3).
+r"""Supervised pretraining of ViT-B/16 on ImageNet-21k for 90 epochs (Dosovitskiy et al., 2020).
 
-    python -m mim_jax.main --config=configs/vit_base_in21k.py
+    mim-jax train --config=configs/vit_base_in21k.py
 
-Then vit_base_finetune.py. The paper's has dropout of 0.1, and its rate falls in a line; this one
-has none, and half a cosine. Ours: not yet run.
+Two differences from table 3: no dropout (the paper has 0.1), and a cosine instead of a linear
+decay of the learning rate. Not yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.batch_size = 4096  # table 3, as all that is not marked
+    config.batch_size = 4096  # table 3, like all values without a comment
     config.epochs = 90.0
 
     config.model = dict(size="B", patch=16, positions="learned")

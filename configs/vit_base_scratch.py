@@ -1,8 +1,8 @@
-r"""ViT-B/16 from scratch on ImageNet-1k, 300 epochs (He et al., 2021, table 11).
+r"""ViT-B/16 from scratch on ImageNet-1k for 300 epochs (He et al., 2021, table 11).
 
-    python -m mim_jax.main --config=configs/vit_base_scratch.py
+    mim-jax train --config=configs/vit_base_scratch.py
 
-The paper reports 82.3 % top-1 (table 3). Ours: not yet run.
+The paper reports 82.3 % top-1 (table 3). Not yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from configs import mae_base_finetune
 
 def get_config() -> ConfigDict:
     config = mae_base_finetune.get_config()
-    config.batch_size = 4096  # table 11, as all that follows
+    config.batch_size = 4096  # table 11, like all values below
     config.epochs = 300.0
     config.ema = 0.9999
     config.init_from.encoder = ""

@@ -1,8 +1,9 @@
-r"""The hybrid R50 + ViT-B/16, supervised, ImageNet-21k, 90 epochs (Dosovitskiy et al., 2020).
+r"""Supervised pretraining of the hybrid R50 + ViT-B/16 on ImageNet-21k for 90 epochs.
 
-    python -m mim_jax.main --config=configs/vit_hybrid_base.py
+    mim-jax train --config=configs/vit_hybrid_base.py
 
-A ViT on the features of a ResNet-50. Ours: not yet run.
+The ViT gets the features of a ResNet-50 instead of patches (Dosovitskiy et al., 2020, section
+3.1). Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
-r"""ViT-L/16 from scratch on ImageNet-1k, 200 epochs (He et al., 2021, table 11).
+r"""ViT-L/16 from scratch on ImageNet-1k for 200 epochs (He et al., 2021, table 11).
 
-    python -m mim_jax.main --config=configs/vit_large_scratch.py
+    mim-jax train --config=configs/vit_large_scratch.py
 
-The paper reports 82.6 % top-1 (table 3). Ours: not yet run.
+The paper reports 82.6 % top-1 (table 3). Not yet run here.
 """
 
 from ml_collections import ConfigDict

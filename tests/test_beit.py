@@ -288,16 +288,18 @@ def test_parameters_are_as_many_as_in_the_reference(size, options, count):
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(buffers["tokenizer"])) == 53_786_240
 
 
-def test_initialisation_is_cut_at_one_deviation_and_smaller_block_by_block():
-    encoder = vit(width=192, depth=3, heads=3, patch=8, key_bias=False, initializer="beit")
+@pytest.mark.parametrize(("initializer", "std"), [("beit", 0.0108), ("beit_finetune", 0.02)])
+def test_initialization_scales_the_ends_of_branches_down_by_depth(initializer, std):
+    encoder = vit(width=192, depth=3, heads=3, patch=8, key_bias=False, initializer=initializer)
     params = encoder.init(RNG, jnp.zeros((1, 32, 32, 3)))["params"]
     for i in range(3):
         block = params[f"block_{i}"]
-        np.testing.assert_allclose(block["qkv"]["kernel"].std(), 0.0108, rtol=0.02)
+        np.testing.assert_allclose(block["qkv"]["kernel"].std(), std, rtol=0.02)
         for name in ("proj", "fc2"):
-            deviation = 0.0108 / math.sqrt(2 * (i + 1))
+            deviation = std / math.sqrt(2 * (i + 1))
             np.testing.assert_allclose(block[name]["kernel"].std(), deviation, rtol=0.02)
-    assert jnp.abs(params["embed"]["kernel"]).max() <= 0.02
+    truncated = jnp.abs(params["embed"]["kernel"]).max() <= 0.02
+    assert truncated == (initializer == "beit")
     assert not params["embed"]["bias"].any()
     assert not params["block_0"]["q_bias"].any()
 

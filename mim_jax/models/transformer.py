@@ -14,9 +14,10 @@ from mim_jax.models.attention import attention
 from mim_jax.models.layers import Dense, LayerNorm, at_least_float32, gelu
 from mim_jax.models.patches import relative_index
 
-INITS = {  # of all kernels, by the code that they are from
+INITS = {  # initializers of kernels, named after the code that they are from
     "mae": nn.initializers.xavier_uniform(),
     "beit": nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0),  # deviation 0.0108
+    "beit_finetune": nn.initializers.normal(0.02),  # of BEiT's classifier without pretraining
     "timm": nn.initializers.normal(0.02),
 }
 
@@ -83,7 +84,7 @@ class Block(nn.Module):
 
     def init_of_ends(self, *args):
         """Initializes the kernels that branches end with, which BEiT scales down block by block."""
-        scale = (2 * (self.index + 1)) ** -0.5 if self.initializer == "beit" else 1.0
+        scale = (2 * (self.index + 1)) ** -0.5 if self.initializer.startswith("beit") else 1.0
         return scale * INITS[self.initializer](*args)
 
 

@@ -42,7 +42,9 @@ class ViT(nn.Module):
     layer_scale: Annotated[float, NOT_NEGATIVE, "initial LayerScale; 0: no LayerScale"] = 0.0
     key_bias: Annotated[bool, "a bias of the keys, which BEiT lacks"] = True
     drop_path: Annotated[float, BELOW_ONE, "stochastic depth of the last block"] = 0.0
-    initializer: Annotated[Literal["mae", "beit", "timm"], "the code to initialize as"] = "mae"
+    initializer: Annotated[
+        Literal["mae", "beit", "beit_finetune", "timm"], "the code to initialize as"
+    ] = "mae"
     stem: Annotated[Literal["none", "resnet50"], "embed features of a ResNet (hybrid)"] = "none"
     dtype: Annotated[Dtype, "of matrix products; auto: bfloat16, but float32 on a CPU"] = "float32"
     remat: Annotated[
