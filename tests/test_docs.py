@@ -14,6 +14,11 @@ from mim_jax.start import Start
 from mim_jax.train import train
 from tests.conftest import ROOT, environment
 
+CONFIGS = ("mae_base", "beit_base", "dvae", "mae_base_finetune", "mae_base_linear")
+KEYS = {
+    key for name in CONFIGS for key in schema.keys_of(schema.load(f"{ROOT}/configs/{name}.py"))
+}
+
 
 @pytest.fixture
 def teacher(tmp_path, monkeypatch):
@@ -86,13 +91,40 @@ def test_the_contract_tests_take_a_config(teacher):
     assert "8 passed" in result.stdout
 
 
-def test_links_in_the_documentation_exist():
-    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path} links to {target}"
+PAGES = sorted((*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
 
 
-def test_named_configs_exist():
-    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
-        for name in re.findall(r"configs/(\w+\.py)", path.read_text()):
-            assert Path(ROOT, "configs", name).exists(), f"{path} names {name}"
+def anchors(path: Path) -> set[str]:
+    """Returns the anchors of the headings of a page, as GitHub forms them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_exist(path):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text()):
+        page = path.parent / target if target else path
+        assert page.exists(), f"{path} links to {target}"
+        assert not anchor or anchor in anchors(page), f"{path} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_named_configs_exist(path):
+    for name in re.findall(r"configs/(\w+\.py)", path.read_text()):
+        assert Path(ROOT, "configs", name).exists(), f"{path} names {name}"
+
+
+def test_every_published_recipe_is_in_the_table_of_the_papers():
+    """Variants that the table names by a pattern, and small examples, need no row of their own."""
+    text = (ROOT / "docs" / "papers.md").read_text()
+    small = ("emoji", "cifar10_", "_cifar10", "camvid", "ade20k")
+    for path in (ROOT / "configs").glob("*.py"):
+        if not any(word in path.stem for word in small):
+            assert f"configs/{path.name}" in text, path
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_overrides_on_the_pages_are_keys(path):
+    """`--config.KEY=VALUE` in a page names a key that some objective or optimizer has."""
+    for key in re.findall(r"--config\.([a-z_0-9.]+)=", path.read_text()):
+        assert key in KEYS, f"{path} names {key}"
