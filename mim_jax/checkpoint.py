@@ -5,6 +5,7 @@ read; `metadata`, a JSON object with the run's record; and `digests.json`, the S
 file. All three appear at once, or not at all.
 """
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -13,7 +14,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +47,7 @@ class Checkpoints:
         self.folder = Path(workdir).expanduser().absolute() / "checkpoints"
         self.lock = lock(self.folder) if jax.process_index() == 0 else None
         self.latest = newest(self.folder, set_aside=True)
+        self.unread = True  # no save of this process was read back yet
         self.manager = manager_of(
             workdir,
             max_to_keep=keep,
@@ -62,6 +66,28 @@ class Checkpoints:
         )
         with disk_errors(self.folder):
             self.manager.save(int(state.step), args=args, force=True)
+        if self.unread:
+            self.read_back(state)
+            self.unread = False
+
+    def read_back(self, state: TrainState) -> None:
+        """Reads the step from the checkpoint just saved: an unreadable one must not go unnoticed.
+
+        The files themselves are read back when they are signed. Raises UserError.
+        """
+        with disk_errors(self.folder):
+            self.manager.wait_until_finished()
+        step = int(state.step)
+        try:
+            restored = restore(self.manager, step, {"step": abstract(state.step)})
+            intact = int(restored["step"]) == step
+        except ValueError:  # of tensorstore
+            intact = False
+        if not intact:
+            raise UserError(
+                f"the checkpoint of step {step} in {self.folder} cannot be read back: choose "
+                "another --workdir."
+            )
 
     def restore(self, like: TrainState) -> TrainState:
         """Returns the latest state, with the shapes and shardings of `like` (abstract arrays)."""
@@ -170,9 +196,21 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
+def without_wildcards(folder: Path) -> Path:
+    """Returns a path to the folder without [ ] * ?, which Orbax expands: if need be, a link."""
+    if not set("[]*?") & set(str(folder)):
+        return folder
+    links = Path(tempfile.mkdtemp(prefix="mim_jax-"))
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
+    link = links / folder.name
+    link.symlink_to(folder)
+    return link
+
+
 def manager_of(workdir: str, **options) -> ocp.CheckpointManager:
+    folder = Path(workdir).expanduser().absolute() / "checkpoints"
     return ocp.CheckpointManager(
-        Path(workdir).expanduser().absolute() / "checkpoints",
+        without_wildcards(folder),
         options=ocp.CheckpointManagerOptions(**options),
         item_handlers={
             "state": ocp.PyTreeCheckpointHandler(),

@@ -37,15 +37,15 @@ def test_a_run_that_would_start(tmp_path, capsys):
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 0
     said = capsys.readouterr().out
     for line in (
-        "patches = 64 / 16 x 64 / 16 = 16, of them 12 hidden and 4 visible (mask_ratio = 0.75)",
+        "patches = 64 / 16 x 64 / 16 = 16, 12 of 16 patches are hidden and 4 visible (mask_ratio = 0.75) (mask_ratio = 0.75)",
         "lr = base_lr x batch / 256 = 0.006 x 8 / 256 = 0.0001875",
         "1,340, of which 1,340 were decoded; 0 are bad",
         "height x width: 64 x 64 to 64 x 64",
         "modes: RGB 100.0%",
-        "9 labels, 9 of them met; the most frequent on 19.8% of the images, the rarest on 5.1%",
-        "of 8 images, the run's have 8",
+        "9 labels, of which 9 occur; the most frequent on 19.8% of the images, the rarest on 5.1%",
+        "of 8 images (the run has 8)",
         "none: all of them learn",
-        "it would start",
+        "the run would start",
     ):
         assert line in said
     assert np.asarray(Image.open(tmp_path / "check.png")).std() > 10
@@ -72,8 +72,8 @@ def test_a_run_that_does_not_fit_would_fail(tmp_path, capsys, monkeypatch):
     disk = collections.namedtuple("disk", "free")
     size = 1_000_000
     monkeypatch.setattr("shutil.disk_usage", lambda path: disk(3 * size))
-    assert check.look_at_disk(size, 2, str(tmp_path)) == []
-    assert "no room for 4 checkpoints" in check.look_at_disk(size, 3, str(tmp_path))[0]
+    assert check.check_disk(size, 2, str(tmp_path)) == []
+    assert "no room for 4 checkpoints" in check.check_disk(size, 3, str(tmp_path))[0]
 
 
 def test_a_mistake_ends_with_code_2_and_a_sentence(tmp_path, capsys):
@@ -91,7 +91,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 0  # it never saved: nothing goes on
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 2
-    assert "holds a run that goes another way" in capsys.readouterr().err
+    assert "holds a run that other settings" in capsys.readouterr().err
     assert (tmp_path / "config.json").read_text() == run
 
 
@@ -107,7 +107,7 @@ def test_the_step_is_looked_at_in_its_full_size(tmp_path, capsys):
 def test_fewer_images_are_tried_in_groups_that_fit(name, tmp_path, capsys, monkeypatch):
     """Of mixup, and of a linear probe's normalisation: its encoder, too, takes time."""
     config = [f"--config=configs/{name}.py", "--config.init_from.encoder=", *TINY[1:6]]
-    monkeypatch.setattr(check, "ON_A_CPU", 1e5)
+    monkeypatch.setattr(check, "CPU_LIMIT", 1e5)
     assert check.main([*config, "--config.batch_size=256", f"--workdir={tmp_path}"]) == 0
     assert "of 16 images, the run's have 256" in capsys.readouterr().out  # two on each of 8 devices
 
@@ -124,7 +124,7 @@ def test_what_gets_no_gradient_is_noticed():
 
 
 def test_a_run_keeps_its_schedule_while_few_images_are_tried(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(check, "ON_A_CPU", 1e5)
+    monkeypatch.setattr(check, "CPU_LIMIT", 1e5)
     long = ["--config.batch_size=256", "--config.steps=100", "--config.optimizer.warmup_steps=0"]
     long += ["--config.optimizer.warmup_epochs=2", f"--workdir={tmp_path}"]
     assert check.main([*TINY, *long]) == 0
@@ -136,7 +136,7 @@ def test_what_a_run_began_with_may_be_gone(tmp_path, capsys):
     run += ["--config.objective.mixup_group=2"]
     gone = "--config.init_from.encoder=gone"
     assert check.main([*run, gone]) == 2
-    assert "gone is not the folder of a run" in capsys.readouterr().err
+    assert "gone is not a run directory" in capsys.readouterr().err
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     assert check.main([*run, gone]) == 0
 

@@ -166,7 +166,7 @@ def test_how_codes_are_used():
     """Over a split: perplexity of busy cells and of all, and the share of codes in use."""
     objective = dvae.objective(network_of(**TOKENIZER))
     params, buffers = objective.init(jax.random.key(0), batch_of())
-    batches = [batch_of(seed) | {"mask": np.ones(ROWS, np.float32)} for seed in range(3)]
+    batches = [batch_of(seed) | {"valid": np.ones(ROWS, np.float32)} for seed in range(3)]
     state = initialize(objective, optim.adamw(lambda _: 0.0), EXAMPLE, 0)
     state = state._replace(params=params, buffers=buffers)
     means = evaluate(objective, state, batches, mesh=make_mesh(jax.devices()[:2]), seed=0)

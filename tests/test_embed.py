@@ -1,5 +1,6 @@
 """What is done with a finished run: evaluated again, its features written, its encoder loaded."""
 
+import dataclasses
 import json
 import shutil
 
@@ -76,14 +77,14 @@ def test_a_converted_classifier_is_evaluated(runs, tmp_path, capsys):
         f"def get_config():\n    return ConfigDict({settings!r})\n"
     )
     assert evaluate.main([f"--config={converted}"]) == 2
-    assert "holds converted weights, and no word of data" in capsys.readouterr().err
+    assert "holds converted weights and names no data" in capsys.readouterr().err
     assert evaluate.main([f"--config={config}"]) == 2
-    assert "config.py is no run: say --config.init_from.encoder=RUN" in capsys.readouterr().err
+    assert "config.py is not a run: set --config.init_from.encoder=RUN" in capsys.readouterr().err
     given = [f"--config={config}", f"--config.init_from.encoder={converted}"]
     assert evaluate.main(given) == 0
     assert capsys.readouterr().out.endswith(expected)
     assert evaluate.main([*given[:1], f"--config.init_from.encoder={runs / 'mae_base'}"]) == 2
-    assert "has no fc_norm/bias, which the model of this config has" in capsys.readouterr().err
+    assert "has no fc_norm/bias, which this model needs" in capsys.readouterr().err
     for source, name in (([f"--config={run}"], "a.npz"), (given, "b.npz")):
         assert embed.main([*source, f"--to={tmp_path / name}"]) == 0
     a, b = (np.load(tmp_path / name)["mean"] for name in ("a.npz", "b.npz"))
@@ -95,7 +96,7 @@ def test_evaluation_needs_the_labels_of_training(runs, monkeypatch, capsys):
     config = schema.load(str(runs / "mae_base_finetune"))
     found = schema.functions(config)
     monkeypatch.setattr(recipe, "load", lambda *_: config)
-    monkeypatch.setattr(recipe.data, "make", lambda **how: make(**how)._replace(num_labels=5))
+    monkeypatch.setattr(recipe.data, "make", lambda **how: dataclasses.replace(make(**how), num_labels=5))
     monkeypatch.setattr(recipe, "functions", lambda _: found)
     assert evaluate.main([f"--config={runs / 'mae_base_finetune'}"]) == 2
     assert "params/head/bias differs" in capsys.readouterr().err
@@ -150,14 +151,14 @@ def test_encoders_of_files(runs, tmp_path, capsys):
     arrays, _ = read(tmp_path / "encoder.safetensors")
     safetensors.save_file(arrays, tmp_path / "bare.safetensors")
     encoder, params = mim_jax.load(tmp_path / "bare.safetensors", heads=2, mean=(0.5,))
-    assert "does not say its images' std: ImageNet's are used" in capsys.readouterr().err
+    assert "has no std of its images: using ImageNet's" in capsys.readouterr().err
     assert encoder(params, images).shape == expected.shape
 
 
 def test_an_encoder_for_images_of_another_size(runs):
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
     encoder, params = mim_jax.load(runs / "mae_base")
-    with pytest.raises(UserError, match=r"for images of 64 x 64, these are 32 x 48: .*image_size="):
+    with pytest.raises(UserError, match=r"for images of 64 x 64, not 32 x 48: .*image_size="):
         encoder(params, images)
     encoder, params = mim_jax.load(runs / "mae_base", image_size=(32, 48))
     assert encoder(params, images).shape == (2, 1 + 2 * 3, 64)
@@ -169,7 +170,7 @@ def test_an_encoder_for_images_of_another_size(runs):
 def test_images_that_are_none(runs):
     encoder, params = mim_jax.load(runs / "mae_base")
     for shape in ((2, 3, 64, 64), (64, 64, 3)):
-        with pytest.raises(UserError, match=r"images are \(b, H, W, 3\), these are"):
+        with pytest.raises(UserError, match=r"images must have the shape \(b, H, W, 3\), not"):
             encoder(params, np.zeros(shape, np.uint8))
 
 
@@ -207,7 +208,7 @@ def test_another_model_is_not_evaluated(runs, capsys):
     """Though all arrays have its shapes."""
     run = runs / "mae_base_finetune"
     assert evaluate.main([f"--config={run}", "--config.model.heads=4"]) == 2
-    assert "its model.heads is 2, here it is 4" in capsys.readouterr().err
+    assert "its model.heads is 2, this run's is 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [evaluate, embed])

@@ -1,5 +1,6 @@
 """The command as a user types it: a run from start to end, its files, its exit codes."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -76,7 +77,7 @@ def test_the_same_command_says_that_it_is_done(finished, command):
     workdir, _ = finished
     again = command(*smoke(workdir))
     assert again.returncode == 0
-    assert "is done: it stands at step 20 of 20" in again.stdout
+    assert "is complete: it is at step 20 of 20" in again.stdout
     assert len(records(workdir)) == 20
 
 
@@ -116,7 +117,7 @@ def test_a_run_that_is_killed_goes_on_to_the_last_bit(finished, tmp_path):
         file.write('{"step": 999, "loss": 1.0}\n{"step": 8, "lo')  # what a killed run may leave
     second = subprocess.run(call, cwd=ROOT, env=environment(1), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    assert "going on after step" in second.stdout
+    assert "continuing after step" in second.stdout
     assert losses(tmp_path) == losses(finished[0])
 
 
@@ -130,8 +131,8 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_used(finished, tmp_path)
     call = [sys.executable, "-m", *smoke(tmp_path)]
     again = subprocess.run(call, cwd=ROOT, env=environment(1), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert f"checkpoint 20 in {tmp_path}/checkpoints is broken: state/" in again.stderr
-    assert "going on after step 10" in again.stdout
+    assert f"checkpoint 20 in {tmp_path}/checkpoints is corrupt: state/" in again.stderr
+    assert "continuing after step 10" in again.stdout
     assert losses(tmp_path) == losses(finished[0])
 
 
@@ -158,7 +159,7 @@ def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path, number):
     assert "stopped and saved after step" in said
     second = subprocess.run(call, cwd=ROOT, env=environment(1), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    assert "going on after step" in second.stdout
+    assert "continuing after step" in second.stdout
     assert losses(tmp_path) == losses(finished[0])
 
 
@@ -176,11 +177,11 @@ def test_a_run_that_could_not_begin_leaves_its_folder_free(finished, tmp_path, c
     arguments = ["--config.steps=3", f"--config.init_from.encoder={finished[0]}"]
     heads = ["--config.model.heads=4"]
     assert main.main([*smoke(tmp_path, *arguments, *heads)[1:]]) == 2
-    assert "its model.heads is 2, here it is 4" in capsys.readouterr().err
+    assert "its model.heads is 2, this run's is 4" in capsys.readouterr().err
     assert not (tmp_path / "config.json").exists()
     assert main.main([*smoke(tmp_path, *arguments)[1:]]) == 0
     assert main.main([*smoke(tmp_path, *arguments, *heads)[1:]]) == 2
-    assert "goes another way: model.heads is 4, was 2" in capsys.readouterr().err
+    assert "holds a run with other settings: model.heads is 4, was 2" in capsys.readouterr().err
 
 
 def test_training_imports_neither_tensorflow_nor_torch(tmp_path, command):
@@ -199,21 +200,21 @@ def test_training_imports_neither_tensorflow_nor_torch(tmp_path, command):
         (["--config=configs/mae_bse.py"], "did you mean configs/mae_base.py?"),
         ([MAE, "--config.optimiser.b2=1"], "did you mean optimizer.b2?"),
         ([MAE, "--config.optimizer.b2=x"], "optimizer.b2 = 'x' must be float"),
-        ([MAE, "--smoke", "--config.batch_size=-4"], "batch_size = -4: say 1 or more"),
+        ([MAE, "--smoke", "--config.batch_size=-4"], "batch_size = -4 must be at least 1"),
         ([MAE, "--smoke", "--config.data.size=100"], "100 x 100 pixels cannot be cut"),
         ([MAE, "--smoke", "--config.data.name=nothing"], "there is no data set 'nothing'"),
         ([MAE], "'imagenet2012' is not prepared in"),
-        ([MAE, "--smoke", "--profile=5"], "--profile=5: say FIRST:LAST"),
-        ([MAE, "--smoke", "--profile=4:3"], "--profile=4:3: say FIRST:LAST"),
+        ([MAE, "--smoke", "--profile=5"], "--profile=5 must be FIRST:LAST"),
+        ([MAE, "--smoke", "--profile=4:3"], "--profile=4:3 must be FIRST:LAST"),
         (["--config=README.md"], "README.md, line 4: SyntaxError"),
-        ([MAE, "--smoke", "--distributed=3"], "say ADDRESS:PORT,PROCESSES,PROCESS"),
+        ([MAE, "--smoke", "--distributed=3"], "must be ADDRESS:PORT,PROCESSES,PROCESS"),
         ([MAE, "--smoke", "--workdir=gs://bucket/run"], "must be local"),
-        ([MAE, "--smoke", "--workdir=/proc/here/run"], "cannot make the folder /proc/here/run"),
-        ([MAE, "--smoke", "--workdir=README.md/run"], "cannot make the folder"),
-        ([MAE, "--smoke", "--config.init_from.encoder=configs"], "is not the folder of a run"),
+        ([MAE, "--smoke", "--workdir=/proc/here/run"], "cannot create the folder /proc/here/run"),
+        ([MAE, "--smoke", "--workdir=README.md/run"], "cannot create the folder"),
+        ([MAE, "--smoke", "--config.init_from.encoder=configs"], "is not a run directory"),
         (
             ["--config=configs/beit_emoji.py", "--config.init_from.tokenizer=nowhere"],
-            "init_from.tokenizer = nowhere is not the folder of a run: train it first, as by",
+            "init_from.tokenizer = nowhere is not a run directory: train it first, as by",
         ),
     ],
 )
@@ -238,7 +239,7 @@ def test_unknown_arguments_end_with_code_2(arguments, capsys):
 def test_a_disk_without_room_is_noticed_at_the_start(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 2**20}))
     assert main.main([MAE, "--smoke", f"--workdir={tmp_path}"]) == 2
-    assert "has 0.0 GiB free, but two checkpoints take" in capsys.readouterr().err
+    assert "has 0.0 GiB free, but two checkpoints need" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
@@ -313,14 +314,13 @@ def test_a_trace_ends_with_its_last_step_or_with_the_run(steps, ends, monkeypatc
 
 
 def test_labels_to_evaluate_by_are_asked_for_at_the_start(monkeypatch, capsys):
+    def unlabelled(**settings):
+        made = make(**settings)
+        examples = [made.evaluation.examples[0] | {"label": -1}]
+        return dataclasses.replace(made, evaluation=made.evaluation._replace(examples=examples))
+
     make = recipe.data.make
-    config = schema.load("configs/emoji_scratch.py", [])
-    found = schema.functions(config)
-    monkeypatch.setattr(
-        recipe.data, "make", lambda **how: make(**how)._replace(evaluation_labelled=False)
-    )
-    monkeypatch.setattr(recipe, "load", lambda *_: config)
-    monkeypatch.setattr(recipe, "functions", lambda _: found)
+    monkeypatch.setattr(recipe.data, "make", unlabelled)
     for command in (main, check, evaluate):
         assert command.main(["--config=configs/emoji_scratch.py"]) == 2
         said = capsys.readouterr().err

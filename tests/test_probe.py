@@ -13,7 +13,7 @@ from mim_jax.train import TrainState
 RNG = np.random.default_rng(0)
 
 
-def test_neighbours_vote_by_cosine():
+def test_neighbors_vote_by_cosine():
     """Against the formula written out for one image after the other."""
     train, test = RNG.normal(size=(50, 8)), RNG.normal(size=(9, 8))
     labels = RNG.integers(0, 4, 50)
@@ -24,7 +24,7 @@ def test_neighbours_vote_by_cosine():
         for c, label in sorted(zip(cosines, labels, strict=True), reverse=True)[:5]:
             votes[label] = votes.get(label, 0) + np.exp(c / 0.07)
         expected.append(max(votes, key=votes.get))
-    np.testing.assert_array_equal(probe.neighbours(train, labels, test, k=5), expected)
+    np.testing.assert_array_equal(probe.neighbors(train, labels, test, k=5), expected)
 
 
 def test_a_linear_classifier_finds_what_is_linear_whatever_its_scale():
@@ -64,7 +64,7 @@ def test_a_run_is_probed_on_clean_images(config, tmp_path):
         )
         features[split] = np.load(to)
     train, test = features["train"], features["validation"]
-    for name, predict in (("knn", probe.neighbours), ("linear", probe.linear)):
+    for name, predict in (("knn", probe.neighbors), ("linear", probe.linear)):
         told = predict(train["mean"], train["label"], test["mean"])
         assert said[f"evaluate/probe_{name}"] == pytest.approx(
             (told == test["label"]).mean(), abs=0.03
@@ -75,7 +75,7 @@ def test_a_run_is_probed_on_clean_images(config, tmp_path):
 def test_a_tokenizer_has_no_encoder_to_ask():
     config = schema.load("configs/dvae_emoji.py", ["probe.images=10"])
     with pytest.raises(UserError, match="dvae has no encoder"):
-        recipe.encoder(config)
+        recipe.encoder_of(recipe.build(config), config)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -85,7 +85,7 @@ def test_without_labels_only_the_rank_is_told(split):
         if split == ("train" if of_training else "validation"):
             label = np.full(8, -1)
         image = RNG.normal(size=(8, 4, 4, 3)).astype(np.float32)
-        yield {"image": image, "label": label, "mask": np.ones(8, np.float32)}
+        yield {"image": image, "label": label, "valid": np.ones(8, np.float32)}
 
     data = SimpleNamespace(evaluation_batches=batches)
     mesh = make_mesh()

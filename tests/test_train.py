@@ -315,7 +315,7 @@ def test_evaluation_counts_each_example_once(devices, rows):
         for first in range(0, 13, rows):
             index = np.arange(first, first + rows)
             value = np.where(index < 13, values[np.minimum(index, 12)], np.nan)
-            yield {"value": value.astype(np.float32), "mask": (index < 13).astype(np.float32)}
+            yield {"value": value.astype(np.float32), "valid": (index < 13).astype(np.float32)}
 
     def measure(params, buffers, batch, rng):
         return {"mean": batch["value"], "pair": jnp.stack([batch["value"], 2 * batch["value"]], 1)}
