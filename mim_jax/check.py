@@ -30,9 +30,9 @@ from mim_jax.data.decode import BadImageError, decode, header
 from mim_jax.data.sources import Source
 from mim_jax.keys import PER_DEVICE
 from mim_jax.normalize import unit
-from mim_jax.pictures import draw_sheet
 from mim_jax.recipe import Run
 from mim_jax.sharding import to_global
+from mim_jax.sheets import draw_sheet
 from mim_jax.start import Start, claim_workdir
 from mim_jax.train import TrainState, train
 

@@ -24,6 +24,7 @@ COMMANDS = {  # name: module with main(argv), what it does
     "evaluate": ("evaluate", "evaluate a run"),
     "embed": ("embed", "write the features of a data set"),
     "tokenize": ("tokenize", "write the visual tokens of a data set"),
+    "pictures": ("pictures", "draw what a checkpoint makes of images"),
     "prepare": ("data.prepare", "pack a folder of images, or prepare a data set of TFDS"),
     "statistics": ("data.statistics", "compute the mean and std of a data set"),
     "convert": ("convert.__main__", "convert weights from and to PyTorch"),

@@ -80,15 +80,12 @@ def load(
     params, about, _ = files.load(source, heads=heads)
     if "encoder" not in params:
         raise UserError(f"{source} holds a tokenizer, not an encoder: use mim_jax.tokenize.")
-    given = {name: value for name, value in (("mean", mean), ("std", std)) if value}
-    known = {k: about.metadata[k] for k in IMAGENET if k in about.metadata} | given
-    if missing := " and ".join(name for name in IMAGENET if name not in known):
-        print(f"{source} has no {missing} of its images: using ImageNet's", file=sys.stderr)
+    statistics = statistics_of(source, about.metadata, mean, std)
     if image_size:
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if size != about.size:
             params, about = resized(*encoder_only(params, about), size)
-    encode, network = whole_images(about.encoder, **IMAGENET | known), about.encoder
+    encode, network = whole_images(about.encoder, **statistics), about.encoder
     any_size = network.positions == network.relative_bias == "none"
 
     def encoder(params: dict, images: jax.Array) -> jax.Array:
@@ -105,6 +102,17 @@ def load(
         return encode(params, images)
 
     return encoder, jax.tree.map(jnp.asarray, params["encoder"])
+
+
+def statistics_of(
+    source: str | Path, metadata: dict, mean: tuple = (), std: tuple = ()
+) -> dict[str, tuple]:
+    """Returns mean and std of the images of a source: those given, its own, or ImageNet's."""
+    given = {name: value for name, value in (("mean", mean), ("std", std)) if value}
+    known = {name: tuple(metadata[name]) for name in IMAGENET if name in metadata} | given
+    if missing := " and ".join(name for name in IMAGENET if name not in known):
+        print(f"{source} has no {missing} of its images: using ImageNet's", file=sys.stderr)
+    return IMAGENET | known
 
 
 def write(path: str, config: ConfigDict, to: str) -> int:

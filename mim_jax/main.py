@@ -22,10 +22,10 @@ from ml_collections import ConfigDict
 from mim_jax import UserError, cli, objectives, recipe, schema, workdir
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.log import Log, format_metrics
-from mim_jax.pictures import draw_sheet
 from mim_jax.probe import Probe
 from mim_jax.recipe import Run
 from mim_jax.sharding import replicated, to_global, whole
+from mim_jax.sheets import draw_sheet
 from mim_jax.start import Start, claim_workdir
 from mim_jax.train import TrainState, evaluate, train
 

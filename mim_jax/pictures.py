@@ -1,69 +1,353 @@
-"""Sheets of images: PNG files with captioned columns."""
+r"""Draws what a checkpoint makes of images: a PNG file, or arrays in a notebook.
 
-import textwrap
+    mim-jax pictures reconstruct runs/mae_emoji cat.png dog.png --mask-ratio=0.5
+    mim-jax pictures attend mae_pretrain_vit_base.pth cat.png --query=14,10 --layer=-1
+    mim-jax pictures tokenize runs/dvae_emoji cat.png
+
+CKPT is a run directory, converted weights, a file of weights or a folder of Hugging Face.
+
+reconstruct: patches are hidden at random, as in training, and predicted.
+attend: the attention of the class token, and of the patches that --query names, to all patches; on
+    average over the heads and of each head (figures of DINO and of BEiT). Positions are
+    interpolated to --size.
+tokenize: the visual tokens of a dVAE, one color each, and the images decoded from them.
+
+--config.KEY=VALUE changes a key of the checkpoint's config, as --config.objective.target=pixels.
+Exit codes: 0 done, 2 a mistake of the user.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from ml_collections import ConfigDict
+from PIL import Image
 
-MARGIN = 8
+from mim_jax import UserError, checkpoint, cli, objectives, optim, recipe, schema
+from mim_jax.attend import attention_maps, heat, marked, rows_of
+from mim_jax.convert import files
+from mim_jax.convert.fit import encoder_only, resized
+from mim_jax.convert.network import require_heads
+from mim_jax.data.arrays import BadImageError
+from mim_jax.data.decode import decode, header, type_of
+from mim_jax.data.fields import fields_of
+from mim_jax.data.transforms import EvaluationView
+from mim_jax.embed import statistics_of
+from mim_jax.models.dvae import palette
+from mim_jax.normalize import normalize, unit
+from mim_jax.sheets import draw_sheet, to_rgb
+
+Columns = dict[str, np.ndarray]  # {caption: images (b, H, W, c) in [0, 1]}
+Images = Sequence[str | Path | Image.Image | np.ndarray]  # files, or arrays (H, W, c)
+ATTENTION_SIZE, TOKENIZER_SIZE = 480, 224  # sides of images, unless they are given or known
 
 
-def to_rgb(images: np.ndarray) -> np.ndarray:
-    """Images (b, H, W, c) in [0, 1] -> (b, H, W, 3) uint8; of many channels the first three."""
-    if images.shape[-1] < 3:
-        images = images[..., :1].repeat(3, axis=-1)
-    return (np.clip(images[..., :3], 0, 1) * 255).round().astype(np.uint8)
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = cli.parser_of("pictures", __doc__)
+    functions = {f.__name__: f for f in (reconstruct, attend, tokenize)}
+    parser.add_argument("what", choices=functions, help="what is drawn")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a run or weights")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
+    parser.add_argument("--to", default="", help="the PNG file to write; default: WHAT.png")
+    parser.add_argument("--mask-ratio", type=float, help="share of the patches that are hidden")
+    parser.add_argument("--seed", type=int, help="seed of the hidden patches")
+    parser.add_argument("--tokenizer", help="a dVAE, for a BEiT without its own")
+    parser.add_argument(
+        "--query", dest="queries", type=place_of, action="append", help="a patch, as ROW,COLUMN"
+    )
+    parser.add_argument("--layer", type=int, help="a block, from 0; default: the last")
+    parser.add_argument("--head", type=head_of, help="a head, from 0, or average; default: all")
+    parser.add_argument("--heads", type=int, help="number of heads, if it is unknown")
+    parser.add_argument("--size", type=int, help="side of the images in pixels")
+    parser.add_argument("--trust-code", action="store_true", default=None, help="as in train")
+    options, overrides = cli.parse(parser, argv)
+    function = functions[options.what]
+    given = {k: x for k, x in vars(options).items() if x is not None and k not in POSITIONAL}
+    given |= {"overrides": overrides} if overrides else {}
+    if wrong := given.keys() - inspect.signature(function).parameters:
+        name = min(wrong).replace("queries", "query").replace("_", "-")
+        parser.error(f"--{name.replace('overrides', 'config')} does not apply to {options.what}")
+    to = Path(options.to or f"{options.what}.png")
+
+    def command() -> int:
+        columns = function(options.checkpoint, options.images, **given)
+        draw_sheet(to, columns, f"{options.what}: {options.checkpoint}", pairs=1)
+        print(f"{to}: {', '.join(columns)}")
+        return 0
+
+    return cli.exit_code(command, str(to))
 
 
-def stretched(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stretches the values of each channel, except 1 % at either end, to [0, 1]."""
-    values = np.concatenate([images.reshape(-1, images.shape[-1]) for images in columns.values()])
-    low, high = np.percentile(values, (1, 99), axis=0)
-    scale = np.maximum(high - low, 1e-12)
-    return {caption: (images - low) / scale for caption, images in columns.items()}
+POSITIONAL = ("what", "checkpoint", "images", "to")
 
 
-def draw_sheet(
-    path: Path,
-    columns: dict[str, np.ndarray],
-    title: str,
-    pairs: int = 2,
-    stretch: bool = False,
-) -> None:
-    """Writes a PNG with a row per image, `pairs` rows side by side; small images are enlarged.
+def place_of(text: str) -> tuple[int, int]:
+    """Parses "ROW,COLUMN"."""
+    row, column = text.split(",")
+    return int(row), int(column)
+
+
+def head_of(text: str) -> int | str:
+    """Parses the number of a head, or "average"."""
+    return text if text == "average" else int(text)
+
+
+# --- What can be drawn. Each function returns columns of images, one row after another. ---
+
+
+def reconstruct(
+    source: str | Path,
+    images: Images,
+    *,
+    mask_ratio: float | None = None,
+    seed: int = 0,
+    tokenizer: str | Path = "",
+    overrides: Sequence[str] = (),
+    trust_code: bool = False,
+) -> Columns:
+    """Hides patches of images at random, as in training, and predicts them.
 
     Args:
-        path: the file to write.
-        columns: {caption: images (b, H, W, c) in [0, 1]}.
-        title: printed at the top.
-        pairs: number of rows side by side.
-        stretch: stretch the values, for sensors that use a small part of their range.
+        source: a run, a file of weights or a folder of Hugging Face.
+        images: files, Pillow images or arrays (H, W, c).
+        mask_ratio: share of the patches that are hidden; default: that of training.
+        seed: seed of the hidden patches.
+        tokenizer: a dVAE, if the target is tokens and the source does not hold their dVAE.
+        overrides: other keys of the config, as "objective.target=pixels".
+        trust_code: allow a run to import its objective from outside mim_jax.
+
+    Returns:
+        The objective's columns, as "masked", "painted" and "original".
+
+    Raises:
+        UserError: if the source does not predict hidden patches.
     """
-    columns = {caption: np.asarray(images) for caption, images in columns.items()}
-    columns = stretched(columns) if stretch else columns
-    columns = {caption: to_rgb(images) for caption, images in columns.items()}
-    count, height, width, _ = next(iter(columns.values())).shape
-    zoom = max(1, 144 // max(height, width))
-    height, width = height * zoom, width * zoom
-    pairs = min(pairs, count)
-    rows = -(-count // pairs)
-    group = len(columns) * (width + MARGIN) + 2 * MARGIN  # one row of one pair
-    title_font, font = (ImageFont.load_default(size) for size in (16, 12))
-    width_of_all = pairs * group - MARGIN
-    title = textwrap.wrap(title, width_of_all // 9)
-    top = 54 + 20 * len(title)
-    size = (width_of_all, top + rows * (height + MARGIN))
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.multiline_text((MARGIN, 8), "\n".join(title), "black", title_font)
-    for pair in range(pairs):
-        for j, (caption, images) in enumerate(columns.items()):
-            x = pair * group + MARGIN + j * (width + MARGIN)
-            lines = "\n".join(textwrap.wrap(caption, width // 7))
-            draw.multiline_text((x, top - 6), lines, "dimgray", font, anchor="ld", spacing=2)
-            for row, image in enumerate(images[pair * rows : (pair + 1) * rows]):
-                tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-                sheet.paste(tile, (x, top + row * (height + MARGIN)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    config, params, buffers = read(source, tokenizer)
+    if config["objective"]["name"] not in objectives.names():
+        schema.load_objective(config, str(source), False, trust_code)
+    config = complete(config, source, overrides)
+    networks = schema.networks(config.to_dict())
+    count = sorted({"mask_ratio", "num_masked"} & set(config.objective))
+    if "model" not in networks or not count:
+        raise UserError(f"{source} does not predict hidden patches: it cannot reconstruct images.")
+    grid = np.broadcast_to(config.data.size, 2) // networks["model"].patch
+    keys = schema.keys_of(config)
+    if mask_ratio is not None:
+        value = mask_ratio if count[0] == "mask_ratio" else round(mask_ratio * math.prod(grid))
+        schema.set_key(config, keys, f"objective.{count[0]}", value)
+    if tokenizer:
+        size = tuple((grid * networks["tokenizer"].patch).tolist())
+        schema.set_key(config, keys, "data.tokenizer_size", size)
+    config.init_from.tokenizer = str(tokenizer or source)
+    function = objectives.find(config.objective.name)
+    objective = recipe.build_objective(config, function, networks, None)
+    if missing := sorted(set(objective.needs) - buffers.keys()):
+        raise UserError(f"{source} does not hold its {missing[0]}: set --{missing[0]}=CKPT.")
+    batch = batch_of(images, config.data)
+    columns = jax.jit(objective.pictures)(params, buffers, batch, jax.random.key(seed))
+    return {caption: np.asarray(x) for caption, x in columns.items()}
+
+
+def attend(
+    source: str | Path,
+    images: Images,
+    *,
+    queries: Sequence[tuple[int, int]] = (),
+    layer: int = -1,
+    head: int | str | None = None,
+    size: int = ATTENTION_SIZE,
+    heads: int = 0,
+) -> Columns:
+    """Draws what the class token and the patches in `queries` attend to.
+
+    For each image there is a row for the class token, then one for each query (row, column), which
+    is framed in the image. Brightness is relative to the brightest patch of a map.
+
+    Args:
+        source: a run, a file of weights or a folder of Hugging Face.
+        images: files, Pillow images or arrays (H, W, c).
+        queries: patches by row and column of the grid, from 0.
+        layer: the block, from 0; negative numbers count from the last.
+        head: one head, from 0, or "average"; default: the average and each head.
+        size: side of the images in pixels, to which positions are interpolated.
+        heads: number of heads, if the source does not say it.
+
+    Raises:
+        UserError: if the source has no encoder, or no such layer, head or patch.
+    """
+    params, network, _ = files.load(source, heads=heads)
+    encoder = network.encoder
+    require_heads(encoder)
+    if head not in (None, "average", *range(encoder.heads)):
+        raise UserError(f"there is no head {head}: the encoder has {encoder.heads} heads.")
+    sides = tuple(size // p * p for p in encoder.patch)
+    if network.grid is None or sides != network.size:
+        params, network = resized(*encoder_only(params, network), sides)
+    data = dict(size=sides, channels=network.channels)
+    pixels = batch_of(images, data)["image"]
+    statistics = statistics_of(source, network.metadata)
+    rows, drawn = [], to_rgb(np.asarray(unit(pixels))) / 255
+    tile = sides if head is not None else tuple(side // 2 for side in sides)
+    maps_of = jax.jit(functools.partial(attention_maps, network.encoder), static_argnums=2)
+    for i in range(len(pixels)):  # one by one: maps at this size take memory
+        one = normalize(pixels[i : i + 1], statistics["mean"], statistics["std"])
+        maps = np.asarray(maps_of(params["encoder"], one, layer))
+        for query in (None, *queries):
+            values = rows_of(maps, network.grid, query)[0]
+            picture = drawn[i : i + 1]
+            framed = picture if query is None else marked(picture, query, encoder.patch)
+            rows.append((framed[0], heat(np.stack([values.mean(0), *values]), tile)))
+    columns = {"image, the query framed" if queries else "image": [x for x, _ in rows]}
+    for number, name in enumerate(["average", *range(encoder.heads)]):
+        if head in (None, name):
+            caption = "average over heads" if name == "average" else f"head {name}"
+            columns[caption] = [maps[number] for _, maps in rows]
+    return {caption: np.stack([shrunk(x, tile) for x in xs]) for caption, xs in columns.items()}
+
+
+def tokenize(source: str | Path, images: Images, *, size: int = 0) -> Columns:
+    """Draws the visual tokens of images, and the images decoded from them.
+
+    Args:
+        source: a dVAE, or a run that predicts the tokens of one.
+        images: files, Pillow images or arrays (H, W, c).
+        size: side of the images in pixels; default: that of training, or 224.
+
+    Raises:
+        UserError: if the source has no tokenizer.
+    """
+    config, params, buffers = read(source)
+    parts = next((tree for tree in (params, buffers) if "tokenizer" in tree), None)
+    if parts is None:
+        raise UserError(f"{source} holds no tokenizer.")
+    network = schema.networks({"tokenizer": config["tokenizer"] | {"dtype": "float32"}})
+    network, data = network["tokenizer"], config["data"]
+    sides = size or data.get("tokenizer_size") or data.get("size") or TOKENIZER_SIZE
+    sides = tuple(
+        side // p * p
+        for side, p in zip(np.broadcast_to(sides, 2).tolist(), network.patch, strict=True)
+    )
+    data = dict(size=sides, channels=network.channels)
+    pixels = np.asarray(unit(batch_of(images, data)["image"]))
+    grid = tuple(side // p for side, p in zip(sides, network.patch, strict=True))
+    tokens = np.asarray(jax.jit(network.tokens)(parts["tokenizer"], pixels)).reshape(-1, *grid)
+    colors = palette(network.encoder.vocabulary)[tokens]
+    colors = colors.repeat(network.patch[0], axis=1).repeat(network.patch[1], axis=2)
+    columns = {"original": pixels, "its tokens, one color each": colors}
+    if "decoder" in parts:
+        decode = jax.jit(network.decode, static_argnums=2)
+        flat = tokens.reshape(len(tokens), -1)
+        columns["from its tokens"] = np.asarray(decode(parts["decoder"], flat, grid))
+    return columns
+
+
+# --- Reading checkpoints and images. ---
+
+
+def read(source: str | Path, tokenizer: str | Path = "") -> tuple[dict, dict, dict]:
+    """Returns the config, the parameters and the buffers of a checkpoint of any kind.
+
+    If `tokenizer` names a dVAE, the buffers and the config include it.
+    """
+    if (Path(source) / "checkpoints").is_dir():
+        params, buffers, record = checkpoint.load(str(source))
+        config = record["config"]
+    else:
+        params, network, _ = files.load(source)
+        config = files.config_of(network)
+        buffers = {}
+    if tokenizer:
+        held, network, _ = files.load(tokenizer)
+        if "tokenizer" not in held:
+            raise UserError(f"--tokenizer={tokenizer} holds no dVAE.")
+        buffers = buffers | held
+        config = config | {"tokenizer": files.config_of(network)["tokenizer"]}
+    return config, params, buffers
+
+
+def complete(config: dict, source: str | Path, overrides: Sequence[str]) -> ConfigDict:
+    """Returns the complete config of a checkpoint, in float32, changed by overrides "key=value"."""
+    name = config["objective"]["name"]
+    if name not in objectives.names():
+        raise UserError(f"{source} holds an encoder alone: it cannot reconstruct images.")
+    takes = inspect.signature(objectives.find(name)).parameters
+    given = dict(batch_size=1, optimizer={"name": min(optim.OPTIMIZERS)}) | config
+    given["objective"] = {k: x for k, x in config["objective"].items() if k in takes or k == "name"}
+    given["data"] = {"name": ""} | config["data"]
+    for block in schema.NETWORKS.keys() & given:
+        given[block] = given[block] | {"dtype": "float32"}
+    completed = schema.complete(given)
+    for override in overrides:
+        key, _, text = override.partition("=")
+        schema.set_key(completed, schema.keys_of(completed), key, text, typed=True)
+    return completed
+
+
+def batch_of(images: Images, data: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns a batch of whole images: the short side is resized, and the center is taken.
+
+    `data` is the block of a config that says their size and channels.
+    """
+    channels = data.get("channels", 3)
+    fields = fields_of(
+        size=data["size"],
+        tokenizer_size=data.get("tokenizer_size", 0),
+        channels=channels,
+        dtype=dtype_of(images[0]),
+        interpolation=data.get("evaluation_interpolation", "bicubic"),
+        labelled=False,
+    )
+    view = EvaluationView.configured(fields, dict(crop_fraction=1.0))
+    rows = [decoded(image, channels, fields[0].dtype) for image in images]
+    batch = {
+        field.name: np.stack([view.central(image, field) for image in rows])
+        for field in view.fields
+    }
+    return batch | dict(
+        index=np.arange(len(rows), dtype=np.int32), valid=np.ones(len(rows), np.float32)
+    )
+
+
+def dtype_of(image: str | Path | Image.Image | np.ndarray) -> str:
+    """Returns the type of an image's values. Raises UserError for files that cannot be read."""
+    if isinstance(image, np.ndarray):
+        return image.dtype.name
+    if isinstance(image, Image.Image):
+        return "uint8"
+    try:
+        with Path(image).open("rb") as file:
+            return type_of(header(file).mode)
+    except (OSError, BadImageError) as error:
+        raise UserError(f"cannot read the image {image}: {error}.") from None
+
+
+def decoded(
+    image: str | Path | Image.Image | np.ndarray, channels: int, dtype: str
+) -> Image.Image | np.ndarray:
+    """Returns an image with its channels and type. Raises UserError if it has others."""
+    if isinstance(image, Image.Image):
+        return image.convert("L" if channels == 1 else "RGB")
+    if isinstance(image, np.ndarray):
+        return image
+    try:
+        return decode(Path(image).read_bytes(), channels, dtype)
+    except (OSError, BadImageError) as error:
+        raise UserError(f"cannot read the image {image}: {error}.") from None
+
+
+def shrunk(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns an image (H, W, 3) in [0, 1] at another size."""
+    if image.shape[:2] == size:
+        return image
+    small = Image.fromarray((image * 255).round().astype(np.uint8)).resize(size[::-1])
+    return np.asarray(small) / 255
+
+
+if __name__ == "__main__":
+    cli.exit_with(main)

@@ -18,7 +18,8 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "sharding": set(),
     "optim": {"keys"},
     "log": set(),
-    "pictures": set(),
+    "sheets": set(),
+    "attend": {"models"},
     "workdir": set(),
     "objectives": {"augment", "keys", "models", "masking", "normalize", "objectives", "targets"},
     "train": {"objectives", "sharding"},
@@ -36,11 +37,11 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "__main__": {"cli"},
     "inspect": {"cli", "convert"},
     "main": {
-        *("checkpoint", "cli", "log", "objectives", "pictures", "probe", "recipe", "schema"),
-        *("sharding", "start", "train", "workdir"),
+        *("checkpoint", "cli", "log", "objectives", "probe", "recipe", "schema"),
+        *("sharding", "sheets", "start", "train", "workdir"),
     },
     "check": {
-        *("cli", "data", "keys", "normalize", "pictures", "recipe", "schema", "sharding"),
+        *("cli", "data", "keys", "normalize", "recipe", "schema", "sharding", "sheets"),
         *("start", "train", "workdir"),
     },
     "evaluate": {
@@ -53,6 +54,10 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "embed": {
         *("cli", "convert", "data", "normalize", "objectives", "recipe", "schema", "sharding"),
         *("start", "transfer", "workdir"),
+    },
+    "pictures": {
+        *("attend", "checkpoint", "cli", "convert", "data", "embed", "models", "normalize"),
+        *("objectives", "optim", "recipe", "schema", "sheets"),
     },
     "__init__": {"embed"},
 }

@@ -16,7 +16,7 @@ from PIL import Image
 from mim_jax import UserError, data
 from mim_jax.data.folder import Folder
 from mim_jax.main import main
-from mim_jax.pictures import MARGIN, draw_sheet
+from mim_jax.sheets import MARGIN, draw_sheet
 from tests.images import BAD, GOOD, PIXEL, UNREAD, encoded, npy, open_tree, pixels, plant
 
 

@@ -135,10 +135,17 @@ def network_of_run(
 
 def build(function: Callable, settings: dict, **options: Any) -> Any:
     """Calls `vit` or `dvae` with the settings of a config that it still takes, in float32."""
-    names = inspect.signature(function).parameters
+    names = keys_of(function)
     settings = {name: value for name, value in settings.items() if name in names}
     settings |= {name: value for name, value in options.items() if value}
     return function(**settings | {"dtype": "float32"})
+
+
+def keys_of(function: Callable) -> set[str]:
+    """Returns the config keys of `vit`, some of which are fields of ViT, or of `dvae`."""
+    functions = (vit, ViT) if function is vit else (function,)
+    names = {name for f in functions for name in inspect.signature(f).parameters}
+    return names - {"options", "parent", "name"}
 
 
 def story(params: dict, network: Network) -> str:
@@ -272,6 +279,6 @@ def config_of(network: Network) -> dict[str, dict[str, Any]]:
     if decoder := network.decoder:
         sizes = dict(width=decoder.width, depth=decoder.depth, heads=decoder.heads)
         objective |= {f"decoder_{name}": value for name, value in sizes.items()}
-    names = inspect.signature(vit).parameters
+    names = keys_of(vit)
     encoder = {name: value for name, value in vars(model).items() if name in names}
     return dict(model=encoder, objective=objective, data=data | dict(size=network.size))

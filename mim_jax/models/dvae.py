@@ -14,6 +14,7 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mim_jax import UserError
 from mim_jax.keys import NOT_NEGATIVE, POSITIVE, Dtype, Smoke
@@ -280,6 +281,14 @@ class DVAE(NamedTuple):
         h, w = grid or (math.isqrt(tokens.shape[1]),) * 2
         codes = jax.nn.one_hot(tokens.reshape(-1, h, w), self.encoder.vocabulary)
         return self.to_images(self.paint(decoder, codes))
+
+
+def palette(vocabulary: int) -> np.ndarray:
+    """Returns a color for each code (v, 3) in [0, 1]: hues by the golden ratio."""
+    code = np.arange(vocabulary)[:, None]
+    hue = np.clip(np.abs((code * 0.618034 * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+    strength, light = 0.45 + 0.55 * (code * 0.754878 % 1), 0.45 + 0.55 * (code * 0.569840 % 1)
+    return light * (1 - strength * (1 - hue))
 
 
 def dvae(

@@ -17,11 +17,10 @@ from typing import Annotated, NamedTuple
 import einops
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mim_jax import UserError
 from mim_jax.keys import NOT_NEGATIVE, POSITIVE, Range
-from mim_jax.models.dvae import DVAE
+from mim_jax.models.dvae import DVAE, palette
 from mim_jax.models.patches import not_blank, patchify
 from mim_jax.normalize import unit
 from mim_jax.objectives import objective_of, per_example
@@ -72,14 +71,6 @@ def perplexity(counts: jax.Array) -> jax.Array:
     """Returns the exponential of the entropy of counts (v,): how many codes are in even use."""
     share = counts / counts.sum()
     return jnp.exp(-jax.scipy.special.xlogy(share, share).sum())
-
-
-def palette(vocabulary: int) -> np.ndarray:
-    """Returns a color for each code (v, 3) in [0, 1]: hues by the golden ratio."""
-    code = np.arange(vocabulary)[:, None]
-    hue = np.clip(np.abs((code * 0.618034 * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-    strength, light = 0.45 + 0.55 * (code * 0.754878 % 1), 0.45 + 0.55 * (code * 0.569840 % 1)
-    return light * (1 - strength * (1 - hue))
 
 
 class Forward(NamedTuple):

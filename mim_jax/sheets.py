@@ -1,0 +1,69 @@
+"""Sheets of images: PNG files with captioned columns."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 8
+
+
+def to_rgb(images: np.ndarray) -> np.ndarray:
+    """Images (b, H, W, c) in [0, 1] -> (b, H, W, 3) uint8; of many channels the first three."""
+    if images.shape[-1] < 3:
+        images = images[..., :1].repeat(3, axis=-1)
+    return (np.clip(images[..., :3], 0, 1) * 255).round().astype(np.uint8)
+
+
+def stretched(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stretches the values of each channel, except 1 % at either end, to [0, 1]."""
+    values = np.concatenate([images.reshape(-1, images.shape[-1]) for images in columns.values()])
+    low, high = np.percentile(values, (1, 99), axis=0)
+    scale = np.maximum(high - low, 1e-12)
+    return {caption: (images - low) / scale for caption, images in columns.items()}
+
+
+def draw_sheet(
+    path: Path,
+    columns: dict[str, np.ndarray],
+    title: str,
+    pairs: int = 2,
+    stretch: bool = False,
+) -> None:
+    """Writes a PNG with a row per image, `pairs` rows side by side; small images are enlarged.
+
+    Args:
+        path: the file to write.
+        columns: {caption: images (b, H, W, c) in [0, 1]}.
+        title: printed at the top.
+        pairs: number of rows side by side.
+        stretch: stretch the values, for sensors that use a small part of their range.
+    """
+    columns = {caption: np.asarray(images) for caption, images in columns.items()}
+    columns = stretched(columns) if stretch else columns
+    columns = {caption: to_rgb(images) for caption, images in columns.items()}
+    count, height, width, _ = next(iter(columns.values())).shape
+    zoom = max(1, 144 // max(height, width))
+    height, width = height * zoom, width * zoom
+    pairs = min(pairs, count)
+    rows = -(-count // pairs)
+    group = len(columns) * (width + MARGIN) + 2 * MARGIN  # one row of one pair
+    title_font, font = (ImageFont.load_default(size) for size in (16, 12))
+    width_of_all = pairs * group - MARGIN
+    title = textwrap.wrap(title, width_of_all // 9)
+    top = 54 + 20 * len(title)
+    size = (width_of_all, top + rows * (height + MARGIN))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((MARGIN, 8), "\n".join(title), "black", title_font)
+    for pair in range(pairs):
+        for j, (caption, images) in enumerate(columns.items()):
+            x = pair * group + MARGIN + j * (width + MARGIN)
+            lines = "\n".join(textwrap.wrap(caption, width // 7))
+            draw.multiline_text((x, top - 6), lines, "dimgray", font, anchor="ld", spacing=2)
+            for row, image in enumerate(images[pair * rows : (pair + 1) * rows]):
+                tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+                sheet.paste(tile, (x, top + row * (height + MARGIN)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
