@@ -45,6 +45,7 @@ from mim_jax.sheets import draw_sheet, to_rgb
 Columns = dict[str, np.ndarray]  # {caption: images (b, H, W, c) in [0, 1]}
 Images = Sequence[str | Path | Image.Image | np.ndarray]  # files, or arrays (H, W, c)
 ATTENTION_SIZE, TOKENIZER_SIZE = 480, 224  # sides of images, unless they are given or known
+MASK_RATIO = 0.4  # BEiT's, where the source has only weights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,13 +132,15 @@ def reconstruct(
     config, params, buffers = read(source, tokenizer)
     if config["objective"]["name"] not in objectives.names():
         schema.load_objective(config, str(source), False, trust_code)
-    config = complete(config, source, overrides)
+    given, config = config["objective"], complete(config, source, overrides)
     networks = schema.networks(config.to_dict())
     count = sorted({"mask_ratio", "num_masked"} & set(config.objective))
     if "model" not in networks or not count:
         raise UserError(f"{source} does not predict hidden patches: it cannot reconstruct images.")
     grid = np.broadcast_to(config.data.size, 2) // networks["model"].patch
     keys = schema.keys_of(config)
+    if mask_ratio is None and count[0] not in given:  # of converted weights
+        mask_ratio = MASK_RATIO if count[0] == "num_masked" else None
     if mask_ratio is not None:
         value = mask_ratio if count[0] == "mask_ratio" else round(mask_ratio * math.prod(grid))
         schema.set_key(config, keys, f"objective.{count[0]}", value)
