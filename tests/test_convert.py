@@ -25,7 +25,7 @@ from mim_jax.inspect import main as inspect
 from mim_jax.models.dvae import dvae
 from mim_jax.models.vit import vit
 from mim_jax.train import TrainState
-from mim_jax.transfer import begin_from
+from mim_jax.transfer import start_from
 from tests.official import mae_shapes, to_params
 from tests.timm_models import timm_models
 
@@ -426,7 +426,7 @@ def test_the_command_there_and_back(tmp_path, capsys):
     params, network = from_torch(state, heads=4, decoder_heads=2)
     # init_from takes it
     zeros = jax.tree.map(np.zeros_like, params)
-    begun = begin_from(
+    begun = start_from(
         TrainState(0, jax.tree.map(jax.numpy.array, zeros), {}, ()), "encoder", run, {}
     )
     jax.tree.map(np.testing.assert_array_equal, begun.params["encoder"], params["encoder"])
@@ -557,7 +557,7 @@ def test_a_hybrid_begins_a_run(tmp_path, capsys):
     network = vit(**model | dict(width=32, depth=1, heads=4, dtype="float32"))
     shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))["params"]
     encoder = jax.tree.map(lambda x: jax.numpy.zeros(x.shape), shapes)
-    begun = begin_from(
+    begun = start_from(
         TrainState(0, {"encoder": encoder}, {}, ()), "encoder", f"{tmp_path}/run", {}
     )
     params, _ = from_torch(module.state_dict(), heads=4)
@@ -598,7 +598,7 @@ def test_dalle_as_a_tokenizer(tmp_path, capsys):
         torch.save(shapes[file], tmp_path / f"{file}.pkl")
     assert convert.main([str(tmp_path), f"{tmp_path}/run", "--to=mim_jax"]) == 0
     zeros = jax.tree.map(jax.numpy.zeros_like, params)
-    state = begin_from(TrainState(0, {}, zeros, ()), "tokenizer", f"{tmp_path}/run", {})
+    state = start_from(TrainState(0, {}, zeros, ()), "tokenizer", f"{tmp_path}/run", {})
     jax.tree.map(np.testing.assert_array_equal, state.buffers, params)
     capsys.readouterr()
     assert inspect([f"{tmp_path}/run"]) == 0

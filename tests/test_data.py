@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance
 
 from mim_jax import UserError, data
 from mim_jax.data.decode import decode
+from mim_jax.data.fields import fields_of
 from mim_jax.data.randaugment import rand_augment
 from mim_jax.data.transforms import (
     EvaluationView,
@@ -58,7 +59,8 @@ def test_a_batch():
     assert batch["image"].dtype == np.uint8
     assert batch["index"].tolist() == list(range(12))
     assert batch["label"].dtype == np.int32
-    assert set(batch) == {"image", "index", "label"}
+    assert batch["valid"].tolist() == [1] * 12
+    assert set(batch) == {"image", "index", "label", "valid"}
 
 
 def stream(start, stop, processes=1, **settings):
@@ -101,10 +103,12 @@ def test_evaluation_sees_each_example_once(processes, limit):
         for i in range(processes)
     )
     count = limit or 566
-    index, mask = (np.concatenate([batch[name] for batch in batches]) for name in ("index", "mask"))
-    assert index[mask > 0].tolist() == list(range(count))
-    assert mask.sum() == count
-    assert len(mask) == -(-count // 64) * 64
+    index, valid = (
+        np.concatenate([batch[name] for batch in batches]) for name in ("index", "valid")
+    )
+    assert index[valid > 0].tolist() == list(range(count))
+    assert valid.sum() == count
+    assert len(valid) == -(-count // 64) * 64
 
 
 def test_evaluation_is_bicubic_whatever_training_is():
@@ -126,7 +130,7 @@ def test_labels_that_there_are_none_of_end_training_by_labels_alone(labelled, mo
     if not labelled:
         next(batches)
         return
-    with pytest.raises(UserError, match=r"an image of train has the label 8, none of 0 to 4"):
+    with pytest.raises(UserError, match=r"an image of train has the label 8, outside 0 to 4"):
         next(batches)
 
 
@@ -201,16 +205,19 @@ def test_a_set_that_is_not_prepared_is_refused(tmp_path):
 # --- Transforms. ---
 
 
-def training_view(**settings):
-    plain = dict(size=(20, 24), tokenizer_size=None, channels=3, interpolation="bicubic")
-    plain |= dict(crop_scale=(0.2, 1.0), clip_crop=False, flip=True, color_jitter=0.0)
-    plain |= dict(randaugment=(), fill=(124, 116, 104), resizer="pillow")
-    return TrainingView(**plain | settings)
+def image_fields(size, *, tokenizer_size=0, channels=3):
+    declared = dict(size=size, tokenizer_size=tokenizer_size, channels=channels, dtype="uint8")
+    return fields_of(**declared, interpolation="bicubic", labelled=False)
+
+
+def training_view(size=(20, 24), tokenizer_size=0, channels=3, **settings):
+    fields = image_fields(size, tokenizer_size=tokenizer_size, channels=channels)
+    return TrainingView.configured(fields, settings)
 
 
 def evaluation_view(size, channels=3, crop_fraction=1.0):
-    how = dict(size=size, tokenizer_size=None, channels=channels, interpolation="bicubic")
-    return EvaluationView(**how, resizer="pillow", crop_fraction=crop_fraction)
+    fields = image_fields(size, channels=channels)
+    return EvaluationView.configured(fields, dict(crop_fraction=crop_fraction))
 
 
 class Fixed:
@@ -227,7 +234,7 @@ class Fixed:
 def test_a_training_view_is_pils_crop_and_bicubic_resize(flip):
     view = training_view(size=(20, 24))
     rng = Fixed(0.25, 0.0, 7, 3, 0.3 if flip else 0.7)  # area, log aspect, left, top, flip
-    ours = view.random_map({"image": png()}, rng)["image"]
+    ours = view({"image": png()}, rng)["image"]
     side = round((40 * 30 * 0.25) ** 0.5)
     theirs = Image.open(io.BytesIO(png())).crop((7, 3, 7 + side, 3 + side))
     theirs = np.asarray(theirs.resize((24, 20), Image.Resampling.BICUBIC))
@@ -240,7 +247,7 @@ def test_the_tokenizer_sees_the_same_crop_in_the_same_colours():
     factors = (0.7, 1.3, 0.8)
     rng = Fixed((2, 0, 1), *factors, 0.5, 0.0, 7, 3, 0.3)
     view = training_view(size=(28, 28), tokenizer_size=(14, 14), color_jitter=0.4)
-    ours = view.random_map({"image": png()}, rng)
+    ours = view({"image": png()}, rng)
     image = Image.open(io.BytesIO(png()))
     for i, factor in zip((2, 0, 1), factors, strict=True):
         image = kinds[i](image).enhance(factor)
@@ -260,7 +267,7 @@ def test_colour_jitter_changes_by_up_to_its_strength():
     drawn = [color_jitter(grey, 0.4, rng).getpixel((0, 0)) for _ in range(2000)]
     assert (min(drawn), max(drawn)) == (60, 139)  # PIL cuts decimals off
     assert np.mean(drawn) == pytest.approx(100, abs=2)
-    with pytest.raises(UserError, match=r"data.color_jitter is for 8-bit images"):
+    with pytest.raises(UserError, match=r"data.color_jitter needs 8-bit images"):
         color_jitter(np.zeros((8, 8, 13), np.uint16), 0.4, rng)
 
 
@@ -270,11 +277,12 @@ def test_batches_of_two_views(processes):
         emoji(size=(32, 64), tokenizer_size=(16, 32), process=i, processes=processes)
         for i in range(processes)
     ]
-    assert sets[0].views == {"image": (32, 64, 3), "tokenizer_image": (16, 32, 3)}
+    shapes = {field.name: field.shape for field in sets[0].image_fields}
+    assert shapes == {"image": (32, 64, 3), "tokenizer_image": (16, 32, 3)}
     train = joined(s.training_batches(8, seed=0, start=0, stop=2) for s in sets)
     evaluation = joined(s.evaluation_batches(8, limit=8) for s in sets)
     for batch in train + evaluation:
-        for name, shape in sets[0].views.items():
+        for name, shape in shapes.items():
             assert batch[name].shape == (8, *shape)
         small = batch["image"].reshape(8, 16, 2, 32, 2, 3).mean((2, 4))
         assert abs(small - batch["tokenizer_image"]).mean() < 6  # the same part of the same image
@@ -370,23 +378,23 @@ def test_a_crop_for_linear_probing_is_cut_instead_of_drawn_again():
 def test_randaugment_comes_last(monkeypatch):
     view = training_view(size=(28, 28), randaugment=(9, 0.5))
     rng, again = np.random.default_rng(1), np.random.default_rng(1)
-    ours = view.random_map({"image": png()}, rng)["image"]
-    plain = training_view(size=(28, 28)).random_map({"image": png()}, again)["image"]
+    ours = view({"image": png()}, rng)["image"]
+    plain = training_view(size=(28, 28))({"image": png()}, again)["image"]
     theirs = rand_augment(Image.fromarray(plain), 9, 0.5, (124, 116, 104), again)
     np.testing.assert_array_equal(ours, np.asarray(theirs))
     assert (ours != plain).any()
     grey = training_view(channels=1, randaugment=(9, 0.5), fill=(120,))
-    assert grey.random_map({"image": png()}, rng)["image"].shape == (20, 24, 1)
-    with pytest.raises(UserError, match=r"3 channels and a fill of \(124,\)"):
+    assert grey({"image": png()}, rng)["image"].shape == (20, 24, 1)
+    with pytest.raises(UserError, match=r"there are 3 channels and data.fill = \(124,\)"):
         emoji(randaugment=(9, 0.5), fill=(124,))
-    with pytest.raises(UserError, match="do not go together"):
+    with pytest.raises(UserError, match="cannot be used together with tokenizer_image"):
         emoji(randaugment=(9, 0.5), tokenizer_size=16)
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 40), (32, 32), (500, 375)])
 def test_an_evaluation_view_is_torchvisions_resize_and_central_crop(width, height):
     encoded = png(width, height)
-    ours = evaluation_view((28, 28), crop_fraction=0.875).map({"image": encoded})["image"]
+    ours = evaluation_view((28, 28), crop_fraction=0.875)({"image": encoded})["image"]
     image = Image.open(io.BytesIO(encoded))
     long = int(32 * max(width, height) / min(width, height))  # the short side becomes 28 / 0.875
     image = image.resize((long, 32) if width >= height else (32, long), Image.Resampling.BICUBIC)
@@ -396,7 +404,7 @@ def test_an_evaluation_view_is_torchvisions_resize_and_central_crop(width, heigh
 
 
 def test_an_evaluation_view_may_be_oblong():
-    view = evaluation_view((16, 48)).map({"image": png(60, 60)})["image"]
+    view = evaluation_view((16, 48))({"image": png(60, 60)})["image"]
     assert view.shape == (16, 48, 3)
     assert view.std() > 10
 
@@ -405,6 +413,6 @@ def test_an_evaluation_view_may_be_oblong():
 def test_every_mode_is_converted_to_the_channels(mode):
     for channels in (1, 3, 4) if mode in ("RGBA", "LA") else (1, 3):
         view = evaluation_view((8, 8), channels)
-        image = view.map({"image": png(mode=mode)})
+        image = view({"image": png(mode=mode)})
         assert image["image"].shape == (8, 8, channels)
     assert decode(png(mode=mode), 3).mode == "RGB"

@@ -138,7 +138,8 @@ def test_arrays_are_packed(tmp_path):
         array = np.random.default_rng(i).integers(0, 65536, (20, 16, 13), np.uint16)
         np.save(tmp_path / f"set/{i}.npy", array)
     pack.pack(tmp_path / "set", tmp_path / "packed")
-    assert data.make(name=f"tfds:{tmp_path / 'packed'}", size=8, channels=13).dtype == "uint16"
+    dataset = data.make(name=f"tfds:{tmp_path / 'packed'}", size=8, channels=13)
+    assert dataset.image.dtype == "uint16"
     settings = dict(channels=13)
     assert digests(f"tfds:{tmp_path / 'packed'}", **settings) == digests(
         f"folder:{tmp_path / 'set'}", **settings

@@ -46,7 +46,7 @@ def test_batches_have_the_type_and_the_channels_of_the_source(tmp_path, dtype, c
     arrays = {i: pixels(i, channels=channels, dtype=np.dtype(dtype).type) for i in range(8)}
     plant(tmp_path, {f"{i}.npy": npy(array) for i, array in arrays.items()})
     dataset = make(tmp_path, size=(20, 24), channels=channels)
-    assert dataset.dtype == dtype
+    assert dataset.image.dtype == dtype
     for batch in (
         next(dataset.training_batches(8, seed=0, start=0, stop=1)),
         next(dataset.evaluation_batches(8)),
@@ -96,7 +96,7 @@ def test_bad_files_are_reported_once(tree, workers):
         reported.append((name, reason))
 
     batches = list(dataset.training_batches(8, seed=0, start=0, stop=8, on_bad=on_bad))
-    assert all(set(batch) == {"image", "index"} for batch in batches)
+    assert all(set(batch) == {"image", "index", "valid"} for batch in batches)
     ((name, reason),) = reported
     assert name == "truncated.jpg"
     assert "image file is truncated" in reason
@@ -138,9 +138,11 @@ def test_evaluation_counts_each_good_image_once(tree, processes):
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for parts in zip(*parts, strict=True)
     ]
-    index, mask = (np.concatenate([batch[name] for batch in batches]) for name in ("index", "mask"))
+    index, valid = (
+        np.concatenate([batch[name] for batch in batches]) for name in ("index", "valid")
+    )
     names = Folder(tree).names
-    assert sorted(names[i] for i in index[mask > 0]) == sorted(GOOD)
+    assert sorted(names[i] for i in index[valid > 0]) == sorted(GOOD)
     assert len(index) == 16
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import UserError, recipe
+from mim_jax import UserError, schema
 from mim_jax.data.examine import require_channels, size_warnings
 from mim_jax.data.sources import open_sources
 from mim_jax.data.statistics import main, observe, range_problem, statistics
@@ -47,7 +47,7 @@ def test_the_command_prints_overrides(tmp_path, capsys):
     assert "1 of 13 images cannot be used" in printed.err
     assert "uint8 values from 0 to 255 in 12 images" in printed.err
     overrides = [word.removeprefix("--config.") for word in shlex.split(printed.out)]
-    config = recipe.load("configs/mae_emoji.py", overrides)
+    config = schema.load("configs/mae_emoji.py", overrides)
     assert len(config.objective.mean) == len(config.objective.std) == 3
     assert 0 < min(config.objective.std) < max(config.objective.mean) < 1
     assert main([f"folder:{tree}/empty"]) == 2

@@ -10,7 +10,7 @@ Exit codes: 0 done, 1 the outputs differ, 2 user error, reported in one sentence
 import argparse
 import sys
 
-from mim_jax.cli import exit_code
+from mim_jax import cli
 from mim_jax.convert.check import TOLERANCE, differences
 from mim_jax.convert.files import licence, load, save, story
 from mim_jax.convert.fit import FAMILIES, encoder_only, resized
@@ -21,9 +21,7 @@ from mim_jax.convert.network import Network
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mim_jax.convert", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = cli.parser_of("convert", __doc__)
     parser.add_argument(
         "source", help="a run, a .pth or .safetensors file, or a folder of Hugging Face"
     )
@@ -46,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=0, help="if the source does not record them")
     parser.add_argument("--decoder-heads", type=int, default=0, help="the same for MAE's decoder")
     options = parser.parse_args(argv)
-    return exit_code(lambda: convert(options), options.destination)
+    return cli.exit_code(lambda: convert(options), options.destination)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -98,4 +96,4 @@ def check(params: dict, network: Network, to: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.exit_with(main)

@@ -18,8 +18,6 @@ example --runner=FlinkRunner. All its workers must see the same folders.
 Exit codes: 0 done, 2 user error, reported in one sentence.
 """
 
-import argparse
-import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -29,7 +27,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tqdm import tqdm
 
-from mim_jax import UserError
+from mim_jax import UserError, cli
 from mim_jax.data.manifest import in_threads
 from mim_jax.data.pack import pack
 
@@ -39,11 +37,7 @@ SYNSETS, TRAINING_IMAGES, VALIDATION_IMAGES = 1000, 1_281_167, 50_000  # in ILSV
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mim_jax.data.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser_of("prepare", __doc__)
     parser.add_argument("source", help="folder:PATH or the name of a TFDS data set")
     parser.add_argument("--to", help="for folder:PATH: the output folder")
     parser.add_argument(
@@ -60,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     if rest and not options.beam:
         parser.error(f"unknown argument {rest[0]}")
-    try:
+
+    def command() -> int:
         beam = Beam(rest) if options.beam else None
         if not options.source.startswith("folder:"):
             prepare(options.source, options.data_dir, options.manual_dir, beam)
@@ -70,10 +65,9 @@ def main(argv: list[str] | None = None) -> int:
             pack(folder, options.to, in_parallel=beam or in_threads, **settings)
         else:
             raise UserError("set the output folder, for example --to=/data/my_images.")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return cli.exit_code(command, options.to or options.data_dir or "")
 
 
 class Beam:
@@ -173,4 +167,4 @@ def synsets_and_images(path: Path) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.exit_with(main)

@@ -7,7 +7,6 @@ floats are used as they are. Every image has the same weight, whatever its size.
 2 user error, reported in one sentence.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from mim_jax import UserError
+from mim_jax import UserError, cli
 from mim_jax.data.decode import BadImageError, decode, type_of
 from mim_jax.data.manifest import in_threads
 from mim_jax.data.sources import Source, open_sources
@@ -26,27 +25,23 @@ PIXELS = 2**18  # used of an image; of a larger one, every second, third, ... pi
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mim_jax.data.statistics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser_of("statistics", __doc__)
     parser.add_argument("name", help="as data.name in a config, for example folder:PATH")
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--split", default="train")
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--limit", type=int, default=10_000, help="number of images, 0 for all")
     options = parser.parse_args(argv)
-    try:
+
+    def command() -> int:
         mean, std = statistics(**vars(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not std.all():
-        print("a channel is constant: its std is written as 1", file=sys.stderr)
-    for name, values in dict(mean=mean, std=np.where(std == 0, 1, std)).items():
-        print(f"--config.objective.{name}='{tuple(float(f'{x:.4g}') for x in values)}'")
-    return 0
+        if not std.all():
+            print("a channel is constant: its std is written as 1", file=sys.stderr)
+        for name, values in dict(mean=mean, std=np.where(std == 0, 1, std)).items():
+            print(f"--config.objective.{name}='{tuple(float(f'{x:.4g}') for x in values)}'")
+        return 0
+
+    return cli.exit_code(command, "")
 
 
 class Values(NamedTuple):
@@ -148,4 +143,4 @@ def shown(values: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.exit_with(main)
