@@ -25,7 +25,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "train": {"objectives", "sharding"},
     "checkpoint": {"train"},
     "transfer": {"checkpoint", "models", "train", "workdir"},
-    "data": {"data", "keys"},
+    "data": {"cli", "data", "keys"},
     "schema": {"data", "keys", "models", "objectives", "optim", "workdir"},
     "recipe": {"data", "models", "objectives", "optim", "schema", "sharding"},
     "start": {"checkpoint", "recipe", "schema", "sharding", "train", "transfer", "workdir"},
