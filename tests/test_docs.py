@@ -128,3 +128,10 @@ def test_overrides_on_the_pages_are_keys(path):
     """`--config.KEY=VALUE` in a page names a key that some objective or optimizer has."""
     for key in re.findall(r"--config\.([a-z_0-9.]+)=", path.read_text()):
         assert key in KEYS, f"{path} names {key}"
+
+
+def test_the_module_table_is_complete():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for path in (ROOT / "mim_jax").glob("[a-z]*"):
+        name = path.name + "/" * path.is_dir()
+        assert f"`{name}`" in text or name == "py.typed", name
