@@ -1,10 +1,18 @@
-"""Logging of a run: lines on the screen, and one JSON object per record in metrics.jsonl."""
+"""Logging of a run: lines on the screen, metrics in metrics.jsonl, and events in events.jsonl.
 
+metrics.jsonl: one JSON object per record of training or of an evaluation.
+events.jsonl: one per start, warning and end: {"time", "step", "event", "text"}.
+evaluation.json: the newest evaluation, with its arrays, such as results by class.
+"""
+
+import contextlib
 import importlib
 import json
 import math
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,10 +21,55 @@ import numpy as np
 from mim_jax import UserError
 
 
+class Pace:
+    """Durations of the periodic actions of a run, to estimate the time that is left.
+
+    `every` is {name of an action: its interval in steps}; each is also due after the last step.
+    """
+
+    def __init__(self, steps: int, every: Mapping[str, int]):
+        self.steps, self.every = steps, every
+        self.seconds: dict[str, list[float]] = {name: [] for name in every}
+
+    @contextlib.contextmanager
+    def action(self, name: str) -> Iterator[None]:
+        """Measures an action."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name].append(time.perf_counter() - start)
+
+    def remaining(self, name: str, step: int) -> int:
+        """Returns how often an action is due after `step`."""
+        every, steps = self.every[name], self.steps
+        if not every:
+            return int(step < steps)
+        return steps // every - step // every + int(steps % every > 0 and step < steps)
+
+    def left(self, step: int, per_step: float) -> float:
+        """Returns the seconds that are left: steps, and the actions that were measured before."""
+        seconds = (self.steps - step) * per_step
+        for name, durations in self.seconds.items():
+            if typical := durations[1:] or durations:  # the first action includes compilation
+                seconds += self.remaining(name, step) * sum(typical) / len(typical)
+        return seconds
+
+
 class Log:
     """Writes metrics by step to metrics.jsonl, and to TensorBoard and Weights & Biases if enabled.
 
     Only the first of several processes writes; the others measure the same times.
+
+    Args:
+        workdir: the run directory.
+        step: number of updates so far.
+        steps: number of updates of the whole run.
+        batch_size: images per update.
+        tensorboard: whether to write TensorBoard events.
+        wandb: project of Weights & Biases, "" for none.
+        warn: (step, metrics) -> a warning, or "".
+        every: {name of a periodic action: its interval in steps}.
+        devices: number of chips that share a batch.
+        peak_share: the share of a chip's peak that one image per second uses; 0: unknown.
     """
 
     def __init__(
@@ -29,9 +82,15 @@ class Log:
         tensorboard: bool,
         wandb: str,
         warn: Callable,
+        every: Mapping[str, int] | None = None,
+        devices: int = 1,
+        peak_share: float = 0.0,
     ):
         self.steps, self.batch_size, self.warn, self.warning = steps, batch_size, warn, ""
+        self.devices, self.peak_share = devices, peak_share
+        self.pace = Pace(steps, every or {})
         self.writes = jax.process_index() == 0
+        self.workdir = Path(workdir)
         self.training = self.waiting = 0.0  # seconds since the last line
         self.last_step, self.first, self.pending = step, True, None
         self.sinks = sinks(workdir, step, tensorboard, wandb) if self.writes else []
@@ -68,8 +127,12 @@ class Log:
         if due:
             count = step - self.last_step
             speed = count * self.batch_size / self.training
-            left = (self.steps - step) * self.training / count
+            left = self.pace.left(step, self.training / count)
             more |= dict(images_per_second=speed, input_wait=self.waiting / self.training)
+            more |= dict(images_per_second_per_chip=speed / self.devices, time=time.time())
+            if self.peak_share:
+                more["mfu"] = speed / self.devices * self.peak_share
+            more |= memory()
             self.pending = step, metrics, more, left
             self.last_step, self.training, self.waiting = step, 0.0, 0.0
 
@@ -85,21 +148,32 @@ class Log:
         self.write(step, values)
         self.say(
             f"step {step:>{len(str(self.steps))}}/{self.steps}  {line}  lr {values['lr']:.2e}  "
-            f"{values['images_per_second']:,.0f} images/s  "
-            f"input wait {values['input_wait']:.1%}  ETA {clock(left)}"
+            f"{format_speed(values, self.devices)}  ETA {clock(left)}"
         )
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(f"the loss is {values['loss']} at step {step}.")
         if warning and warning != self.warning:
             self.say(f"warning: {warning}")
+            self.event("warning", step, warning)
         self.warning = warning
 
-    def evaluation(self, step: int, means: dict[str, float]) -> None:
-        """Writes those means over the evaluation split that are single numbers."""
+    def evaluation(self, step: int, means: Mapping[str, float | np.ndarray]) -> None:
+        """Writes the means over the evaluation split that are numbers, and those that are not."""
+        arrays = {name: np.asarray(x).tolist() for name, x in means.items() if np.ndim(x)}
+        if arrays and self.writes:
+            path = self.workdir / "evaluation.json"
+            path.write_text(json.dumps({"step": step} | arrays) + "\n")
         means = {name: value for name, value in means.items() if not np.ndim(value)}
         self.write(step, {f"evaluate/{name}": float(value) for name, value in means.items()})
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  evaluation: {numbers}")
+
+    def event(self, kind: str, step: int, text: str = "") -> None:
+        """Records the start or the end of a process, or a warning."""
+        if self.writes:
+            record = dict(time=time.time(), step=step, event=kind, text=text)
+            with (self.workdir / "events.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def unread(self, files: Sequence[tuple[str, str]]) -> None:
         """Records files that are not images, with the reason."""
@@ -128,6 +202,29 @@ def format_metrics(metrics: dict) -> str:
     """Formats an objective's metrics on a line, the loss first."""
     rest = (f"{k} {float(v):.4g}" for k, v in metrics.items() if k not in ("loss", "grad_norm"))
     return "  ".join((f"loss {float(metrics['loss']):.4f}", *rest))
+
+
+def format_speed(values: Mapping[str, float], devices: int) -> str:
+    """Formats speed, utilization, input wait and memory on a line."""
+    speed = f"{values['images_per_second']:,.0f} images/s"
+    if devices > 1:
+        speed += f" ({values['images_per_second_per_chip']:,.0f} per chip)"
+    parts = [speed]
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    parts.append(f"input wait {values['input_wait']:.1%}")
+    if "device_memory_gib" in values:
+        parts.append(f"memory {values['device_memory_gib']:.1f} GiB")
+    return "  ".join(parts)
+
+
+def memory() -> dict[str, float]:
+    """Returns the peak memory in GiB of this process and, where JAX reports it, of its device."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, else KiB
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    values = {"host_memory_gib": peak / 2**30}
+    return values | ({"device_memory_gib": device / 2**30} if device else {})
 
 
 def clock(seconds: float) -> str:

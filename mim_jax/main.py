@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mim_jax import UserError, cli, objectives, recipe, schema, workdir
+from mim_jax import UserError, cli, flops, objectives, recipe, schema, workdir
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.log import Log, format_metrics
 from mim_jax.probe import Probe
@@ -103,6 +103,11 @@ def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
         warn=run.objective.warn,
+        every={
+            name: recipe.in_steps(config[name], "every", run.steps_per_epoch) for name in ACTIONS
+        },
+        devices=run.mesh.size,
+        peak_share=peak_share(run, config, start),
     )
     log.say(f"{config.objective.name}: {start.parameters:,} parameters\n{run.summary}")
     log.unread(run.data.unread)
@@ -111,7 +116,30 @@ def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
         return 0
     if first:
         log.say(f"continuing after step {first:,}")
-    return Training(run, config, path, log, checkpoints, probe).loop(state, first, trace)
+    log.event("start", first, record["devices"])
+    try:
+        return Training(run, config, path, log, checkpoints, probe).loop(state, first, trace)
+    except Exception as error:
+        log.event("failed", log.last_step, str(error) or type(error).__name__)
+        raise
+
+
+def peak_share(run: Run, config: ConfigDict, start: Start) -> float:
+    """Returns the share of a chip's peak that one image per second uses, 0 if it is unknown.
+
+    Operations that rematerialization repeats do not count.
+    """
+    peak, network = flops.peak(jax.devices()[0].device_kind), run.model or run.tokenizer
+    if not peak or network.dtype != "bfloat16":
+        return 0.0
+    plain = config.copy_and_resolve_references()
+    if "model" in plain:
+        plain.model.remat = "none"
+    networks = schema.networks(recipe.with_dtypes(plain, run.mesh))
+    function = objectives.find(config.objective.name)
+    objective = recipe.build_objective(plain, function, networks, run.data)
+    rows = run.rows // run.mesh.size
+    return flops.of_training(objective, start.like, run.example, rows) / rows / peak
 
 
 def probe_of(run: Run, config: ConfigDict) -> Probe | None:
@@ -120,6 +148,9 @@ def probe_of(run: Run, config: ConfigDict) -> Probe | None:
         return None
     encoder, rows = recipe.encoder_of(run, config), run.rows
     return Probe(encoder, run.data, run.mesh, batch_size=rows, images=config.probe.images)
+
+
+ACTIONS = ("evaluate", "probe", "pictures", "save")  # blocks of the config with an interval
 
 
 class Training:
@@ -173,8 +204,10 @@ class Training:
         self.checkpoints.close()
         if stop.signal and step < run.steps:
             log.say(f"stopped and saved after step {step:,}: run the same command to continue")
+            log.event("stopped", step, f"by signal {stop.signal}")
             return 128 + stop.signal
         log.say(f"done: {self.path}")
+        log.event("done", step)
         return 0
 
     def batches_from(self, step: int) -> Iterator[dict]:
@@ -197,22 +230,27 @@ class Training:
         """Performs the actions that are due after a step."""
         run, config, log = self.run, self.config, self.log
         if self.is_due(config.evaluate, step):
-            batches = run.data.evaluation_batches(
-                run.rows, limit=config.evaluate.limit, on_bad=log.bad_file
-            )
-            means = evaluate(run.objective, state, batches, mesh=run.mesh, seed=config.seed)
+            with log.pace.action("evaluate"):
+                batches = run.data.evaluation_batches(
+                    run.rows, limit=config.evaluate.limit, on_bad=log.bad_file
+                )
+                means = evaluate(run.objective, state, batches, mesh=run.mesh, seed=config.seed)
             log.flush()
             log.evaluation(step, means)
         if self.probe and self.is_due(config.probe, step):
             log.flush()
-            log.evaluation(step, self.probe(state))
+            with log.pace.action("probe"):
+                means = self.probe(state)
+            log.evaluation(step, means)
         if self.is_due(config.pictures, step) and config.pictures.count:
-            self.draw(step, state, metrics)
+            with log.pace.action("pictures"):
+                self.draw(step, state, metrics)
         if self.is_due(config.save, step) or stopping:
             log.flush()  # so that no record is missing if the process ends here
             if not np.isfinite(metrics["loss"]):
                 raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}.")
-            self.checkpoints.save(state)
+            with log.pace.action("save"):
+                self.checkpoints.save(state)
 
     def draw(self, step: int, state: TrainState, metrics: dict) -> None:
         """Draws a sheet of the objective's pictures of the first images of the evaluation split."""

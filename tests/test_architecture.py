@@ -20,6 +20,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "log": set(),
     "sheets": set(),
     "attend": {"models"},
+    "flops": {"objectives", "train"},
     "workdir": set(),
     "objectives": {"augment", "keys", "models", "masking", "normalize", "objectives", "targets"},
     "train": {"objectives", "sharding"},
@@ -37,7 +38,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "__main__": {"cli"},
     "inspect": {"cli", "convert"},
     "main": {
-        *("checkpoint", "cli", "log", "objectives", "probe", "recipe", "schema"),
+        *("checkpoint", "cli", "flops", "log", "objectives", "probe", "recipe", "schema"),
         *("sharding", "sheets", "start", "train", "workdir"),
     },
     "check": {

@@ -96,7 +96,9 @@ def test_evaluation_needs_the_labels_of_training(runs, monkeypatch, capsys):
     config = schema.load(str(runs / "mae_base_finetune"))
     found = schema.functions(config)
     monkeypatch.setattr(recipe, "load", lambda *_: config)
-    monkeypatch.setattr(recipe.data, "make", lambda **how: dataclasses.replace(make(**how), num_labels=5))
+    monkeypatch.setattr(
+        recipe.data, "make", lambda **how: dataclasses.replace(make(**how), num_labels=5)
+    )
     monkeypatch.setattr(recipe, "functions", lambda _: found)
     assert evaluate.main([f"--config={runs / 'mae_base_finetune'}"]) == 2
     assert "params/head/bias differs" in capsys.readouterr().err

@@ -53,13 +53,17 @@ def test_a_run_leaves_its_files(finished):
     assert sorted(p.name for p in workdir.iterdir()) == [
         "checkpoints",
         "config.json",
+        "events.jsonl",
         "metrics.jsonl",
         "pictures",
     ]
     line = records(workdir)[20]
-    assert {"step", "loss", "lr", "grad_norm", "images_per_second", "input_wait", "epoch"} == set(
-        line
-    )
+    assert set(line) == {
+        *("step", "loss", "lr", "grad_norm", "epoch", "time", "host_memory_gib"),
+        *("images_per_second", "images_per_second_per_chip", "input_wait"),
+    }
+    events = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [("start", 0), ("done", 20)]
     assert len(records(workdir)) == 20
     assert records(workdir)[1]["lr"] == 0.0
     assert sorted(records(workdir, "evaluate/loss")) == [10, 20]

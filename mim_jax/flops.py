@@ -1,0 +1,104 @@
+"""Floating-point operations of a training step, and the peaks of chips.
+
+The utilization (MFU) of a chip is the operations that a step needs, per second, divided by the
+chip's peak. Counted are matrix products and convolutions, with two operations per multiplication
+and addition, as in the PaLM paper (Chowdhery et al., 2022, appendix B).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from mim_jax.objectives import Objective
+from mim_jax.train import TrainState
+
+# Dense bfloat16 operations per second of one JAX device, by a part of its name, from the vendors'
+# data sheets. A device of TPU v2 and v3 is one of a chip's two cores.
+PEAKS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p, whose name is "TPU v5"
+    "TPU v6": 918e12,
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+}
+
+
+def peak(device_kind: str) -> float:
+    """Returns the bfloat16 operations per second of a device, 0 if they are unknown."""
+    return next((value for name, value in PEAKS.items() if name in device_kind), 0.0)
+
+
+def of_training(
+    objective: Objective, like: TrainState, example: Mapping[str, Any], rows: int
+) -> float:
+    """Returns the operations of the loss and its gradient for `rows` images.
+
+    `like` has the shapes of a state, and `example` those of a batch of one.
+    """
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in example.items()
+    }
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+
+    def total(params, buffers, batch, rng, step):
+        return objective.loss(params, buffers, batch, rng, step)[0]
+
+    gradient = jax.make_jaxpr(jax.grad(total))
+    jaxpr = gradient(shapes.params, shapes.buffers, batch, rng, shapes.step).jaxpr
+    # Without results that nothing reads, such as the gradient of the images.
+    return count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def count(jaxpr: Jaxpr) -> float:
+    """Returns the operations of matrix products and convolutions in a program.
+
+    Of alternatives the most expensive counts, and of a `while`, whose length is unknown, one round.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, settings = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (left, _), _ = settings["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            products = math.prod(shape[axis] for axis in left)
+            total += 2 * products * math.prod(equation.outvars[0].aval.shape)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            products = math.prod(kernel) // kernel[settings["dimension_numbers"].rhs_spec[0]]
+            outputs = math.prod(equation.outvars[0].aval.shape)
+            total += 2 * products * outputs / math.prod(settings["lhs_dilation"])
+        elif name == "cond":
+            total += max(count(branch.jaxpr) for branch in settings["branches"])
+        elif name != "pallas_call":  # a kernel is one of alternatives, another of which counts
+            rounds = settings["length"] if name == "scan" else 1
+            total += rounds * sum(count(inner) for inner in inside(settings))
+    return total
+
+
+def inside(settings: Mapping[str, Any]) -> list[Jaxpr]:
+    """Returns the programs among the settings of an operation."""
+    programs = []
+    for value in settings.values():
+        for entry in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(entry, ClosedJaxpr):
+                programs.append(entry.jaxpr)
+            elif isinstance(entry, Jaxpr):
+                programs.append(entry)
+    return programs
