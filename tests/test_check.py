@@ -37,7 +37,8 @@ def test_a_run_that_would_start(tmp_path, capsys):
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 0
     said = capsys.readouterr().out
     for line in (
-        "patches = 64 / 16 x 64 / 16 = 16, 12 of 16 patches are hidden and 4 visible (mask_ratio = 0.75) (mask_ratio = 0.75)",
+        "patches = 64 / 16 x 64 / 16 = 16, 12 of 16 patches are hidden and 4 visible "
+        "(mask_ratio = 0.75)",
         "lr = base_lr x batch / 256 = 0.006 x 8 / 256 = 0.0001875",
         "1,340, of which 1,340 were decoded; 0 are bad",
         "height x width: 64 x 64 to 64 x 64",
