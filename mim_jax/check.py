@@ -39,6 +39,7 @@ from mim_jax.train import TrainState, train
 SECONDS = 8  # time to decode images of a split
 CPU_LIMIT = 5e8  # parameters x images of a step that takes some seconds on a CPU
 PICTURES = 12
+INPUT_PICTURES = ("masked", "truth")  # captions of pictures that do not show a prediction
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -278,11 +279,16 @@ def draw(run: Run, state: TrainState, config: ConfigDict, path: Path) -> None:
         field.name: np.asarray(unit(jnp.asarray(batch[field.name])))
         for field in run.data.image_fields
     }
-    pictures = jax.jit(run.objective.pictures)(
+
+    def pictures(*inputs):  # without those of predictions, which take long on a CPU
+        images = run.objective.pictures(*inputs)
+        return {name: x for name, x in images.items() if name in INPUT_PICTURES}
+
+    columns |= jax.jit(pictures)(
         state.params, state.buffers, to_global(batch, run.mesh), jax.random.key(config.seed)
     )
-    columns |= {name: images for name, images in pictures.items() if name == "masked"}
-    draw_sheet(path, columns, f"{config.objective.name}: training images as the model gets them")
+    title = f"{config.objective.name}: training images as the model gets them"
+    draw_sheet(path, columns, title, legend=run.data.legend)
 
 
 def watch() -> optax.GradientTransformation:

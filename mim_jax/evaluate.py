@@ -4,12 +4,15 @@ r"""Evaluates a run on every example of its evaluation split, or of another spli
     python -m mim_jax.evaluate --config=runs/mae_base_finetune --config.data.evaluation_split=test
 
 --config is a run directory, or a config file with --config.init_from.encoder=RUN: a classifier as
-that config describes it, trained or converted. --to=FILE.json also writes the numbers. For a
-classifier a table by class is printed. Exit codes: 0 done, 2 a mistake of the user.
+that config describes it, trained or converted. --to=FILE.json also writes the numbers. With
+classes a table by class is printed. Exit codes: 0 done, 2 a mistake of the user.
 """
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +21,8 @@ from mim_jax.checkpoint import peek
 from mim_jax.start import Start, source_run
 from mim_jax.train import evaluate
 from mim_jax.transfer import compare, encoder_in
+
+MEASURES = ("accuracy", "IoU")  # columns of by_class after the share
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,12 +60,32 @@ def evaluate_run(path: str, config, to: str) -> int:
         if not isinstance(value, list):
             print(f"{name:>20} {value:.4f}")
     if "by_class" in metrics:
-        print("\n  class  of all  accuracy")
-        for label, (share, accuracy) in enumerate(metrics["by_class"]):
-            print(f"{label:>7} {share:7.2%} {accuracy:9.4f}")
+        print_classes(metrics["by_class"], run.data.segmentation_classes)
     if to:
-        Path(to).write_text(json.dumps(metrics, indent=1) + "\n")
+        Path(to).write_text(json.dumps(without_nan(metrics), indent=1) + "\n")
     return 0
+
+
+def without_nan(values: Any) -> Any:
+    """Returns nested values with None for NaN, which JSON lacks."""
+    if isinstance(values, dict):
+        return {name: without_nan(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [without_nan(value) for value in values]
+    return None if math.isnan(values) else values
+
+
+def print_classes(rows: list[list[float]], names: Sequence[str]) -> None:
+    """Prints shares and measures of each class, "-" where a class does not occur."""
+    names = names or range(len(rows))
+    width = max(7, *(len(str(name)) for name in names))
+    print(
+        f"\n{'class':>{width}}  of all"
+        + "".join(f"{name:>10}" for name in MEASURES[: len(rows[0]) - 1])
+    )
+    for name, (share, *measures) in zip(names, rows, strict=True):
+        values = "".join(f"{'-' if math.isnan(x) else f'{x:.4f}':>10}" for x in measures)
+        print(f"{name:>{width}} {share:7.2%}{values}")
 
 
 if __name__ == "__main__":

@@ -265,7 +265,13 @@ class Training:
         if jax.process_index() == 0 and valid.any():
             path = Path(self.path) / "pictures" / f"step_{step:07d}.png"
             title = f"{name}, step {step:,}  {format_metrics(metrics)}"
-            draw_sheet(path, columns, title, stretch=run.data.image.dtype != "uint8")
+            draw_sheet(
+                path,
+                columns,
+                title,
+                stretch=run.data.image.dtype != "uint8",
+                legend=run.data.legend,
+            )
 
 
 class Stop:

@@ -12,16 +12,19 @@ from mim_jax.keys import BELOW_ONE, NOT_NEGATIVE, Range
 B1 = Annotated[float, BELOW_ONE, "decay of the first moment"]
 B2 = Annotated[float, BELOW_ONE, "decay of the second moment"]
 Momentum = Annotated[float, BELOW_ONE, "decay of the momentum"]
+Schedule = Literal["mae", "beit", "mmseg"]
 WeightDecay = Annotated[float, NOT_NEGATIVE, "decoupled weight decay of matrices"]
 
 
-def warmup_cosine(
-    lr: float, *, min_lr: float, warmup_steps: int, steps: int, code: Literal["mae", "beit"]
+def warmup_and_decay(
+    lr: float, *, min_lr: float, warmup_steps: int, steps: int, code: Schedule
 ) -> optax.Schedule:
-    """Returns the rate by step: linear from 0 to `lr`, then half a cosine to `min_lr`.
+    """Returns the rate by step: a warm-up from 0 to `lr`, then a decay to `min_lr`.
 
-    The first rate is 0. In MAE's code (util/lr_sched.py) the warm-up reaches `lr` at the first step
-    of the cosine; in BEiT's (utils.cosine_scheduler) one step earlier, so that two steps have `lr`.
+    code: "mae" and "beit" have half a cosine, see `warmup_cosine`; "mmseg" has a line, see
+        `warmup_linear`.
+
+    Raises UserError for lengths or rates that do not go together.
     """
     if not warmup_steps < steps:
         raise UserError(
@@ -30,9 +33,34 @@ def warmup_cosine(
         )
     if min_lr > lr:
         raise UserError(f"optimizer.min_lr = {min_lr:g} must not exceed the learning rate {lr:g}.")
+    settings = dict(min_lr=min_lr, warmup_steps=warmup_steps, steps=steps)
+    if code == "mmseg":
+        return warmup_linear(lr, **settings)
+    return warmup_cosine(lr, **settings, code=code)
+
+
+def warmup_cosine(
+    lr: float, *, min_lr: float, warmup_steps: int, steps: int, code: Schedule
+) -> optax.Schedule:
+    """Returns the rate by step: linear from 0 to `lr`, then half a cosine to `min_lr`.
+
+    The first rate is 0. In MAE's code (util/lr_sched.py) the warm-up reaches `lr` at the first step
+    of the cosine; in BEiT's (utils.cosine_scheduler) one step earlier, so that two steps have `lr`.
+    """
     warmup = optax.linear_schedule(0.0, lr, warmup_steps - (code == "beit"))
     cosine = optax.cosine_decay_schedule(lr, steps - warmup_steps, alpha=min_lr / lr)
     return optax.join_schedules([warmup, cosine], [warmup_steps])
+
+
+def warmup_linear(lr: float, *, min_lr: float, warmup_steps: int, steps: int) -> optax.Schedule:
+    """Returns the rate by step: linear from `lr` at step 0 to `min_lr`, times a linear warm-up.
+
+    As mmsegmentation's policy "poly" with power 1 and linear warm-up, which decays from the first
+    step on. Its warm-up starts at 1e-6 of the rate, this one at 0.
+    """
+    line = optax.linear_schedule(lr, min_lr, steps)
+    warmup = optax.linear_schedule(0.0 if warmup_steps else 1.0, 1.0, warmup_steps)
+    return lambda step: line(step) * warmup(step)
 
 
 def matrices(params: dict, but: tuple[str, ...] = ()) -> dict:

@@ -61,10 +61,12 @@ def build(config: ConfigDict, devices: list | None = None) -> Run:
             f"{config.accumulate} parts: make it a multiple of {mesh.size * config.accumulate}."
         )
     function = objectives.find(config.objective.name)
-    labelled = "num_labels" in inspect.signature(function).parameters
+    takes = inspect.signature(function).parameters
+    labelled = "num_labels" in takes
     dataset = data.make(
         **config.data.to_dict(),
         labelled=labelled,
+        segmented="segmentation_classes" in takes,
         process=jax.process_index(),
         processes=jax.process_count(),
     )
@@ -105,9 +107,9 @@ def with_dtypes(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
 def build_objective(config, function, networks: Mapping, dataset) -> objectives.Objective:
     """Builds an objective from its networks and its block of the config."""
     settings = {name: value for name, value in config.objective.to_dict().items() if name != "name"}
-    if "num_labels" in inspect.signature(function).parameters:
-        settings["num_labels"] = dataset.num_labels
-    objective = function(**networks, **settings)
+    takes = inspect.signature(function).parameters
+    supplied = {name: getattr(dataset, name) for name in schema.FROM_DATA if name in takes}
+    objective = function(**networks, **supplied, **settings)
     for part in objective.needs:
         if not config.init_from[part]:
             raise UserError(
@@ -122,7 +124,7 @@ def build_schedule(config, steps: int, steps_per_epoch: float) -> optax.Schedule
     rate = learning_rate(config)
     if not rate > 0:
         raise UserError("the config must set optimizer.base_lr or optimizer.lr.")
-    return optim.warmup_cosine(
+    return optim.warmup_and_decay(
         rate,
         min_lr=config.optimizer.min_lr,
         warmup_steps=in_steps(config.optimizer, "warmup", steps_per_epoch),

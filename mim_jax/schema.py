@@ -76,7 +76,9 @@ class Schedule(NamedTuple):
         float, NOT_NEGATIVE, Smoke(0.0), "when the rate reaches min_lr; 0: at the end"
     ] = 0.0
     decay_steps: Annotated[int, NOT_NEGATIVE, Smoke(0), "the same in steps; overrides it"] = 0
-    schedule: Annotated[Literal["mae", "beit"], "the code whose warm-up is used"] = "mae"
+    schedule: Annotated[
+        optim.Schedule, "the code whose warm-up is used; mmseg decays linearly, not by a cosine"
+    ] = "mae"
     clip_norm: Annotated[float, NOT_NEGATIVE, "largest norm of the gradient; 0: any"] = 0.0
 
 
@@ -122,7 +124,8 @@ class Save(NamedTuple):
 
 
 NETWORKS = {"model": vit, "tokenizer": dvae}  # passed to an objective that has these arguments
-SUPPLIED = (*NETWORKS, "num_labels")  # arguments of an objective that are not keys
+FROM_DATA = ("num_labels", "segmentation_classes", "segmentation_colors", "image_size")
+SUPPLIED = (*NETWORKS, *FROM_DATA)  # arguments of an objective that are not keys
 CHOICES = ("objective", "optimizer")  # blocks with a key `name` that decides which others there are
 
 
@@ -143,7 +146,7 @@ def functions(config: Mapping) -> dict[str, tuple[Callable, ...]]:
         "init_from": (InitFrom,),
         **{name: network for name, network in networks.items() if name in takes},
         "objective": (objective,),
-        "data": (data.make, data.TrainingView, data.EvaluationView),
+        "data": (data.make, *data.views_of(segmented="segmentation_classes" in takes)),
         "optimizer": (Schedule, optim.OPTIMIZERS[optimizer]),
         "log": (Logging,),
         "evaluate": (Evaluate,),

@@ -1,12 +1,14 @@
 """Sheets of images: PNG files with captioned columns."""
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN = 8
+LINE = 18  # height of a line of the legend
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:
@@ -24,12 +26,27 @@ def stretched(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {caption: (images - low) / scale for caption, images in columns.items()}
 
 
+def lay_out(
+    legend: Mapping[str, tuple[int, int, int]], font: ImageFont.FreeTypeFont, width: int
+) -> tuple[dict[str, tuple[int, int]], int]:
+    """Returns where each name of a legend goes, line by line, and the height of all lines."""
+    places, x, y = {}, MARGIN, 0
+    for name in legend:
+        needed = LINE + round(font.getlength(name)) + 2 * MARGIN
+        if x > MARGIN and x + needed > width:
+            x, y = MARGIN, y + LINE
+        places[name] = (x, y)
+        x += needed
+    return places, (y + LINE + MARGIN) if legend else 0
+
+
 def draw_sheet(
     path: Path,
     columns: dict[str, np.ndarray],
     title: str,
     pairs: int = 2,
     stretch: bool = False,
+    legend: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> None:
     """Writes a PNG with a row per image, `pairs` rows side by side; small images are enlarged.
 
@@ -39,6 +56,7 @@ def draw_sheet(
         title: printed at the top.
         pairs: number of rows side by side.
         stretch: stretch the values, for sensors that use a small part of their range.
+        legend: {name: color}, drawn at the bottom.
     """
     columns = {caption: np.asarray(images) for caption, images in columns.items()}
     columns = stretched(columns) if stretch else columns
@@ -53,7 +71,9 @@ def draw_sheet(
     width_of_all = pairs * group - MARGIN
     title = textwrap.wrap(title, width_of_all // 9)
     top = 54 + 20 * len(title)
-    size = (width_of_all, top + rows * (height + MARGIN))
+    bottom = top + rows * (height + MARGIN)
+    places, legend_height = lay_out(legend or {}, font, width_of_all)
+    size = (width_of_all, bottom + legend_height)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     draw.multiline_text((MARGIN, 8), "\n".join(title), "black", title_font)
@@ -65,5 +85,9 @@ def draw_sheet(
             for row, image in enumerate(images[pair * rows : (pair + 1) * rows]):
                 tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
                 sheet.paste(tile, (x, top + row * (height + MARGIN)))
+    for name, (x, y) in places.items():
+        square = (x, bottom + y + 3, x + LINE - 6, bottom + y + LINE - 3)
+        draw.rectangle(square, fill=legend[name], outline="dimgray")
+        draw.text((x + LINE, bottom + y + LINE // 2), name, "black", font, anchor="lm")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)

@@ -114,7 +114,7 @@ def test_shared_code_names_no_objective():
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
         named = strings & OBJECTIVES
-        # optim.warmup_cosine distinguishes the schedules of MAE's and BEiT's code.
+        # optim.warmup_and_decay distinguishes the schedules of MAE's and BEiT's code.
         assert not named - ({"mae", "beit"} if module in ("optim", "schema") else set()), path
 
 

@@ -28,17 +28,17 @@ MESHES = {  # devices, devices that share a copy of the state, parts of a batch
 }
 
 
-def config_of(name: str) -> str | None:
-    """Returns the path of a config of an objective, None if there is none yet."""
+def config_of(name: str) -> str:
+    """Returns the path of a config of an objective."""
     paths = sorted(Path("configs").glob("*.py"), key=lambda path: ("emoji" not in path.stem, path))
     paths = (str(p) for p in paths if schema.read(str(p))["objective"]["name"] == name)
-    return next(paths, None)
+    return next(paths)
 
 
 def pytest_generate_tests(metafunc):
     if "path" in metafunc.fixturenames:
         path = metafunc.config.getoption("--config")
-        paths = [path] if path else list(filter(None, map(config_of, objectives.names())))
+        paths = [path] if path else [config_of(name) for name in objectives.names()]
         metafunc.parametrize("path", paths, ids=lambda path: Path(path).stem)
 
 

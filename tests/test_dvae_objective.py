@@ -136,7 +136,7 @@ def run(devices, *, accumulate=1, steps=3, lr=1e-2, **settings):
     """-> state, and the metrics of each step."""
     objective = dvae.objective(network_of(**TOKENIZER), **settings)
     optimizer = optim.adamw(
-        optim.warmup_cosine(lr, min_lr=0.0, warmup_steps=1, steps=steps, code="mae")
+        optim.warmup_and_decay(lr, min_lr=0.0, warmup_steps=1, steps=steps, code="mae")
     )
     mesh = make_mesh(jax.devices()[:devices])
     begin = jax.jit(

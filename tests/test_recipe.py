@@ -36,6 +36,7 @@ PARAMETERS = {  # at full size: of the reference where it has the model
     "beit_large_finetune_512": 305_674_728,
     "beit_large_in22k": 311_534_016,
     "beit_large_in22k_finetune": 325_792_593,
+    "camvid_tiny": 1_635_606,
     "cifar10_finetune": 1_205_898,
     "cifar10_scratch": 1_205_898,
     "deit_base": 86_567_656,
@@ -50,6 +51,7 @@ PARAMETERS = {  # at full size: of the reference where it has the model
     "mae_base": 111_655_680,
     "mae_base_finetune": 86_567_656,
     "mae_base_linear": 769_000,
+    "mae_camvid": 1_335_616,
     "mae_cifar10": 1_437_296,
     "mae_emoji": 1_469_696,
     "mae_huge": 656_613_964,
@@ -82,6 +84,7 @@ PARAMETERS = {  # at full size: of the reference where it has the model
 }
 
 
+CLASSES = {"ade20k": 150, "camvid": 11}  # of pixels
 LABELS = {"cifar10": 10, "cifar100": 100, "emoji": 9, "imagenet2012": 1000}
 
 
@@ -91,7 +94,15 @@ def test_every_config_is_built_at_full_size(path, monkeypatch):
     nowhere += ["data.labels=", "init_from.tokenizer=random", "steps=20000"]
     config = schema.load(str(path), nowhere)
     make, labels = recipe.data.make, LABELS.get(schema.load(str(path)).data.name, 21_841)
-    there = lambda **settings: dataclasses.replace(make(**settings), num_labels=labels)  # noqa: E731
+
+    def there(**settings):
+        data = dataclasses.replace(make(**settings), num_labels=labels)
+        if not data.segmentation_classes:
+            return data
+        names = tuple(map(str, range(CLASSES[path.stem.split("_")[0]])))
+        classes = data.train.classes._replace(names=names, colors=((0, 0, 0),) * len(names))
+        return dataclasses.replace(data, train=data.train._replace(classes=classes))
+
     monkeypatch.setattr(recipe.data, "make", there)
     run = recipe.build(config)
     state = jax.eval_shape(

@@ -13,7 +13,9 @@ from mim_jax.sharding import make_mesh
 from mim_jax.train import TrainState, evaluate
 
 K = 5  # classes; in the masks, 3 never occurs and 255 is ignored
+NAMES, COLORS = tuple("abcde"), tuple((40 * i, 100, 200) for i in range(K))
 SIZE = 32
+STRIDE = 19
 
 
 def model(**settings):
@@ -21,9 +23,9 @@ def model(**settings):
 
 
 def objective(**settings):
-    settings = dict(layers=(0, 1, 2, 3), window=SIZE, stride=19, batch_norm=2) | settings
-    settings = dict(channels=16, auxiliary_channels=8) | settings
-    return segment.objective(model(), K, **settings)
+    defaults = dict(layers=(0, 1, 2, 3), stride=STRIDE / SIZE, batch_norm=2)
+    defaults |= dict(channels=16, auxiliary_channels=8)
+    return segment.objective(model(), NAMES, COLORS, (SIZE, SIZE), **defaults | settings)
 
 
 def masks(rng, *shape) -> np.ndarray:
@@ -48,7 +50,7 @@ def evaluation_batch(count: int = 8, padding: int = 0) -> dict:
         "segmentation": masks(rng, count, 75, 90),
         "segmentation_size": np.stack([rng.integers(50, 76, count), rng.integers(9, 91, count)], 1),
         "index": np.arange(count, dtype=np.int32),
-        "mask": (np.arange(count) < count - padding).astype(np.float32),
+        "valid": (np.arange(count) < count - padding).astype(np.float32),
     }
     for labels, (height, width) in zip(
         batch["segmentation"], batch["segmentation_size"], strict=True
@@ -65,7 +67,7 @@ def begin(ours) -> tuple[dict, dict]:
     return params, buffers
 
 
-@pytest.mark.parametrize("average", ["all", "labelled"])
+@pytest.mark.parametrize("average", ["all", "labeled"])
 def test_loss_is_that_of_torch(average):
     torch = pytest.importorskip("torch")
     ours, batch = objective(average=average, dropout=0.0), training_batch()
@@ -105,7 +107,7 @@ def counted(ours, params, buffers, batch) -> tuple[np.ndarray, float]:
     """
     torch = pytest.importorskip("torch")
     confusion, losses = np.zeros((K, K), int), []
-    for i in range(int(batch["mask"].sum())):
+    for i in range(int(batch["valid"].sum())):
         scores = scored(ours, params, buffers, batch, i)
         x = torch.from_numpy(np.moveaxis(scores, -1, 0).copy())[None]
         height, width = (int(side) for side in batch["segmentation_size"][i])
@@ -127,8 +129,8 @@ def scored(ours, params, buffers, batch, i) -> np.ndarray:
     images = (batch["image"] / 255 - np.array(segment.MEAN)) / np.array(segment.STD)
     image = images[i, :height, :width].astype(np.float32)
     total, times = np.zeros((height, width, K)), np.zeros((height, width, 1))
-    for top in sorted({*range(0, height - SIZE, 19), height - SIZE}):
-        for left in sorted({*range(0, width - SIZE, 19), width - SIZE}):
+    for top in sorted({*range(0, height - SIZE, STRIDE), height - SIZE}):
+        for left in sorted({*range(0, width - SIZE, STRIDE), width - SIZE}):
             part = np.s_[top : top + SIZE, left : left + SIZE]
             variables = {"params": params} | buffers
             total[part] += np.asarray(network.apply(variables, image[part][None])[0][0])
@@ -163,17 +165,17 @@ def test_mean_iou_is_a_count():
 def test_absent_classes():
     """A class that is neither in the labels nor guessed does not count."""
     confusion = np.array([[6, 2, 0], [0, 4, 0], [0, 0, 0]])
-    result = segment.summarize({"confusion": confusion / 7, "loss": 3 / 7})
+    result = objective().summarize({"confusion": confusion / 7, "loss": 3 / 7})
     np.testing.assert_allclose(result["miou"], (6 / 8 + 4 / 6) / 2)
     np.testing.assert_allclose(result["class_accuracy"], (6 / 8 + 1) / 2)
     np.testing.assert_allclose(result["loss"], 3 / 12)
     np.testing.assert_allclose(result["by_class"][:2, 2], [6 / 8, 4 / 6])
     assert np.isnan(result["by_class"][2, 1:]).all()
     confusion[0, 2] = 1
-    result = segment.summarize({"confusion": confusion, "loss": 0.0})
+    result = objective().summarize({"confusion": confusion, "loss": 0.0})
     np.testing.assert_allclose(result["miou"], (6 / 9 + 4 / 6 + 0) / 3)
     with pytest.raises(UserError, match="no pixel has a label"):
-        segment.summarize({"confusion": confusion * 0, "loss": 0.0})
+        objective().summarize({"confusion": confusion * 0, "loss": 0.0})
 
 
 def mirrored(batch: dict) -> dict:
@@ -196,21 +198,21 @@ def test_scales_and_flips_are_averaged():
         assert counts.sum() == (batch["segmentation"] < K).sum()
         return counts
 
-    several = dict(scales=(0.5, 1.0, 1.3), flip=True)
+    several = dict(scales=(0.5, 1.0, 1.3), mirror=True)
     assert (confusion(batch) != confusion(mirrored(batch))).any()
     assert (confusion(batch) != confusion(batch, **several)).any()
     difference = confusion(batch, **several) - confusion(mirrored(batch), **several)
     assert abs(difference).sum() <= 4  # pixels of nearly equal scores
 
 
-@pytest.mark.parametrize("head", ["upernet", "setr_pup", "setr_naive", "linear"])
-def test_heads_learn_one_image(head):
+@pytest.mark.parametrize("decoder", ["upernet", "setr_pup", "setr_naive", "linear"])
+def test_decoders_learn_one_image(decoder):
     """And only what is to be trained moves."""
     batch = training_batch(2)
     batch["segmentation"][:] = np.arange(SIZE) > SIZE // 2
-    ours = objective(head=head, frozen=head == "linear", dropout=0.0)
+    ours = objective(decoder=decoder, frozen=decoder == "linear", dropout=0.0)
     params, buffers = jax.jit(ours.init)(jax.random.key(0), batch)
-    assert ("encoder" in buffers) == (head == "linear")
+    assert ("encoder" in buffers) == (decoder == "linear")
     tx = optax.adam(1e-2)
     opt_state = tx.init(params)
 
@@ -244,13 +246,28 @@ def test_pictures():
     assert not outside.any()
 
 
-def test_palette():
-    """PASCAL VOC's first colours, and no two alike."""
-    colours = segment.palette(150) * 255
-    np.testing.assert_array_equal(
-        colours[:4], [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
-    )
-    assert len(np.unique(colours, axis=0)) == 151
+def test_colors():
+    """Those of the data set, and black for any other label."""
+    painted = np.asarray(segment.paint(jnp.array([[[0, 4, 5, 255]]], jnp.uint8), COLORS)) * 255
+    np.testing.assert_allclose(painted[0, 0], [COLORS[0], COLORS[4], (0, 0, 0), (0, 0, 0)])
+
+
+def test_pictures_of_training_images():
+    """They have no sizes in the batch, because none is padded beyond its shape."""
+    ours, batch = objective(), training_batch()
+    params, buffers = begin(ours)
+    truth = ours.pictures(params, buffers, batch, jax.random.key(0))["truth"]
+    np.testing.assert_array_equal(truth, segment.paint(batch["segmentation"], COLORS))
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(12, (3, 5, 7, 11)), (24, (7, 11, 15, 23)), (2, (0, 0, 0, 1))]
+)
+def test_default_layers(depth, expected):
+    """As BEiT's configs for ViT-B and ViT-L."""
+    encoder = model().clone(depth=depth)
+    ours = segment.Segmentation(encoder, NAMES, COLORS, (SIZE, SIZE))
+    assert ours.decoded == expected
 
 
 @pytest.mark.parametrize(
@@ -258,14 +275,9 @@ def test_palette():
     [
         (dict(layers=(0, 1, 2, 4)), "blocks from 0 to 3"),
         (dict(layers=(1, 3)), "UPerNet takes four"),
-        (dict(batch_norm=1), "at least 2 images"),
+        (dict(scales=()), "at least one scale"),
     ],
 )
 def test_refused(settings, words):
     with pytest.raises(UserError, match=words):
         objective(**settings)
-
-
-def test_masks_are_needed():
-    with pytest.raises(UserError, match="needs a data set with masks"):
-        segment.objective(model(), 0)

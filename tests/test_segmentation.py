@@ -8,6 +8,7 @@ from PIL import Image
 
 from mim_jax import UserError
 from mim_jax.data import segmentation
+from mim_jax.data.fields import fields_of
 from mim_jax.data.masks import Classes
 
 CLASSES = Classes(("a", "b"), ((1, 2, 3), (4, 5, 6)), (0, 1), (9,))
@@ -33,15 +34,16 @@ def example(height=40, width=60):
     return {"image": png(image), "mask": png(mask)}
 
 
-def settings(**changes):
-    common = dict(size=(32, 32), short_side=32, long_side=128, channels=3, dtype="uint8")
-    common |= dict(interpolation="bilinear", resizer="pillow", fill=(9, 8, 7), classes=CLASSES)
-    return common | changes
+def fields(size=(32, 32), dtype="uint8"):
+    settings = dict(size=size, tokenizer_size=0, channels=3, dtype=dtype, labelled=False)
+    return fields_of(**settings, interpolation="bilinear", segmentation="uint8")
 
 
-def training(**changes):
-    own = dict(scale_range=(0.5, 2.0), class_share=0.75, flip=True, distortion=False)
-    return segmentation.MaskedTrainingView(**settings(**own) | changes)
+def training(size=(32, 32), dtype="uint8", **changes):
+    settings = dict(short_side=32, long_side=128, fill=(9, 8, 7), classes=CLASSES)
+    settings |= dict(distortion=False) | changes
+    view = segmentation.SegmentationTrainingView
+    return view.configured(fields(size, dtype), settings)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +140,14 @@ def test_distortion_of_hue():
     assert max(map(abs, hues)) <= 27  # of 256
 
 
-def evaluation(**changes):
-    return segmentation.MaskedEvaluationView(**settings(**changes))
+def evaluation():
+    settings = dict(short_side=32, long_side=128, fill=(9, 8, 7), classes=CLASSES)
+    return segmentation.SegmentationEvaluationView.configured(fields(), settings)
 
 
 def test_evaluation_view():
     """The resized image and the mask in its own size, both padded."""
-    ((indices, view),) = evaluation().groups([(40, 60)])
+    ((indices, view),) = evaluation().groups([(40, 60)], 1)
     views = view(example())
     assert indices == [0]
     assert views["image"].shape == (32, 48, 3)
@@ -160,8 +163,10 @@ def test_evaluation_view():
 def test_groups():
     """Every image is in one, with room for it; sizes of 1,000 images make few shapes."""
     sizes = np.clip(rng().lognormal(5.5, 0.4, (1000, 2)), 100, 2000).astype(int)
-    groups = evaluation().groups(sizes)
+    groups = evaluation().groups(sizes, 1000)
     assert sorted(i for indices, _ in groups for i in indices) == list(range(1000))
+    assert len(groups[0][0]) == max(len(indices) for indices, _ in groups)
+    assert sum(len(indices) for indices, _ in evaluation().groups(sizes, 30)) == 30
     for indices, view in groups:
         shape, label_shape = view.shapes
         for i in indices:
@@ -173,6 +178,27 @@ def test_groups():
 def test_next_side():
     sides = [segmentation.next_side(side) for side in (1, 2, 3, 4, 5, 6, 7, 9, 512, 513, 683, 769)]
     assert sides == [1, 2, 3, 4, 6, 6, 8, 12, 512, 768, 768, 1024]
+
+
+def test_what_does_not_fit_is_cut():
+    """As of an image that replaces a bad one, which is not counted."""
+    ((_, view),) = evaluation().groups([(20, 20)], 1)
+    views = view(example())
+    assert views["image"].shape == (32, 32, 3)
+    np.testing.assert_array_equal(views["image_size"], [32, 32])
+    np.testing.assert_array_equal(views["segmentation_size"], [24, 24])
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("uint16", 9 * 257), ("float32", 9 / 255)])
+def test_padding_of_other_types(dtype, expected):
+    np.testing.assert_allclose(training(dtype=dtype).padding[0], expected, rtol=1e-6)
+
+
+def test_sides_by_default():
+    """Those of ADE20K: 512 and 2048 for crops of 512."""
+    view = training((512, 512), short_side=0, long_side=0)
+    assert view.limits() == (512, 2048)
+    assert view.limits(0.5) == (256, 1024)
 
 
 def test_refused():

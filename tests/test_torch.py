@@ -19,7 +19,7 @@ from mim_jax.masking import hide
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import vit
 from mim_jax.objectives import mae, per_example
-from mim_jax.optim import adamw, warmup_cosine
+from mim_jax.optim import adamw, warmup_and_decay
 from mim_jax.sharding import make_mesh
 from mim_jax.train import TrainState, train_step
 from tests.official import mae_shapes, to_params
@@ -256,7 +256,7 @@ def test_learning_rate():
     """The rates of the official code for the paper's recipe, with two steps per epoch."""
     golden = {0: 0.0, 0.5: 3e-5, 20: 0.0012, 40: 0.0024, 41: 0.002399989748}
     golden |= {100: 0.002363280319, 400: 0.001299095215, 420: 0.0012, 799: 1.0252344e-8}
-    schedule = warmup_cosine(2.4e-3, min_lr=0.0, warmup_steps=2 * 40, steps=2 * 800, code="mae")
+    schedule = warmup_and_decay(2.4e-3, min_lr=0.0, warmup_steps=2 * 40, steps=2 * 800, code="mae")
     with jax.enable_x64(True):
         rates = {epoch: float(schedule(jnp.array(2.0 * epoch))) for epoch in golden}
     assert rates == pytest.approx(golden, abs=1e-12)
@@ -279,7 +279,7 @@ def test_ten_steps_of_adamw(accumulate):
     ]
     adamw_of_torch = torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
-    schedule = warmup_cosine(lr, min_lr=0.0, warmup_steps=warmup, steps=steps, code="mae")
+    schedule = warmup_and_decay(lr, min_lr=0.0, warmup_steps=warmup, steps=steps, code="mae")
     optimizer = adamw(
         lambda step: schedule(step.astype(float)),  # a rate computed from an integer is float32
         b1=0.9,

@@ -13,6 +13,8 @@ from mim_jax.data.batches import stream
 from mim_jax.data.decode import BadImageError, type_of
 from mim_jax.data.examine import require_channels
 from mim_jax.data.fields import Field, fields_of
+from mim_jax.data.masks import open_masked
+from mim_jax.data.segmentation import SegmentationEvaluationView, SegmentationTrainingView
 from mim_jax.data.sources import Source, open_sources
 from mim_jax.data.transforms import EvaluationView, TrainingView
 from mim_jax.keys import FREE, NOT_NEGATIVE, POSITIVE, SHARE, Smoke
@@ -32,8 +34,8 @@ class Data:
     evaluation: Source
     fields: tuple[Field, ...]
     num_labels: int  # 0 without labels
-    training_view: TrainingView
-    evaluation_view: EvaluationView
+    training_view: TrainingView | SegmentationTrainingView
+    evaluation_view: EvaluationView | SegmentationEvaluationView
     labelled: bool  # whether labels must be valid
     split: str
     max_bad_fraction: float
@@ -60,9 +62,29 @@ class Data:
         return self.fields[0]
 
     @property
+    def legend(self) -> dict[str, tuple[int, int, int]]:
+        """Colors of the classes of pixels by their names."""
+        return dict(zip(self.segmentation_classes, self.segmentation_colors, strict=True))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of training images."""
+        return self.image.size
+
+    @property
     def image_fields(self) -> tuple[Field, ...]:
-        """The fields that are images."""
-        return tuple(field for field in self.fields if field.interpolation)
+        """The fields that are images, not masks."""
+        return tuple(field for field in self.fields if len(field.shape) == 3)
+
+    @property
+    def segmentation_classes(self) -> tuple[str, ...]:
+        """Names of the classes of pixels, () without masks."""
+        return self.train.classes.names if self.train.classes else ()
+
+    @property
+    def segmentation_colors(self) -> tuple[tuple[int, int, int], ...]:
+        """Colors of the classes of pixels, from 0 to 255."""
+        return self.train.classes.colors if self.train.classes else ()
 
     @property
     def evaluation_labelled(self) -> bool:
@@ -101,20 +123,29 @@ class Data:
     ) -> Iterator[dict]:
         """Yields each of the first `limit` examples (0: all) once, and padding.
 
-        Examples are of the evaluation split, or with `of_training` of the training split.
+        Examples are of the evaluation split, or with `of_training` of the training split. They are
+        in order unless their views have several shapes; all examples of a batch have one.
         """
         source = self.train if of_training else self.evaluation
         count = min(limit or len(source.examples), len(source.examples))
-        batches = -(-count // batch_size)
+        order, valid, views = [], [], []  # one view for each batch
+        for indices, view in self.evaluation_view.groups(source.sizes, count):
+            padding = -len(indices) % batch_size
+            order.append(np.pad(indices, (0, padding), mode="edge"))
+            valid.append(np.arange(len(indices) + padding) < len(indices))
+            views += [view] * (len(order[-1]) // batch_size)
+        order, valid = np.concatenate(order), np.concatenate(valid)
 
-        def row(i: int) -> dict:
-            see = lambda example: self.row(example, self.evaluation_view(example))  # noqa: E731
-            example = usable(see, source.examples, min(i, count - 1))
-            valid = np.float32(i < count and example["bad"] < 0)
-            return example | {"index": np.int32(i), "valid": valid}
+        def row(k: int) -> dict:
+            view = views[k // batch_size]
+            see = lambda example: self.row(example, view(example))  # noqa: E731
+            example = usable(see, source.examples, int(order[k]))
+            good = np.float32(valid[k] and example["bad"] < 0)
+            return example | {"index": np.int32(order[k]), "valid": good}
 
-        dataset = grain.MapDataset.range(batches * batch_size).map(row)
-        rows = stream(dataset, first=0, count=batches, batch_size=batch_size, **self.loading)
+        dataset = grain.MapDataset.range(len(order)).map(row)
+        steps = dict(first=0, count=len(views), batch_size=batch_size)
+        rows = stream(dataset, **steps, **self.loading)
         return self.report(rows, source, on_bad)
 
     def row(self, example: dict, views: dict) -> dict:
@@ -139,6 +170,13 @@ class Data:
             yield batch
 
 
+def views_of(segmented: bool) -> tuple[type, type]:
+    """Returns the classes of the training view and the evaluation view."""
+    if segmented:
+        return SegmentationTrainingView, SegmentationEvaluationView
+    return TrainingView, EvaluationView
+
+
 def make(
     *,
     name: Annotated[str, FREE, Smoke("emoji"), "emoji, folder:PATH, tfds:PATH, or a TFDS name"],
@@ -152,6 +190,9 @@ def make(
     ] = "validation",
     data_dir: Annotated[str, FREE, Smoke(""), "where TFDS prepared the data set"] = "",
     labels: Annotated[str, FREE, Smoke(""), "of a folder: folder, or a CSV file; '': none"] = "",
+    classes: Annotated[
+        str, FREE, Smoke(""), "CSV file of the classes in masks; '': the one in the folder"
+    ] = "",
     channels: Annotated[int, POSITIVE, Smoke(3), "channels of the images"] = 3,
     interpolation: Annotated[Photographic, "of training images"] = "bicubic",
     evaluation_interpolation: Annotated[Photographic, FREE, "of evaluation images"] = "bicubic",
@@ -163,20 +204,28 @@ def make(
         int, NOT_NEGATIVE, FREE, "processes that decode, each with threads; 0: none"
     ] = 0,
     labelled: bool = False,
+    segmented: bool = False,
     process: int = 0,
     processes: int = 1,
     **views: Any,
 ) -> Data:
     """Opens a data set for process `process` of `processes`; see sources.py for names.
 
-    `views` are the arguments of TrainingView and EvaluationView.
+    `views` are the arguments of the views that `views_of(segmented)` returns. If `segmented`, every
+    image has a mask; see masks.py.
 
     An image that cannot be used is replaced by the next one in training, and is not valid in
     evaluation. If more than `max_bad_fraction` of a split cannot be used, batches end in a
     UserError; with `labelled` also at a label that does not exist.
     """
     splits = (split, evaluation_split)
-    train, evaluation = open_sources(name, splits, data_dir=data_dir, labels=labels)
+    if segmented:
+        for key, value in dict(labels=labels, tokenizer_size=tokenizer_size).items():
+            if value:
+                raise UserError(f"data.{key} = {value!r} must not be set: masks are the labels.")
+        train, evaluation = open_masked(name, splits, classes)
+    else:
+        train, evaluation = open_sources(name, splits, data_dir=data_dir, labels=labels)
     require_channels(name, train, channels)
     declared = dict(
         size=size,
@@ -184,16 +233,19 @@ def make(
         channels=channels,
         dtype=type_of(train.mode),
         labelled=train.num_labels > 0,
+        segmentation=train.classes.dtype.name if train.classes else "",
     )
     fields = fields_of(**declared, interpolation=interpolation)
     evaluation_fields = fields_of(**declared, interpolation=evaluation_interpolation)
+    training_view, evaluation_view = views_of(segmented)
+    views |= dict(classes=train.classes)
     return Data(
         train=train,
         evaluation=evaluation,
         fields=fields,
         num_labels=train.num_labels,
-        training_view=TrainingView.configured(fields, views),
-        evaluation_view=EvaluationView.configured(evaluation_fields, views),
+        training_view=training_view.configured(fields, views),
+        evaluation_view=evaluation_view.configured(evaluation_fields, views),
         labelled=labelled,
         split=split,
         max_bad_fraction=max_bad_fraction,

@@ -13,7 +13,8 @@ class Field(NamedTuple):
 
     name: str
     source: str  # the key of an example that it is made from, "" for what the batch adds
-    shape: tuple[int, ...]  # of one example: (height, width, channels) of an image, () of a number
+    shape: tuple[int, ...]  # of one example: (height, width, channels) of an image, () of a number,
+    # (height, width) of a mask
     dtype: str
     interpolation: Interpolation | None = None  # how an image is resized; None: not an image
 
@@ -31,12 +32,14 @@ def fields_of(
     dtype: str,
     interpolation: Interpolation,
     labelled: bool,
+    segmentation: str = "",
 ) -> tuple[Field, ...]:
-    """Returns the fields of a classification data set.
+    """Returns the fields of a data set.
 
     `image`; with a `tokenizer_size`, `tokenizer_image`, the same crop at that size (BEiT,
-    appendix); with labels, `label`; `index`, the example's place in the global batch or in the
-    split; `valid`, 1 for an example and 0 for padding.
+    appendix); with a type of masks, `segmentation`, the class of each pixel; with labels, `label`;
+    `index`, the example's place in the global batch or in the split; `valid`, 1 for an example and
+    0 for padding.
     """
 
     def image(name: str, size: int | tuple, interpolation: Interpolation) -> Field:
@@ -46,6 +49,8 @@ def fields_of(
     fields = [image("image", size, interpolation)]
     if tokenizer_size:
         fields.append(image("tokenizer_image", tokenizer_size, "lanczos"))
+    if segmentation:
+        fields.append(Field("segmentation", "mask", fields[0].size, segmentation, "nearest"))
     if labelled:
         fields.append(Field("label", "label", (), "int32"))
     return *fields, Field("index", "", (), "int32"), Field("valid", "", (), "float32")

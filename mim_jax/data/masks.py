@@ -216,7 +216,8 @@ def of_pairs(
     tree: Tree, pairs: Sequence[Pair], split: str, classes: Classes, sizes: dict[Pair, tuple]
 ) -> Source:
     """The source of some pairs, of which `sizes` has height and width of each."""
-    examples, digest = Pairs(tree, pairs), hashlib.sha256(repr(classes).encode())
+    examples = Pairs(tree, pairs)
+    digest = hashlib.sha256(repr((classes.values, classes.ignored)).encode())
     for pair in pairs:
         stamps = [tree.stamps[name][0] for name in pair]  # bytes: times differ between copies
         digest.update(repr((pair, stamps)).encode())
@@ -226,11 +227,17 @@ def of_pairs(
         fingerprint=dict(
             name="masks", version=digest.hexdigest()[:16], split=split, examples=len(pairs)
         ),
-        mode="RGB",
+        mode=mode_of(tree, pairs[0].image),
         name_of=examples.name,
         classes=classes,
         sizes=np.array([sizes[pair] for pair in pairs], np.int32),
     )
+
+
+def mode_of(tree: Tree, name: str) -> str:
+    """Returns the mode of an image that was checked."""
+    with tree.open(name) as file:
+        return header(file).mode
 
 
 def pairs_of(tree: Tree) -> list[Pair]:

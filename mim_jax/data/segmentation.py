@@ -7,14 +7,15 @@ has OpenCV without.
 
 import dataclasses
 from collections import defaultdict
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 
 from mim_jax import UserError
-from mim_jax.data.decode import decode
 from mim_jax.data.masks import Classes, read_values
-from mim_jax.data.transforms import resize
+from mim_jax.data.transforms import View, resize
+from mim_jax.keys import NOT_NEGATIVE, SHARE, Range, Smoke
 
 TRIES = 10  # crops, of which the last is taken if none suits
 
@@ -100,8 +101,9 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image if contrast_first else contrast(image)
 
 
-def pad(array: np.ndarray, size: tuple[int, int], fill: int | tuple) -> np.ndarray:
-    """Extends an array below and to the right to a size."""
+def pad(array: np.ndarray, size: tuple[int, int], fill: int | np.ndarray) -> np.ndarray:
+    """Extends an array below and to the right to a size, and cuts what is beyond it."""
+    array = array[: size[0], : size[1]]
     padded = np.empty((*size, *array.shape[2:]), array.dtype)
     padded[...] = fill
     padded[: array.shape[0], : array.shape[1]] = array
@@ -109,43 +111,66 @@ def pad(array: np.ndarray, size: tuple[int, int], fill: int | tuple) -> np.ndarr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskedView:
-    """What views of an image and its mask share."""
+class SegmentationView(View):
+    """What views of an image and its mask share. The fields are `image` and `segmentation`."""
 
-    size: tuple[int, int]  # that is trained on, and the smallest of evaluation
-    short_side: int  # what an image is resized to, before any random scale
-    long_side: int  # that it is at most resized to
-    channels: int
-    dtype: str
-    interpolation: str
-    resizer: str
-    fill: tuple[int, ...]  # color of padding
     classes: Classes
+    short_side: Annotated[
+        int, NOT_NEGATIVE, Smoke(0), "short side of the resized images; 0: that of data.size"
+    ] = 0
+    long_side: Annotated[
+        int, NOT_NEGATIVE, Smoke(0), "limit of their long side; 0: four times the short side"
+    ] = 0
+    fill: Annotated[
+        tuple, Range(0, 255), Smoke((128,)), "color of padding: 255 x the data's mean"
+    ] = (124, 116, 104)
 
     def __post_init__(self):
+        super().__post_init__()
         if len(self.fill) not in (1, self.channels):
             raise UserError(
                 f"data.fill = {self.fill} must have one value, or one for each of the "
                 f"{self.channels} channels."
             )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of training crops, and the least of evaluation images."""
+        return self.fields[0].size
+
+    @property
+    def padding(self) -> np.ndarray:
+        """The color of padding, in the type of the images."""
+        dtype = np.dtype(self.fields[0].dtype)
+        limit = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
+        return (np.asarray(self.fill) / 255 * limit).astype(dtype)
+
+    def limits(self, scale: float = 1) -> tuple[int, int]:
+        """The sides that an image is resized to, times a scale."""
+        short = self.short_side or min(self.size)
+        return int(short * scale), int((self.long_side or 4 * short) * scale)
+
     def pair(self, example: dict, scale: float = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """-> the resized image, its labels in their own size, and resized."""
-        image = decode(example["image"], self.channels, self.dtype)
+        """Returns the resized image, its labels in their own size, and resized."""
+        image = self.decode(example)
         labels = self.classes.labels(read_values(example["mask"]))
-        size = fitted(labels.shape, int(self.short_side * scale), int(self.long_side * scale))
-        image = resize(image, size, self.interpolation, self.resizer)
+        size = fitted(labels.shape, *self.limits(scale))
+        image = resize(image, size, self.fields[0].interpolation, self.resizer)
         return image, labels, resize_labels(labels, size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskedTrainingView(MaskedView):
+class SegmentationTrainingView(SegmentationView):
     """Random scale, crop, flip and photometric distortion, then padding with ignored pixels."""
 
-    scale_range: tuple[float, float]
-    class_share: float
-    flip: bool
-    distortion: bool
+    scale_range: Annotated[
+        tuple, Range(0, above=True), "smallest and largest random scale of the resized images"
+    ] = (0.5, 2.0)
+    class_share: Annotated[
+        float, SHARE, "crops in which a class has more of the labeled pixels are drawn again"
+    ] = 0.75
+    flip: Annotated[bool, "flip half of the images horizontally"] = True
+    distortion: Annotated[bool, "random brightness, contrast, saturation and hue"] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -154,7 +179,7 @@ class MaskedTrainingView(MaskedView):
             raise UserError(
                 f"data.scale_range = {self.scale_range} must be two factors, as (0.5, 2.0)."
             )
-        if self.distortion and (self.channels != 3 or self.dtype != "uint8"):
+        if self.distortion and (self.channels != 3 or self.fields[0].dtype != "uint8"):
             raise UserError("data.distortion needs 8-bit images of 3 channels: set it to False.")
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -168,40 +193,46 @@ class MaskedTrainingView(MaskedView):
         if self.distortion:
             image = distort(image, rng)
         return {
-            "image": pad(image, self.size, self.fill),
+            "image": pad(image, self.size, self.padding),
             "segmentation": pad(labels, self.size, ignore),
         }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskedEvaluationView(MaskedView):
+class SegmentationEvaluationView(SegmentationView):
     """A whole image, resized, and its labels in their own size, both padded.
 
-    Examples of one batch share a shape: `groups` collects those that can.
+    Examples of one batch share a shape: `groups` collects those that can. The fields `image_size`
+    and `segmentation_size` say how much of an image and of its labels is not padding.
     """
 
     shapes: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))  # of images and of labels
 
-    def groups(self, sizes: np.ndarray) -> list[tuple[list[int], "MaskedEvaluationView"]]:
-        """Examples whose images have `sizes` (n, 2) -> [(their indices, the view of these)]."""
+    def groups(
+        self, sizes: np.ndarray, count: int
+    ) -> list[tuple[list[int], "SegmentationEvaluationView"]]:
+        """Groups the first examples by shape -> [(their indices, the view of these)].
+
+        `sizes` (n, 2) are those of the images. The largest group comes first.
+        """
         members = defaultdict(list)
-        for i, size in enumerate(map(tuple, np.asarray(sizes).tolist())):
-            view = fitted(size, self.short_side, self.long_side)
+        for i, size in enumerate(map(tuple, np.asarray(sizes[:count]).tolist())):
+            view = fitted(size, *self.limits())
             shape = tuple(max(pair) for pair in zip(map(next_side, view), self.size, strict=True))
             members[shape, tuple(map(next_side, size))].append(i)
         return [
             (indices, dataclasses.replace(self, shapes=shapes))
-            for shapes, indices in sorted(members.items())
+            for shapes, indices in sorted(members.items(), key=lambda item: -len(item[1]))
         ]
 
     def __call__(self, example: dict) -> dict[str, np.ndarray]:
         image, labels, _ = self.pair(example)
         shape, label_shape = self.shapes
         return {
-            "image": pad(image, shape, self.fill),
-            "image_size": np.array(image.shape[:2], np.int32),
+            "image": pad(image, shape, self.padding),
+            "image_size": np.minimum(image.shape[:2], shape).astype(np.int32),
             "segmentation": pad(labels, label_shape, self.classes.ignore_label),
-            "segmentation_size": np.array(labels.shape, np.int32),
+            "segmentation_size": np.minimum(labels.shape, label_shape).astype(np.int32),
         }
 
 

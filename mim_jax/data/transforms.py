@@ -5,7 +5,7 @@ Sizes are (height, width), boxes (left, top, right, bottom).
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self
 
@@ -228,6 +228,10 @@ class EvaluationView(View):
             raise UserError(
                 f"data.crop_fraction = {self.crop_fraction} must be greater than 0 and at most 1."
             )
+
+    def groups(self, sizes: np.ndarray | None, count: int) -> list[tuple[Sequence[int], Self]]:
+        """Returns the first examples as one group, because their views have one shape."""
+        return [(range(count), self)]
 
     def __call__(self, example: dict) -> dict[str, np.ndarray]:
         image = self.decode(example)

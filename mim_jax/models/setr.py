@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mim_jax.models.batch_norm import BatchNorm, ConvNorm
-from mim_jax.models.transformer import LayerNorm
+from mim_jax.models.layers import LayerNorm
 from mim_jax.models.upernet import Classes, resize
 
 

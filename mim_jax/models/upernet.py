@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax.models.batch_norm import BatchNorm, ConvNorm
-from mim_jax.models.transformer import gelu
+from mim_jax.models.layers import gelu
 
 POOL_SCALES = (1, 2, 3, 6)
 

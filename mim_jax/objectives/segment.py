@@ -1,13 +1,15 @@
 """Semantic segmentation: the class of every pixel, from a plain ViT and a decoder.
 
-A frozen encoder lies among the buffers: it has no gradient and no optimizer state.
+A frozen encoder is among the buffers: it has no gradient and no optimizer state.
 
 Shapes: b images, H and W of an image, h rows of patches, w columns, d width, k classes.
 """
 
+import dataclasses
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -16,6 +18,7 @@ import numpy as np
 import optax
 
 from mim_jax import UserError
+from mim_jax.keys import BELOW_ONE, FREE, NOT_NEGATIVE, PER_DEVICE, POSITIVE, Range, Smoke
 from mim_jax.models.batch_norm import COLLECTION
 from mim_jax.models.setr import SETR, Linear
 from mim_jax.models.upernet import FCN, FeaturePyramid, UPerNet, resize, to_maps
@@ -27,12 +30,12 @@ from mim_jax.models.windows import (
     nearest,
     sliding_logits,
 )
-from mim_jax.normalize import MEAN, STD, denormalize, normalize
-from mim_jax.objectives import Objective, per_example
+from mim_jax.normalize import MEAN, STD, Mean, Std, denormalize, normalize
+from mim_jax.objectives import objective_of, per_example
 
 ROWS = 64  # of pixels that are counted at once: their scores for all classes take memory
 
-Head = Literal["upernet", "setr_pup", "setr_naive", "linear"]
+Decoder = Literal["upernet", "setr_pup", "setr_naive", "linear"]
 
 
 class Segmenter(nn.Module):
@@ -40,7 +43,7 @@ class Segmenter(nn.Module):
 
     encoder: ViT
     num_classes: int
-    head: Head
+    decoder: Decoder
     layers: tuple[int, ...]
     channels: int
     group: int
@@ -64,21 +67,21 @@ class Segmenter(nn.Module):
         tokens = self.encoder(images, drop_keys=drop_keys, layers=self.layers)
         maps = to_maps(tokens, self.encoder.grid(images))
         common = dict(num_classes=self.num_classes, group=self.group)
-        if self.head == "linear":
+        if self.decoder == "linear":
             logits = Linear(**common, name="head")(maps[-1], training)
             return resize(logits, size), []
         common |= dict(dtype=self.encoder.dtype, dropout=self.dropout)
-        if self.head == "upernet":
+        if self.decoder == "upernet":
             maps = FeaturePyramid(self.group, self.encoder.dtype, name="pyramid")(maps, training)
             head = UPerNet(channels=self.channels, **common, name="head")
             logits = head(maps, training, head_keys)
             beside = {"auxiliary": (FCN, {}, maps[2])}
         else:
             one = dict(convolutions=1, scale=4)
-            kind = {} if self.head == "setr_pup" else dict(kernel=1, **one)
+            kind = {} if self.decoder == "setr_pup" else dict(kernel=1, **one)
             head = SETR(channels=self.channels, **kind, **common, name="head")
             logits = head(maps[-1], training, head_keys)
-            one["kernel"] = 3 if self.head == "setr_pup" else 1
+            one["kernel"] = 3 if self.decoder == "setr_pup" else 1
             beside = {f"auxiliary_{i}": (SETR, one, x) for i, x in enumerate(maps[:-1])}
         auxiliary = []
         for name, (module, kind, x) in beside.items() if self.auxiliary_channels else ():
@@ -87,144 +90,202 @@ class Segmenter(nn.Module):
         return resize(logits, size), auxiliary
 
 
-def objective(
-    model: ViT,
-    num_classes: int,
-    *,
-    head: Head = "upernet",
-    layers: tuple = (3, 5, 7, 11),
-    channels: int = 0,
-    batch_norm: int = 16,
-    dropout: float = 0.1,
-    auxiliary_weight: float = 0.4,
-    auxiliary_channels: int = 256,
-    average: Literal["all", "labelled"] = "all",
-    frozen: bool = False,
-    window: int | tuple = 512,
-    stride: int | tuple = 341,
-    scales: tuple = (1.0,),
-    flip: bool = False,
-    mean: tuple = MEAN,
-    std: tuple = STD,
-) -> Objective:
-    """Classifies every pixel as one of `num_classes`; other labels are ignored.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segmentation:
+    """Classification of every pixel into one of the classes; pixels of other labels are ignored.
 
-    head: "upernet" on maps of four scales (BEiT's and MAE's code), "setr_pup" or "setr_naive"
-        (SETR; BEiT's table 3), "linear", a probe of dense features, best with `frozen`.
-    layers: the blocks, from 0, whose tokens are decoded, without a norm: four for UPerNet, which
-        has one auxiliary decoder on the third; SETR's main decoder has the last, its auxiliary
-        ones the others. "linear" has the last.
-    channels: of the decoder, 0: the encoder's width for UPerNet, 256 for SETR.
-    batch_norm: batch statistics are of so many consecutive images.
-    dropout: the rate of channels that are dropped before a classifier.
-    average: a loss is the mean over all pixels, where ignored ones count as 0 (mmsegmentation), or
-        over those with a label.
-    frozen: only the decoder is trained.
-    window, stride: evaluation slides a window of the size that was trained over an image, and
-        averages logits where windows overlap.
-    scales, flip: evaluation averages probabilities over enlarged and mirrored images. Images are
-        never made smaller than the window (BEiT's SETR_Resize).
-    mean, std: of the data's channels.
+    With the head "upernet" as BEiT's and MAE's code (mmsegmentation's UPerHead on a feature pyramid
+    of four blocks, with one auxiliary decoder on the third), with "setr_pup" as BEiT's table 3
+    (Zheng et al., 2021: the last block is decoded, the others by auxiliary decoders), with "linear"
+    as a probe of dense features, best with `frozen`.
     """
-    check(model, num_classes, head, layers, batch_norm)
-    channels = channels or (model.width if head == "upernet" else 256)
-    window, stride = pair(window), pair(stride)
-    network = Segmenter(
-        encoder=model,
-        num_classes=num_classes,
-        head=head,
-        layers=tuple(layers),
-        channels=channels,
-        group=batch_norm,
-        dropout=dropout,
-        auxiliary_channels=auxiliary_channels if auxiliary_weight else 0,
-    )
 
-    def init(rng, batch):
-        buffers = network.init(rng, normalize(batch["image"], mean, std))
+    head = ("head", "pyramid", "auxiliary", COLLECTION)
+
+    model: ViT
+    segmentation_classes: tuple[str, ...]
+    segmentation_colors: tuple[tuple[int, int, int], ...]
+    image_size: tuple[int, int]  # that is trained, the window of evaluation
+    _: dataclasses.KW_ONLY
+    decoder: Annotated[Decoder, "what classifies the pixels"] = "upernet"
+    layers: Annotated[
+        tuple,
+        NOT_NEGATIVE,
+        Smoke(()),
+        "blocks, from 0, whose tokens are decoded; (): at a third, a half and two thirds of the "
+        "depth, and the last",
+    ] = ()
+    channels: Annotated[
+        int, NOT_NEGATIVE, Smoke(32), "of the decoder; 0: width of the encoder, of SETR 256"
+    ] = 0
+    batch_norm: Annotated[
+        int,
+        Range(2),
+        PER_DEVICE,
+        "images that share statistics of batch normalization: batch_size for those of all devices",
+    ] = 16
+    dropout: Annotated[float, BELOW_ONE, "rate of dropped channels before the classifier"] = 0.1
+    auxiliary_weight: Annotated[float, NOT_NEGATIVE, "weight of the auxiliary decoders' loss"] = 0.4
+    auxiliary_channels: Annotated[int, POSITIVE, Smoke(16), "of the auxiliary decoders"] = 256
+    average: Annotated[
+        Literal["all", "labeled"],
+        "the loss is the mean over all pixels, where ignored ones count as 0 (mmsegmentation), or "
+        "over those with a label",
+    ] = "all"
+    frozen: Annotated[bool, "train only the decoder"] = False
+    stride: Annotated[
+        float,
+        Range(0, 1, above=True),
+        FREE,
+        "distance of the windows of data.size that slide over evaluation images, as a share",
+    ] = 2 / 3
+    scales: Annotated[
+        tuple, Range(0, above=True), FREE, "scales over which evaluation averages probabilities"
+    ] = (1.0,)
+    mirror: Annotated[bool, FREE, "evaluation also averages over mirrored images"] = False
+    mean: Mean = MEAN
+    std: Std = STD
+
+    def __post_init__(self):
+        depth, layers = self.model.depth, self.decoded
+        if max(layers) >= depth:
+            raise UserError(f"objective.layers = {layers} must be blocks from 0 to {depth - 1}.")
+        if self.decoder == "upernet" and len(layers) != 4:
+            raise UserError(f"objective.layers = {layers}: UPerNet takes four blocks.")
+        if not self.scales:
+            raise UserError("objective.scales must have at least one scale, as (1.0,).")
+
+    @property
+    def decoded(self) -> tuple[int, ...]:
+        """The blocks whose tokens are decoded."""
+        depth = self.model.depth
+        ends = (depth // 3, depth // 2, 2 * depth // 3, depth)
+        return tuple(self.layers) or tuple(max(0, end - 1) for end in ends)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.image_size
+
+    @property
+    def step(self) -> tuple[int, int]:
+        """Distance of windows in pixels."""
+        return tuple(max(1, int(side * self.stride)) for side in self.image_size)
+
+    @functools.cached_property
+    def network(self) -> Segmenter:
+        return Segmenter(
+            encoder=self.model,
+            num_classes=len(self.segmentation_classes),
+            decoder=self.decoder,
+            layers=self.decoded,
+            channels=self.channels or (self.model.width if self.decoder == "upernet" else 256),
+            group=self.batch_norm,
+            dropout=self.dropout,
+            auxiliary_channels=self.auxiliary_channels if self.auxiliary_weight else 0,
+        )
+
+    def describe(self, images):
+        classes, blocks = len(self.segmentation_classes), ", ".join(map(str, self.decoded))
+        return f"{self.decoder} on blocks {blocks}, {classes} classes"
+
+    def init(self, rng, batch):
+        buffers = self.network.init(rng, normalize(batch["image"], self.mean, self.std))
         params = buffers.pop("params")
-        if frozen:
+        if self.frozen:
             buffers["encoder"] = params.pop("encoder")
         return params, buffers
 
-    def variables(params, buffers):
-        encoder = buffers["encoder"] if frozen else params["encoder"]
+    def variables(self, params, buffers):
+        encoder = buffers["encoder"] if self.frozen else params["encoder"]
         return {"params": params | {"encoder": encoder}, COLLECTION: buffers[COLLECTION]}
 
-    def loss(params, buffers, batch, rng, step):
-        images, labels = normalize(batch["image"], mean, std), batch["segmentation"]
+    def loss(self, params, buffers, batch, rng, step):
+        images = normalize(batch["image"], self.mean, self.std)
+        labels = batch["segmentation"]
         drop, drop_head = (per_example(key, batch["index"]) for key in jax.random.split(rng))
-        (logits, auxiliary), changed = network.apply(
-            variables(params, buffers),
+        (logits, auxiliary), changed = self.network.apply(
+            self.variables(params, buffers),
             images,
-            None if frozen else drop,
+            None if self.frozen else drop,
             drop_head,
             True,
             mutable=[COLLECTION],
         )
-        labelled = (labels < num_classes).sum()
-        weight = jnp.maximum(labelled, 1e-12) if average == "labelled" else labels.size
+        labeled = (labels < logits.shape[-1]).sum()
+        weight = jnp.maximum(labeled, 1e-12) if self.average == "labeled" else labels.size
         total = cross_entropy(logits, labels).sum()
         beside = sum(cross_entropy(x, labels).sum() for x in auxiliary)
         metrics = {"auxiliary_loss": beside / weight} if auxiliary else {}
-        return total + auxiliary_weight * beside, weight, (metrics, buffers | changed)
+        return total + self.auxiliary_weight * beside, weight, (metrics, buffers | changed)
 
-    def score(params, buffers, batch):
-        """-> scores (b, H, W, k) of a padded view and whether they are logits."""
-        images, sizes = normalize(batch["image"], mean, std), batch["image_size"]
+    def score(self, params, buffers, batch):
+        """Returns scores (b, H, W, k) of padded images, and whether they are logits."""
+        images = normalize(batch["image"], self.mean, self.std)
+        variables, sizes = self.variables(params, buffers), sizes_of(batch, "image")
 
         def logits(images):
-            return network.apply(variables(params, buffers), images)[0]
+            return self.network.apply(variables, images)[0]
 
-        slide = jax.tree_util.Partial(sliding_logits, logits, window=window, stride=stride)
-        if tuple(scales) == (1.0,) and not flip:
+        def slide(images, sizes):
+            return sliding_logits(logits, images, sizes, window=self.window, stride=self.step)
+
+        if tuple(self.scales) == (1.0,) and not self.mirror:
             return slide(images, sizes), True
-        return mean_probabilities(slide, images, sizes, scales, flip, window), False
+        settings = dict(scales=self.scales, flip=self.mirror, window=self.window)
+        return mean_probabilities(slide, images, sizes, **settings), False
 
-    def evaluate(params, buffers, batch, rng):
-        scores, are_logits = score(params, buffers, batch)
-        labels = batch["segmentation"]
-        counts, losses = count(
-            scores, batch["image_size"], labels, batch["segmentation_size"], are_logits
+    def evaluate(self, params, buffers, batch, rng):
+        scores, are_logits = self.score(params, buffers, batch)
+        image_sizes, label_sizes = (sizes_of(batch, name) for name in ("image", "segmentation"))
+        confusion, losses = count(
+            scores, image_sizes, batch["segmentation"], label_sizes, are_logits
         )
-        return {"confusion": counts, "loss": losses}
+        return {"confusion": confusion, "loss": losses}
 
-    def pictures(params, buffers, batch, rng):
-        scores, _ = score(params, buffers, batch)
-        sizes, labels = batch["image_size"], batch["segmentation"]
-        shape = scores.shape[1:3]
-        truth = nearest(labels, batch["segmentation_size"], sizes, shape)
+    def summarize(self, means):
+        """Returns the metrics over all labeled pixels.
+
+        `by_class` (k, 3) has share, accuracy and IoU of each class. The mean IoU is over the
+        classes that occur in the labels or in the predictions, the mean accuracy over those in the
+        labels (mmsegmentation).
+        """
+        confusion = means["confusion"]
+        pixels = confusion.sum()
+        if not pixels:
+            raise UserError("no pixel has a label: choose another data.evaluation_split.")
+        right, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        with np.errstate(invalid="ignore"):
+            iou, accuracy = right / (truth + predicted - right), right / truth
+        return {
+            "loss": means["loss"] / pixels,
+            "miou": np.nanmean(iou),
+            "pixel_accuracy": right.sum() / pixels,
+            "class_accuracy": np.nanmean(accuracy),
+            "by_class": np.stack([truth / pixels, accuracy, iou], axis=1),
+        }
+
+    def pictures(self, params, buffers, batch, rng):
+        scores, _ = self.score(params, buffers, batch)
+        sizes, shape, labels = sizes_of(batch, "image"), scores.shape[1:3], batch["segmentation"]
+        truth = nearest(labels, sizes_of(batch, "segmentation"), sizes, shape)
         inside = jnp.arange(shape[0])[:, None] < sizes[:, 0, None, None]
         inside &= jnp.arange(shape[1]) < sizes[:, 1, None, None]
-        ignored = jnp.iinfo(labels.dtype).max
-        guess = jnp.where(inside, scores.argmax(-1), ignored)
-        images = normalize(batch["image"], mean, std)
+        prediction = jnp.where(inside, scores.argmax(-1), scores.shape[-1])
+        images = at_least(normalize(batch["image"], self.mean, self.std), shape)
         return OrderedDict(
-            image=denormalize(at_least(images, shape), mean, std),
-            truth=painted(truth, num_classes),
-            prediction=painted(guess, num_classes),
+            image=denormalize(images, self.mean, self.std),
+            truth=paint(truth, self.segmentation_colors),
+            prediction=paint(prediction, self.segmentation_colors),
         )
 
-    return Objective(init, loss, evaluate, pictures, summarize)
+
+objective = objective_of(Segmentation)
 
 
-def check(model: ViT, num_classes: int, head: str, layers: Sequence[int], batch_norm: int) -> None:
-    """Raises UserError for settings that do not go together."""
-    if num_classes < 2:
-        raise UserError("segment needs a data set with masks; see mim_jax/data/masks.py.")
-    if not layers or min(layers) < 0 or max(layers) >= model.depth:
-        raise UserError(
-            f"objective.layers = {tuple(layers)} must be blocks from 0 to {model.depth - 1}."
-        )
-    if head == "upernet" and len(layers) != 4:
-        raise UserError(f"objective.layers = {tuple(layers)}: UPerNet takes four blocks.")
-    if batch_norm < 2:
-        raise UserError(f"objective.batch_norm = {batch_norm} must be at least 2 images.")
-
-
-def pair(side: int | tuple) -> tuple[int, int]:
-    """A size of two sides, from one or two."""
-    return (side, side) if isinstance(side, int) else tuple(side)
+def sizes_of(batch: dict, name: str) -> jax.Array:
+    """Height and width (b, 2) of the images or masks of a batch, without padding."""
+    whole = jnp.broadcast_to(jnp.asarray(batch[name].shape[1:3]), (len(batch[name]), 2))
+    return batch.get(f"{name}_size", whole)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -266,44 +327,7 @@ def count(
     return sums
 
 
-def summarize(means: dict) -> dict:
-    """Figures over all pixels with a label; `by_class`: share, accuracy and IoU of each class.
-
-    The mean IoU is over the classes that occur in the labels or in the predictions, the mean
-    accuracy over those in the labels (mmsegmentation).
-    """
-    confusion = means["confusion"]
-    pixels = confusion.sum()
-    if not pixels:
-        raise UserError("no pixel has a label: choose another data.evaluation_split.")
-    right, truth, guessed = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    with np.errstate(invalid="ignore"):
-        iou, accuracy = right / (truth + guessed - right), right / truth
-    return {
-        "loss": means["loss"] / pixels,
-        "miou": np.nanmean(iou),
-        "pixel_accuracy": right.sum() / pixels,
-        "class_accuracy": np.nanmean(accuracy),
-        "by_class": np.stack([truth / pixels, accuracy, iou], axis=1),
-    }
-
-
-def palette(num_classes: int) -> np.ndarray:
-    """Colours (k + 1, 3) in [0, 1], of PASCAL VOC, without black.
-
-    Of class i the bits of i + 1, three at a time, are the highest bits of red, green and blue. The
-    last colour, black, is for what is ignored.
-    """
-    index = np.arange(1, num_classes + 1)
-    colours = np.zeros((num_classes + 1, 3), np.int64)
-    for bit in range(8):
-        for channel in range(3):
-            value = (index >> (3 * bit + channel)) & 1
-            colours[:-1, channel] |= value << (7 - bit)
-    return colours / 255
-
-
-def painted(labels: jax.Array, num_classes: int) -> jax.Array:
-    """Labels (b, H, W) -> colours (b, H, W, 3), black where they are no class."""
-    colours = jnp.asarray(palette(num_classes), jnp.float32)
-    return colours[jnp.minimum(labels, num_classes).astype(jnp.int32)]
+def paint(labels: jax.Array, colors: Sequence[tuple[int, int, int]]) -> jax.Array:
+    """Labels (b, H, W) -> colors (b, H, W, 3) in [0, 1], black where they are no class."""
+    table = jnp.asarray([*colors, (0, 0, 0)], jnp.float32) / 255
+    return table[jnp.minimum(labels, len(colors)).astype(jnp.int32)]
