@@ -196,8 +196,9 @@ class Training:
                 lr=float(rates[step - 1]),
                 epoch=step / run.steps_per_epoch,
             )
-            self.act(step, state, metrics, stopping=stop.signal > 0)
-            if stop.signal:
+            stopping = stop.signal > 0  # a signal during the actions stops after the next step
+            self.act(step, state, metrics, stopping)
+            if stopping:
                 break
         trace.end(metrics)
         log.flush()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -338,3 +339,23 @@ def test_a_smoke_run_is_possible_on_any_number_of_devices(monkeypatch):
         assert config.batch_size % devices == 0
         assert config.objective.mixup_group * devices == config.batch_size
         assert config.objective.mixup_group % 2 == 0
+
+
+def test_a_signal_during_an_evaluation(tmp_path, monkeypatch, capsys):
+    """The run saves before it stops, also where the step's actions have begun."""
+    evaluate = main.evaluate
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(main, "evaluate", interrupted)
+    arguments = ["--config=configs/mae_base.py", "--smoke", f"--workdir={tmp_path / 'run'}"]
+    try:
+        assert main.main([*arguments, "--config.pictures.count=0"]) == 128 + signal.SIGTERM
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert "stopped and saved after step 11" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "11" / "digests.json").is_file()
