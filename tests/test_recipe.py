@@ -13,6 +13,12 @@ from mim_jax.train import initialize
 CONFIGS = sorted(Path("configs").glob("*.py"))
 EMOJI = "configs/mae_emoji.py"
 PARAMETERS = {  # at full size: of the reference where it has the model
+    "ade20k_beit_base": 163_277_612,
+    "ade20k_beit_base_intermediate": 163_407_980,
+    "ade20k_beit_large": 441_271_084,
+    "ade20k_beit_base_setr": 95_435_096,
+    "ade20k_mae_base": 163_858_796,
+    "ade20k_mae_large": 441_423_660,
     "beit_base": 92_089_856,
     "beit_base_ablation_all": 92_089_856,
     "beit_base_ablation_all_unmasked": 92_089_856,
