@@ -255,7 +255,8 @@ def save_run(path: Path, params: dict, network: Network) -> str:
         raise UserError(f"{printable(path)} already holds checkpoints: choose another folder.")
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     buffers = {k: params.pop(k) for k in ("batch_statistics",) if k in params}
-    checkpoints.save(TrainState(np.zeros((), np.int32), params, buffers, ()))
+    step = jax.device_put(np.zeros((), np.int32))
+    checkpoints.save(TrainState(step, params, buffers, ()))
     checkpoints.close()
     (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     return f"a checkpoint of mim_jax with {', '.join(params)}"
