@@ -78,9 +78,9 @@ def mix(
         return blend(images, targets, *draw_share(rng, images.shape[1:3], mixup, cutmix))
 
     rngs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, index[::group])
-    groups = (x.reshape(-1, group, *x.shape[1:]) for x in (images, targets))
-    images_and_targets = jax.vmap(one)(*groups, rngs)
-    return tuple(x.reshape(-1, *x.shape[2:]) for x in images_and_targets)
+    images, targets = (x.reshape(-1, group, *x.shape[1:]) for x in (images, targets))
+    images, targets = jax.vmap(one)(images, targets, rngs)
+    return images.reshape(-1, *images.shape[2:]), targets.reshape(-1, *targets.shape[2:])
 
 
 def draw_share(rng: jax.Array, size: tuple[int, int], mixup: float, cutmix: float):

@@ -120,7 +120,9 @@ def check_images(run: Run, config: ConfigDict, everything: bool) -> list[str]:
 def survey_images(source: Source, channels: int, dtype: str, seconds: float) -> Survey:
     """Decodes images of a split in random order, until `seconds` have passed."""
     order = np.random.default_rng(0).permutation(len(source.examples))
-    sizes, modes, labels, bad = [], Counter(), Counter(), []
+    sizes, bad = [], []
+    modes: Counter[str] = Counter()
+    labels: Counter[int] = Counter()
 
     def look(i: int):
         try:

@@ -91,6 +91,7 @@ class Checkpoints:
 
     def restore(self, like: TrainState) -> TrainState:
         """Returns the latest state, with the shapes and shardings of `like` (abstract arrays)."""
+        assert self.latest is not None  # there is a checkpoint
         restored = restore(self.manager, self.latest, like._asdict())
         return TrainState(**restored)
 
@@ -176,7 +177,7 @@ def newest(folder: Path, set_aside: bool = False) -> int | None:
             )
             if set_aside:
                 (folder / str(step)).rename(folder / f"{step}.corrupt-{time.time():.0f}")
-    verdict = np.int32([intact, len(corrupt)])
+    verdict = np.array([intact, len(corrupt)], np.int32)
     intact, count = (int(n) for n in multihost_utils.broadcast_one_to_all(verdict))
     if count and intact < 0:
         raise UserError(

@@ -16,6 +16,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,9 @@ def write(path: str, config: ConfigDict, to: str) -> int:
 def load_for(run: recipe.Run, config: ConfigDict, source: str) -> tuple[Callable, dict]:
     """Loads the encoder of `source` for the images of a run, whose config fills gaps."""
     ours, theirs = encoder_in(config.to_dict()), encoder_in(workdir.read(source).get("config", {}))
-    missing = {k: x for k, x in ours.statistics.items() if k not in theirs.statistics}
+    missing: dict[str, Any] = {
+        k: x for k, x in ours.statistics.items() if k not in theirs.statistics
+    }
     if ours.model and not (theirs.model and theirs.model.heads):
         missing["heads"] = ours.model.heads
     return load(source, image_size=run.data.image.size, **missing)
@@ -158,7 +161,7 @@ def save_npz(path: Path, rows: Iterator[dict], split: str) -> tuple[int, int]:
     with path.open("wb") as file:  # before the work, which would be lost if it cannot be written
         batches = list(rows)
         arrays = {name: np.concatenate([row[name] for row in batches]) for name in batches[0]}
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return arrays["cls"].shape
 
 

@@ -92,7 +92,8 @@ class Log:
         self.writes = jax.process_index() == 0
         self.workdir = Path(workdir)
         self.training = self.waiting = 0.0  # seconds since the last line
-        self.last_step, self.first, self.pending = step, True, None
+        self.last_step, self.first = step, True
+        self.pending: tuple[int, dict, dict, float] | None = None
         self.sinks = sinks(workdir, step, tensorboard, wandb) if self.writes else []
         self.bad_files = lines_once(Path(workdir) / "bad_files.jsonl")
 

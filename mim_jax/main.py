@@ -63,17 +63,20 @@ def main(argv: list[str] | None = None) -> int:
 def join(processes: str) -> None:
     """Makes this process one of several; with "" JAX finds the others.
 
-    If one dies without a word, the others end when its heartbeat has been missing for a minute.
+    If one dies silently, the others end when its heartbeat has been missing for a minute.
     """
+    if not processes:
+        jax.distributed.initialize(heartbeat_timeout_seconds=60)
+        return
     try:
-        address, count, index = processes.split(",") if processes else (None, None, None)
-        numbers = (int(count), int(index)) if processes else (None, None)
+        address, count, index = processes.split(",")
+        numbers = int(count), int(index)
     except ValueError:
         raise UserError(
             f"--distributed={processes} must be ADDRESS:PORT,PROCESSES,PROCESS, for example "
             "localhost:1234,2,0."
         ) from None
-    jax.distributed.initialize(address, *numbers, heartbeat_timeout_seconds=60)
+    jax.distributed.initialize(address, numbers[0], numbers[1], heartbeat_timeout_seconds=60)
 
 
 def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
@@ -320,7 +323,7 @@ class Trace:
         if step == self.last:
             self.end(metrics)
 
-    def end(self, metrics: dict) -> None:
+    def end(self, metrics: dict | None) -> None:
         """Ends the trace, also if its last step was not reached."""
         if self.running:
             jax.block_until_ready(metrics)

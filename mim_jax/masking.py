@@ -5,6 +5,7 @@ Shapes: b images, n patches of a grid (rows, columns), k visible, m hidden.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -65,9 +66,9 @@ def sample(
             f"objective.num_masked = {count} of {rows} x {columns} patches: at least one must be "
             "visible and one masked."
         )
-    options = dict(blockwise=dict(min_block=min_block), random=dict(unit=unit))
-    one = functools.partial(SAMPLERS[sampling], grid=grid, count=count, **options.get(sampling, {}))
-    return jax.vmap(one)(rngs).reshape(-1, rows * columns)
+    options = dict(blockwise=dict(min_block=min_block), random=dict(unit=unit)).get(sampling, {})
+    draw = functools.partial(SAMPLERS[sampling], grid=grid, count=count, **options)
+    return jax.vmap(draw)(rngs).reshape(-1, rows * columns)
 
 
 def random(rng: jax.Array, *, grid: tuple[int, int], count: int, unit: int = 1) -> jax.Array:
@@ -151,7 +152,9 @@ def none(rng: jax.Array, *, grid: tuple[int, int], count: int) -> jax.Array:
     return jnp.zeros(grid, bool)
 
 
-SAMPLERS = dict(random=random, blockwise=blockwise, span=span, grid=every_fourth, none=none)
+SAMPLERS: dict[str, Callable] = dict(
+    random=random, blockwise=blockwise, span=span, grid=every_fourth, none=none
+)
 
 
 def corrupt(rngs: jax.Array, masks: jax.Array, shares: tuple) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mim_jax import UserError
 from mim_jax.keys import Range, Smoke
@@ -15,14 +16,14 @@ Std = Annotated[
 ]
 
 
-def unit(images: jax.Array) -> jax.Array:
+def unit(images: jax.Array | np.ndarray) -> jax.Array:
     """Maps integers in their type's range to [0, 1]; returns floats as they are."""
     if jnp.issubdtype(images.dtype, jnp.integer):
-        return images.astype(jnp.float32) / jnp.iinfo(images.dtype).max
-    return images
+        return jnp.asarray(images, jnp.float32) / jnp.iinfo(images.dtype).max
+    return jnp.asarray(images)
 
 
-def normalize(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
+def normalize(images: jax.Array | np.ndarray, mean: tuple, std: tuple) -> jax.Array:
     """Returns (x - mean) / std of images (b, H, W, c), integers or floats in [0, 1]."""
     channels = images.shape[-1]
     if {len(mean), len(std)} - {1, channels}:

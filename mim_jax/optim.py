@@ -1,6 +1,7 @@
 """Optimizers and learning rate schedules, by the names that configs use."""
 
 import functools
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import jax
@@ -144,4 +145,4 @@ def sgd(learning_rate: optax.Schedule, *, momentum: Momentum = 0.9) -> optax.Gra
     return optax.sgd(learning_rate, momentum)
 
 
-OPTIMIZERS = {"adamw": adamw, "lars": lars, "sgd": sgd}
+OPTIMIZERS: dict[str, Callable] = {"adamw": adamw, "lars": lars, "sgd": sgd}

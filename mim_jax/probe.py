@@ -54,8 +54,10 @@ class Probe:
     def features(self, params: dict, of_training: bool) -> dict[str, np.ndarray]:
         """Returns {"features": (n, d), "label": (n,)} of the images of all processes."""
         rows, names = [], ("image", "label", "valid")
-        limits = dict(limit=self.images, of_training=of_training)
-        for batch in self.data.evaluation_batches(self.batch_size, **limits):
+        batches = self.data.evaluation_batches(
+            self.batch_size, limit=self.images, of_training=of_training
+        )
+        for batch in batches:
             batch = to_global({name: batch[name] for name in names if name in batch}, self.mesh)
             arrays = jax.tree.map(np.asarray, self.batch_features(params, batch))
             valid = arrays.pop("valid") > 0

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,8 @@ def describe(run: Run, config: ConfigDict) -> str:
     _, height, width, channels = image.shape
     warmup = in_steps(config.optimizer, "warmup", run.steps_per_epoch)
     base = f"base_lr x batch / 256 = {config.optimizer.base_lr:g} x {size} / 256 = "
-    network, device = run.model or run.tokenizer, run.mesh.devices.flat[0]
+    network: ViT | DVAE | Any = run.model or run.tokenizer
+    device = run.mesh.devices.flat[0]
     lines = [
         f"{run.data.examples:,} images, resized to {height} x {width} x {channels}, "
         f"{run.steps_per_epoch:.1f} batches of {size} per epoch",

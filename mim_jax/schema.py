@@ -104,7 +104,9 @@ class Pictures(NamedTuple):
 
     every_epochs: Annotated[Epochs, Smoke(0.0)] = 0.0
     every_steps: Annotated[Steps, Smoke(10)] = 0
-    count: Annotated[int, NOT_NEGATIVE, FREE, "images on a sheet; 0: no pictures"] = 12
+    count: Annotated[  # type: ignore[assignment]  # a tuple has a method of this name
+        int, NOT_NEGATIVE, FREE, "images on a sheet; 0: no pictures"
+    ] = 12
 
 
 class Probe(NamedTuple):
@@ -123,7 +125,8 @@ class Save(NamedTuple):
     keep: Annotated[int, POSITIVE, FREE, "number of checkpoints that are kept"] = 3
 
 
-NETWORKS = {"model": vit, "tokenizer": dvae}  # passed to an objective that has these arguments
+# Built once, and passed to an objective that has these arguments.
+NETWORKS: dict[str, Callable] = {"model": vit, "tokenizer": dvae}
 FROM_DATA = ("num_labels", "segmentation_classes", "segmentation_colors", "image_size")
 SUPPLIED = (*NETWORKS, *FROM_DATA)  # arguments of an objective that are not keys
 CHOICES = ("objective", "optimizer")  # blocks with a key `name` that decides which others there are
@@ -296,7 +299,8 @@ def explain(error: Exception, file: str) -> str:
 
 def complete(given: Mapping) -> ConfigDict:
     """Returns a config with all keys; those that are not given have their defaults."""
-    keys, full = keys_of(given), {}
+    keys: dict[str, Key] = keys_of(given)
+    full: dict[str, Any] = {}
     for key, entry in keys.items():
         block, _, name = key.rpartition(".")
         (full.setdefault(block, {}) if block else full)[name] = copy.copy(entry.default)
@@ -325,7 +329,7 @@ def set_key(
     value = float(value) if kind is float and type(value) is int else value
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            choose(key, value, filter(None, get_args(kind)))
+            choose(key, str(value), filter(None, get_args(kind)))
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{key} = {value!r} must be {getattr(kind, '__name__', kind)}.")
     numbers = [x for x in np.ravel(value).tolist() if isinstance(x, int | float)]
@@ -362,7 +366,7 @@ def parse(text: str, kind: Any) -> Any:
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     """Returns {"optimizer.base_lr": 1.5e-4, ...}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         inner = isinstance(value, dict | ConfigDict)
         flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}

@@ -24,7 +24,7 @@ def make_mesh(devices: list | None = None, *, fsdp: int = 1) -> Mesh:
     No copy spans two TPU slices, because the network between them is slow.
     """
     devices = jax.devices() if devices is None else devices
-    slices = {}
+    slices: dict[int, list] = {}
     for device in devices:
         index = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
         slices.setdefault(index, []).append(device)

@@ -22,7 +22,8 @@ class Start:
     """The initial state of a run: its shapes immediately, its values when requested."""
 
     def __init__(self, run: Run, config: ConfigDict):
-        if not jax.config.jax_compilation_cache_dir:  # the environment takes precedence
+        cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+        if not cache:  # the environment takes precedence
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
         self.run, self.config = run, config
         self.initialize = functools.partial(

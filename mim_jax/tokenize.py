@@ -53,7 +53,7 @@ def write(path: str, config: ConfigDict, to: str) -> int:
     vocabulary = run.tokenizer.encoder.vocabulary
     with open(to, "wb") as file:  # before the work, which would be lost if it cannot be written
         arrays = tokens(run, config, source_run(path, config, "tokenizer"))
-        np.savez_compressed(file, **arrays, vocabulary=vocabulary)
+        np.savez_compressed(file, vocabulary=vocabulary, **arrays)  # type: ignore[arg-type]
     images, per_image = len(arrays["tokens"]), arrays["tokens"][0].size
     used = len(np.unique(arrays["tokens"]))
     print(f"{to}: {images:,} images of {per_image:,} tokens, {used:,} of {vocabulary:,} codes used")
@@ -62,11 +62,12 @@ def write(path: str, config: ConfigDict, to: str) -> int:
 
 def tokens(run: Run, config: ConfigDict, source: str) -> dict[str, np.ndarray]:
     """Returns `tokens` (images, h, w), `index` and `label` (images,) of the evaluation split."""
+    assert run.tokenizer is not None  # the caller checks it
     network = run.tokenizer.with_dtype("float32")
     image = unit(jnp.zeros(run.example["image"].shape, run.example["image"].dtype))
     everywhere = functools.partial(abstract, sharding=replicated(run.mesh))
     params = jax.tree.map(everywhere, jax.eval_shape(network.init, jax.random.key(0), image))
-    state = TrainState(0, params, {}, None)
+    state = TrainState(jnp.zeros((), jnp.int32), params, {}, None)
     state = start_from(state, "tokenizer", source, config.to_dict())
     tokens_of = jax.jit(
         lambda images: network.tokens(state.params["tokenizer"], unit(images)),

@@ -123,7 +123,8 @@ def evaluate(
     """Returns the means over exactly the valid examples, whatever the batches and devices."""
     rng, step = jax.random.key(seed), evaluate_step(objective, mesh)
     params, buffers = whole((state.averaged, state.buffers), mesh)
-    totals, count = None, 0
+    totals: dict[str, np.ndarray] = {}
+    count = 0
     for batch in batches:
         sums, rows = step(params, buffers, to_global(batch, mesh), rng)
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)

@@ -41,11 +41,11 @@ def encoder_in(config: Mapping[str, Any]) -> Encoder:
     objective, block = config["objective"], dict(config["model"])
     unknown_heads = not (block["heads"] or block.get("size"))
     model = vit(**block | (dict(heads=1) if unknown_heads else {}))
-    size = np.broadcast_to(config["data"]["size"], 2)
+    height, width = np.broadcast_to(config["data"]["size"], 2) // model.patch
     return Encoder(
         objective=objective["name"],
         model=model.clone(heads=0) if unknown_heads else model,
-        grid=tuple(int(side) for side in size // model.patch),
+        grid=(int(height), int(width)),
         statistics={name: tuple(objective[name]) for name in ("mean", "std") if name in objective},
     )
 
@@ -72,7 +72,7 @@ def start_from(
         raise UserError(f"init_from.{key}: this objective has no {key}; it has {names}.")
     saved, step = read(source, key, head)
     ours, theirs = encoder_in(config), encoder_in(workdir.read(source).get("config", {}))
-    taken = {}
+    taken: dict[str, np.ndarray] = {}
     for part in PARTS[key]:
         wanted = {name: x.shape for tree in fields.values() for name, x in of_part(tree, part)}
         if wanted:
@@ -135,7 +135,8 @@ def compare(ours: Encoder, theirs: Encoder, source: str) -> None:
                 f"the encoder of {source} is a different network: its model.{name} is {their!r}, "
                 f"this run's is {our!r}."
             )
-    if ours.fixed_positions and theirs.fixed_positions and ours.grid != theirs.grid:
+    fixed = ours.fixed_positions and theirs.fixed_positions
+    if fixed and ours.grid and theirs.grid and ours.grid != theirs.grid:
         raise UserError(
             f"the encoder of {source} has fixed positions for {theirs.grid[0]} x "
             f"{theirs.grid[1]} patches, but this run has {ours.grid[0]} x {ours.grid[1]}: set "

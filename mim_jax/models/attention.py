@@ -28,7 +28,9 @@ def attention(
     """
     last = last or qkv.shape[1]
     plain_of = functools.partial(plain, heads=heads, last=last)
-    branches = dict(cpu=functools.partial(plain_of, softmax=cpu.softmax), default=plain_of)
+    branches: dict[str, Callable] = dict(
+        cpu=functools.partial(plain_of, softmax=cpu.softmax), default=plain_of
+    )
     if bias is None and attention_gpu.supports(qkv, heads):
         flash = functools.partial(attention_gpu.attention, heads=heads, last=last)
         branches["cuda"] = lambda qkv, bias: flash(qkv)

@@ -36,6 +36,7 @@ class Decoder(nn.Module):
             x = jnp.concatenate([x, mask_token], axis=1)
         positions = take(jnp.asarray(sincos2d(grid, self.width), x.dtype), order)
         x = x.at[:, 1:].add(positions)  # the class token has position zero
-        options = dict(heads=self.heads, dtype=self.dtype, remat=self.remat, last=last)
-        x = transform(x, self.depth, **options)
+        x = transform(
+            x, self.depth, heads=self.heads, dtype=self.dtype, remat=self.remat, last=last
+        )
         return Dense(values, dtype=self.dtype, wide=True, name="pred")(x)

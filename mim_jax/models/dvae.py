@@ -8,7 +8,7 @@ Shapes: b images, n tokens on a grid (h, w), v vocabulary, d width, (p, q) patch
 
 import functools
 import math
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import einops
 import flax.linen as nn
@@ -154,12 +154,19 @@ class SmallEncoder(nn.Module):
         """images (b, H, W, c), mapped -> logits (b, h, w, v)."""
         x = space_to_depth(images, self.stem)
         for layer in range(1, self.layers + 1):
-            settings = dict(stride=2, dtype=self.dtype, name=f"layer_{layer}")
-            x = nn.relu(small_conv(self.width, 4, 16 * x.shape[-1], **settings)(x))
+            down = small_conv(
+                self.width,
+                4,
+                16 * x.shape[-1],
+                stride=2,
+                dtype=self.dtype,
+                name=f"layer_{layer}",
+            )
+            x = nn.relu(down(x))
             for i in range(1, self.blocks + 1):
                 x = SmallBlock(self.dtype, name=f"layer_{layer}_block_{i}")(x)
-        settings = dict(precision="highest", name="output")
-        return small_conv(self.vocabulary, 1, self.width, **settings)(at_least_float32(x))
+        output = small_conv(self.vocabulary, 1, self.width, precision="highest", name="output")
+        return output(at_least_float32(x))
 
 
 class SmallDecoder(nn.Module):
@@ -180,11 +187,15 @@ class SmallDecoder(nn.Module):
         codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
         x = jnp.matmul(at_least_float32(codes), codebook, precision="highest").astype(self.dtype)
         for layer in range(1, self.layers + 1):
-            settings = dict(stride=2, dtype=self.dtype, name=f"layer_{layer}")
             up = small_conv(
-                self.width, 4, 16 * self.width,  # torch counts what goes out of these
-                module=nn.ConvTranspose, **settings,
-            )  # fmt: skip
+                self.width,
+                4,
+                16 * self.width,  # torch counts the outputs of a transposed convolution
+                module=nn.ConvTranspose,
+                stride=2,
+                dtype=self.dtype,
+                name=f"layer_{layer}",
+            )
             x = nn.relu(up(x))
             for i in range(1, self.blocks + 1):
                 x = SmallBlock(self.dtype, name=f"layer_{layer}_block_{i}")(x)
@@ -206,8 +217,8 @@ class DVAE(NamedTuple):
     The parameters of the encoder are called `tokenizer` where both are kept together.
     """
 
-    encoder: nn.Module
-    decoder: nn.Module
+    encoder: Any  # a module
+    decoder: Any
     patch: tuple[int, int]  # the pixels of a token
     channels: int
     likelihood: Likelihood
@@ -219,10 +230,9 @@ class DVAE(NamedTuple):
 
     def with_dtype(self, dtype: str) -> "DVAE":
         """Returns the same network with convolutions in another dtype."""
-        halves = dict(
+        return self._replace(
             encoder=self.encoder.clone(dtype=dtype), decoder=self.decoder.clone(dtype=dtype)
         )
-        return self._replace(**halves)
 
     def init(self, rng: jax.Array, images: jax.Array) -> dict:
         """-> {"tokenizer": the encoder's parameters, "decoder": the decoder's}."""
@@ -317,7 +327,9 @@ def dvae(
         raise UserError(f"tokenizer.width = {width} must be a multiple of 4 for kind 'dalle'.")
     encoder, decoder, sizes = KINDS[kind]
     values = channels * (2 if likelihood == "logit_laplace" else 1)
-    shape = dict(width=width, layers=layers, blocks=blocks or sizes["blocks"], stem=stem)
+    shape: dict[str, Any] = dict(
+        width=width, layers=layers, blocks=blocks or sizes["blocks"], stem=stem
+    )
     side = stem * 2**layers
     return DVAE(
         encoder(vocabulary=vocabulary, dtype=dtype, **shape),

@@ -4,6 +4,7 @@ Shapes: b images, n tokens, m of them, d width, h heads.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -100,7 +101,7 @@ def transform(
     last: int | None = None,
     layers: tuple[int, ...] = (),
     **options,
-) -> jax.Array | tuple[jax.Array, ...]:
+) -> Any:  # an array, or a tuple with `layers`
     """Applies blocks `block_0` ... and the final `norm` of the calling module to x (b, n, d).
 
     With `layers`, the outputs of these blocks are returned instead, in float32 or better, without

@@ -51,7 +51,7 @@ class ViT(nn.Module):
         str, FREE, "rematerialization of blocks: none, full, or one of jax.checkpoint_policies"
     ] = "none"
 
-    def grid(self, images: jax.Array) -> tuple[int, int]:
+    def grid(self, images: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, int]:
         """Rows and columns of patches of images (b, H, W, c)."""
         return images.shape[1] // self.patch[0], images.shape[2] // self.patch[1]
 
@@ -64,7 +64,7 @@ class ViT(nn.Module):
         masked: jax.Array | None = None,
         drop_keys: jax.Array | None = None,
         layers: tuple[int, ...] = (),
-    ) -> jax.Array | tuple[jax.Array, ...]:
+    ) -> Any:  # an array, or a tuple with `layers`
         """images (b, H, W, c), normalised -> tokens (b, 1 + n, d), the class token first.
 
         With visible (b, k), only these patches are encoded, in this order: (b, 1 + k, d) (MAE).
@@ -84,7 +84,7 @@ class ViT(nn.Module):
             patches = take(patches, visible)
         bound = patches.shape[-1] ** -0.5  # torch's default, at which MAE leaves this bias
         uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
-        embed = dict(bias_init=uniform) if self.initializer == "mae" else {}
+        embed: dict[str, Any] = dict(bias_init=uniform) if self.initializer == "mae" else {}
         embed |= dict(
             kernel_init=INITS[self.initializer], dtype=self.dtype, wide=True, name="embed"
         )
@@ -136,8 +136,10 @@ def vit(
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     if options.get("stem", "none") != "none" and patch != (STRIDE, STRIDE):
         raise UserError(f"model.stem needs model.patch = {STRIDE}: its features have that stride.")
-    given = {k: v for k, v in dict(width=width, depth=depth, heads=heads).items() if v}
-    shape = {**SIZES.get(size, {}), **given}
+    given: dict[str, Any] = {
+        k: v for k, v in dict(width=width, depth=depth, heads=heads).items() if v
+    }
+    shape: dict[str, Any] = {**SIZES.get(size, {}), **given}
     if len(shape) < 3:
         raise UserError("set model.size, or model.width, model.depth and model.heads.")
     return ViT(patch=patch, **shape, **options)

@@ -75,7 +75,7 @@ def mean_probabilities(
 ) -> jax.Array:
     """The mean of probabilities (b, H, W, k) over images of all scales, mirrored ones too."""
     shape = tuple(max(sides) for sides in zip(images.shape[1:3], window, strict=True))
-    total = 0
+    total = jnp.zeros(())
     for scale in scales:
         smallest = jnp.minimum(1, (jnp.asarray(window) / sizes).max(1))
         scaled = (sizes * jnp.maximum(scale, smallest)[:, None]).round().astype(jnp.int32)

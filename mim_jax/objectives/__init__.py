@@ -92,7 +92,7 @@ def whole_images(encoder: ViT, mean: tuple, std: tuple) -> Callable:
     def encode(params: dict, images: jax.Array) -> jax.Array:
         layers = () if "norm" in params else (encoder.depth - 1,)
         images = normalize(jnp.asarray(images), mean, std)
-        tokens = encoder.apply({"params": params}, images, layers=layers)
+        tokens: Any = encoder.apply({"params": params}, images, layers=layers)
         return tokens[0] if layers else tokens
 
     return encode
@@ -139,6 +139,8 @@ def load_external(name: str, folder: Path) -> None:
             sys.path.remove(str(folder))
     elif path.is_file():
         spec = importlib.util.spec_from_file_location(f"external_objectives.{name}", path)
+        assert spec is not None  # the file exists
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)

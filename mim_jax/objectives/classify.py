@@ -78,7 +78,7 @@ class Classifier(nn.Module):
             pooled = [self.encoder(images, drop_keys=drop_keys)[:, 0]]
         elif self.pooling == "mean":
             (tokens,) = self.encoder(images, drop_keys=drop_keys, layers=(depth - 1,))
-            pooled = [LayerNorm(dtype=tokens.dtype, name="fc_norm")(tokens[:, 1:].mean(1))]
+            pooled = [LayerNorm(dtype=tokens.dtype.name, name="fc_norm")(tokens[:, 1:].mean(1))]
         else:
             outputs = self.encoder(images, drop_keys=drop_keys, layers=tuple(range(depth)))
             pooled = [jnp.concatenate([x[:, 0], x[:, 1:].mean(1)], axis=1) for x in outputs]
@@ -156,8 +156,7 @@ class Classification:
 
     @functools.cached_property
     def network(self) -> Classifier:
-        shape = dict(batch_norm=self.batch_norm, head_std=self.head_std)
-        return Classifier(self.model, self.num_labels, self.pooling, **shape)
+        return Classifier(self.model, self.num_labels, self.pooling, self.batch_norm, self.head_std)
 
     def init(self, rng, batch):
         buffers = self.network.init(rng, normalize(batch["image"], self.mean, self.std))
@@ -192,8 +191,15 @@ class Classification:
         if self.erasing:
             images = erase(images, per_example(rng_erase, batch["index"]), self.erasing)
         if self.mixup or self.cutmix:
-            settings = dict(group=group, mixup=self.mixup, cutmix=self.cutmix)
-            images, targets = mix(images, targets, rng_mix, batch["index"], **settings)
+            images, targets = mix(
+                images,
+                targets,
+                rng_mix,
+                batch["index"],
+                group=group,
+                mixup=self.mixup,
+                cutmix=self.cutmix,
+            )
         return images, targets
 
     def loss(self, params, buffers, batch, rng, step):
