@@ -66,6 +66,11 @@ def of_training(
     return count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
+def shape_of(variable: Any) -> tuple[int, ...]:
+    """Returns the shape of a variable of a program."""
+    return variable.aval.shape
+
+
 def count(jaxpr: Jaxpr) -> float:
     """Returns the operations of matrix products and convolutions in a program.
 
@@ -76,13 +81,12 @@ def count(jaxpr: Jaxpr) -> float:
         name, settings = equation.primitive.name, equation.params
         if name == "dot_general":
             (left, _), _ = settings["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            products = math.prod(shape[axis] for axis in left)
-            total += 2 * products * math.prod(equation.outvars[0].aval.shape)
+            products = math.prod(shape_of(equation.invars[0])[axis] for axis in left)
+            total += 2 * products * math.prod(shape_of(equation.outvars[0]))
         elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
+            kernel = shape_of(equation.invars[1])
             products = math.prod(kernel) // kernel[settings["dimension_numbers"].rhs_spec[0]]
-            outputs = math.prod(equation.outvars[0].aval.shape)
+            outputs = math.prod(shape_of(equation.outvars[0]))
             total += 2 * products * outputs / math.prod(settings["lhs_dilation"])
         elif name == "cond":
             total += max(count(branch.jaxpr) for branch in settings["branches"])

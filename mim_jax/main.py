@@ -133,7 +133,7 @@ def peak_share(run: Run, config: ConfigDict, start: Start) -> float:
     Operations that rematerialization repeats do not count.
     """
     peak, network = flops.peak(jax.devices()[0].device_kind), run.model or run.tokenizer
-    if not peak or network.dtype != "bfloat16":
+    if not peak or not network or network.dtype != "bfloat16":
         return 0.0
     plain = config.copy_and_resolve_references()
     if "model" in plain:

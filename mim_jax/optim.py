@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
@@ -34,7 +34,7 @@ def warmup_and_decay(
         )
     if min_lr > lr:
         raise UserError(f"optimizer.min_lr = {min_lr:g} must not exceed the learning rate {lr:g}.")
-    settings = dict(min_lr=min_lr, warmup_steps=warmup_steps, steps=steps)
+    settings: dict[str, Any] = dict(min_lr=min_lr, warmup_steps=warmup_steps, steps=steps)
     if code == "mmseg":
         return warmup_linear(lr, **settings)
     return warmup_cosine(lr, **settings, code=code)

@@ -189,20 +189,22 @@ def attend(
     require_heads(encoder)
     if head not in (None, "average", *range(encoder.heads)):
         raise UserError(f"there is no head {head}: the encoder has {encoder.heads} heads.")
-    sides = tuple(size // p * p for p in encoder.patch)
+    p, q = encoder.patch
+    sides = size // p * p, size // q * q
     if network.grid is None or sides != network.size:
         params, network = resized(*encoder_only(params, network), sides)
     data = dict(size=sides, channels=network.channels)
     pixels = batch_of(images, data)["image"]
     statistics = statistics_of(source, network.metadata)
+    grid = (sides[0] // p, sides[1] // q)
     rows, drawn = [], to_rgb(np.asarray(unit(pixels))) / 255
-    tile = sides if head is not None else tuple(side // 2 for side in sides)
+    tile = sides if head is not None else (sides[0] // 2, sides[1] // 2)
     maps_of = jax.jit(functools.partial(attention_maps, network.encoder), static_argnums=2)
     for i in range(len(pixels)):  # one by one: maps at this size take memory
         one = normalize(pixels[i : i + 1], statistics["mean"], statistics["std"])
         maps = np.asarray(maps_of(params["encoder"], one, layer))
         for query in (None, *queries):
-            values = rows_of(maps, network.grid, query)[0]
+            values = rows_of(maps, grid, query)[0]
             picture = drawn[i : i + 1]
             framed = picture if query is None else marked(picture, query, encoder.patch)
             rows.append((framed[0], heat(np.stack([values.mean(0), *values]), tile)))

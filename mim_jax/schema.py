@@ -104,9 +104,9 @@ class Pictures(NamedTuple):
 
     every_epochs: Annotated[Epochs, Smoke(0.0)] = 0.0
     every_steps: Annotated[Steps, Smoke(10)] = 0
-    count: Annotated[  # type: ignore[assignment]  # a tuple has a method of this name
+    count: Annotated[  # a tuple has a method of this name
         int, NOT_NEGATIVE, FREE, "images on a sheet; 0: no pictures"
-    ] = 12
+    ] = 12  # type: ignore[assignment]
 
 
 class Probe(NamedTuple):

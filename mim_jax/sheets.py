@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -27,7 +28,7 @@ def stretched(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def lay_out(
-    legend: Mapping[str, tuple[int, int, int]], font: ImageFont.FreeTypeFont, width: int
+    legend: Mapping[str, tuple[int, int, int]], font: Any, width: int
 ) -> tuple[dict[str, tuple[int, int]], int]:
     """Returns where each name of a legend goes, line by line, and the height of all lines."""
     places, x, y = {}, MARGIN, 0
@@ -72,7 +73,8 @@ def draw_sheet(
     title = textwrap.wrap(title, width_of_all // 9)
     top = 54 + 20 * len(title)
     bottom = top + rows * (height + MARGIN)
-    places, legend_height = lay_out(legend or {}, font, width_of_all)
+    legend = legend or {}
+    places, legend_height = lay_out(legend, font, width_of_all)
     size = (width_of_all, bottom + legend_height)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)

@@ -23,7 +23,7 @@ def to_maps(tokens: Sequence[jax.Array], grid: tuple[int, int]) -> list[jax.Arra
     return [einops.rearrange(x[:, 1:], "b (h w) d -> b h w d", h=grid[0]) for x in tokens]
 
 
-def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """x (b, H, W, c) -> (b, *size, c), bilinear without antialias: PyTorch's interpolate."""
     shape = (len(x), *size, x.shape[-1])
     return x if x.shape == shape else jax.image.resize(x, shape, "bilinear", antialias=False)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -66,10 +66,11 @@ class Segmenter(nn.Module):
         size = images.shape[1:3]
         tokens = self.encoder(images, drop_keys=drop_keys, layers=self.layers)
         maps = to_maps(tokens, self.encoder.grid(images))
-        common = dict(num_classes=self.num_classes, group=self.group)
+        common: dict[str, Any] = dict(num_classes=self.num_classes, group=self.group)
         if self.decoder == "linear":
             logits = Linear(**common, name="head")(maps[-1], training)
             return resize(logits, size), []
+        beside: dict[str, tuple[Any, dict, jax.Array]]
         common |= dict(dtype=self.encoder.dtype, dropout=self.dropout)
         if self.decoder == "upernet":
             maps = FeaturePyramid(self.group, self.encoder.dtype, name="pyramid")(maps, training)
@@ -77,7 +78,7 @@ class Segmenter(nn.Module):
             logits = head(maps, training, head_keys)
             beside = {"auxiliary": (FCN, {}, maps[2])}
         else:
-            one = dict(convolutions=1, scale=4)
+            one: dict[str, Any] = dict(convolutions=1, scale=4)
             kind = {} if self.decoder == "setr_pup" else dict(kernel=1, **one)
             head = SETR(channels=self.channels, **kind, **common, name="head")
             logits = head(maps[-1], training, head_keys)
@@ -169,7 +170,8 @@ class Segmentation:
     @property
     def step(self) -> tuple[int, int]:
         """Distance of windows in pixels."""
-        return tuple(max(1, int(side * self.stride)) for side in self.image_size)
+        height, width = (max(1, int(side * self.stride)) for side in self.image_size)
+        return height, width
 
     @functools.cached_property
     def network(self) -> Segmenter:
