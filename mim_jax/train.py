@@ -123,8 +123,7 @@ def evaluate(
     """Returns the means over exactly the valid examples, whatever the batches and devices."""
     rng, step = jax.random.key(seed), evaluate_step(objective, mesh)
     params, buffers = whole((state.averaged, state.buffers), mesh)
-    totals: dict[str, np.ndarray] = {}
-    count = 0
+    count, totals = 0, dict[str, np.ndarray]()
     for batch in batches:
         sums, rows = step(params, buffers, to_global(batch, mesh), rng)
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)

@@ -30,9 +30,12 @@ class Conv(nn.Module):
         mean, variance = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
         kernel = (kernel - mean) * jax.lax.rsqrt(variance + 1e-8)
         return jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel.astype(self.dtype), (self.stride,) * 2, "SAME",
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.stride,) * 2,
+            "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )  # fmt: skip
+        )
 
 
 Norm = functools.partial(nn.GroupNorm, num_groups=32, epsilon=1e-5, use_fast_variance=False)

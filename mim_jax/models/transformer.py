@@ -4,7 +4,8 @@ Shapes: b images, n tokens, m of them, d width, h heads.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,10 @@ from mim_jax.models.attention import attention
 from mim_jax.models.layers import Dense, LayerNorm, at_least_float32, gelu
 from mim_jax.models.patches import relative_index
 
-INITS = {  # initializers of kernels, named after the code that they are from
+Initializer = Literal["mae", "beit", "beit_finetune", "timm"]
+INITS: dict[
+    Initializer, Callable
+] = {  # initializers of kernels, named after the code that they are from
     "mae": nn.initializers.xavier_uniform(),
     "beit": nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0),  # deviation 0.0108
     "beit_finetune": nn.initializers.normal(0.02),  # of BEiT's classifier without pretraining
@@ -47,7 +51,7 @@ class Block(nn.Module):
     dtype: str
     index: int = 0  # position among the blocks
     last: int | None = None  # compute only the last tokens; all others are still attended to
-    initializer: str = "mae"
+    initializer: Initializer = "mae"
     layer_scale: float = 0.0  # initial gain of both branches; 0: no gains
     key_bias: bool = True
     grid: tuple[int, int] | None = None  # of the patches, for a relative position bias of its own

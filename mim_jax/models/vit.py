@@ -15,7 +15,13 @@ from mim_jax.keys import BELOW_ONE, FREE, NOT_NEGATIVE, POSITIVE, Dtype, Smoke
 from mim_jax.models.layers import Dense
 from mim_jax.models.patches import patchify, sincos2d, take
 from mim_jax.models.stem import STRIDE, Stem
-from mim_jax.models.transformer import INITS, RelativePositionBias, drop_paths, transform
+from mim_jax.models.transformer import (
+    INITS,
+    Initializer,
+    RelativePositionBias,
+    drop_paths,
+    transform,
+)
 
 SIZES = {
     "Ti": dict(width=192, depth=12, heads=3),
@@ -42,9 +48,7 @@ class ViT(nn.Module):
     layer_scale: Annotated[float, NOT_NEGATIVE, "initial LayerScale; 0: no LayerScale"] = 0.0
     key_bias: Annotated[bool, "a bias of the keys, which BEiT lacks"] = True
     drop_path: Annotated[float, BELOW_ONE, "stochastic depth of the last block"] = 0.0
-    initializer: Annotated[
-        Literal["mae", "beit", "beit_finetune", "timm"], "the code to initialize as"
-    ] = "mae"
+    initializer: Annotated[Initializer, "the code to initialize as"] = "mae"
     stem: Annotated[Literal["none", "resnet50"], "embed features of a ResNet (hybrid)"] = "none"
     dtype: Annotated[Dtype, "of matrix products; auto: bfloat16, but float32 on a CPU"] = "float32"
     remat: Annotated[
@@ -85,9 +89,8 @@ class ViT(nn.Module):
         bound = patches.shape[-1] ** -0.5  # torch's default, at which MAE leaves this bias
         uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
         embed: dict[str, Any] = dict(bias_init=uniform) if self.initializer == "mae" else {}
-        embed |= dict(
-            kernel_init=INITS[self.initializer], dtype=self.dtype, wide=True, name="embed"
-        )
+        init = INITS[self.initializer]
+        embed |= dict(kernel_init=init, dtype=self.dtype, wide=True, name="embed")
         x = Dense(self.width, **embed)(patches)
         if masked is not None:
             x = jnp.where(masked[..., None], self.token("mask_token").astype(x.dtype), x)
@@ -102,11 +105,10 @@ class ViT(nn.Module):
             bias = RelativePositionBias(self.heads, name="relative_position_bias")(grid)
         if self.drop_path and drop_keys is not None:
             keep = drop_paths(drop_keys, self.drop_path, self.depth)
-        return transform(
-            x, self.depth, heads=self.heads, dtype=self.dtype, remat=self.remat, layers=layers,
-            bias=bias, keep=keep, grid=grid if self.relative_bias == "own" else None,
-            initializer=self.initializer, layer_scale=self.layer_scale, key_bias=self.key_bias,
-        )  # fmt: skip
+        options: dict[str, Any] = dict(heads=self.heads, dtype=self.dtype, remat=self.remat)
+        options |= dict(initializer=self.initializer, layer_scale=self.layer_scale)
+        options |= dict(key_bias=self.key_bias, grid=grid if self.relative_bias == "own" else None)
+        return transform(x, self.depth, bias=bias, keep=keep, layers=layers, **options)
 
     def token(self, name: str, count: int = 1) -> jax.Array:
         """Learned vectors (1, count, d)."""
