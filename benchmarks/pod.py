@@ -75,10 +75,7 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             continue
         seen |= {chain[0]} if chain else set()
         result, kind = match.groups()
-        parts = 1
-        if kind == "reduce-scatter":
-            group = re.search(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])", line)
-            parts = int(group[2] or group[1].count(",") + 1)
+        parts = group_size(line) if kind == "reduce-scatter" else 1
         if computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         for dtype, bits, sides in re.findall(r"\b(pred|[a-z]+(\d+))\[([\d,]*)\]", result):
@@ -86,6 +83,15 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             count, total = found[f"{kind} {dtype}"]
             found[f"{kind} {dtype}"] = count + 1, total + parts * size
     return dict(found)
+
+
+def group_size(line: str) -> int:
+    """Returns how many devices a collective combines, in each of the compiler's three notations."""
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", line):  # jax 0.12
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    group = re.search(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])", line)
+    return int(group[2] or group[1].count(",") + 1)
 
 
 if __name__ == "__main__":

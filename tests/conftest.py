@@ -25,7 +25,9 @@ def pytest_addoption(parser):
 
 def environment(devices: int) -> dict[str, str]:
     """Returns the environment of a process with this number of devices."""
-    return os.environ | {"XLA_FLAGS": FLAGS.format(devices)}
+    interpreter = str(Path(sys.executable).parent)  # launchers call `python`
+    path = os.pathsep.join([interpreter, os.environ.get("PATH", "")])
+    return os.environ | {"XLA_FLAGS": FLAGS.format(devices), "PATH": path}
 
 
 @pytest.fixture

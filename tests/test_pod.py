@@ -23,6 +23,7 @@ ENTRY %main (a: f32[8,32], b: bf16[8,16]) -> f32[] {
   %done = f32[8,32]{1,0} all-gather-done(%start)
   %rs = f32[4,8]{1,0} reduce-scatter(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   %rs2 = f32[4,8]{1,0} reduce-scatter(%x), replica_groups=[4,2]<=[8], dimensions={0}
+  %rs3 = f32[4,8]{1,0} reduce-scatter(%x), replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}
   %flag = pred[] all-reduce(%p), to_apply=%and
   %r = bf16[4]{0} ragged-all-to-all(%q)
   ROOT %sum = (f32[], f32[16]{0}, /*index=2*/f32[3]{0}) all-reduce(%l, %m, %n), to_apply=%add
@@ -37,5 +38,5 @@ def test_whole_arrays_are_counted_once():
         "all-reduce pred": (1, 1),
         "ragged-all-to-all bf16": (1, 2 * 4),
         "all-reduce f32": (3, 4 * (1 + 16 + 3)),
-        "reduce-scatter f32": (3, 4 * (64 * 32 + 4 * 4 * 8 + 2 * 4 * 8)),
+        "reduce-scatter f32": (4, 4 * (64 * 32 + 4 * 4 * 8 + 2 * 4 * 8 + 4 * 4 * 8)),
     }

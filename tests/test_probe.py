@@ -27,6 +27,15 @@ def test_neighbors_vote_by_cosine():
     np.testing.assert_array_equal(probe.neighbors(train, labels, test, k=5), expected)
 
 
+def test_the_temperature_weighs_neighbors():
+    """Two neighbors outvote a nearer one if it is nearer by less than 0.07 ln 2 = 0.0485."""
+    test = np.array([[1.0, 0.0]])
+    for cosine, winner in ((0.9 - 0.047, 1), (0.9 - 0.050, 0)):
+        cosines = np.array([0.9, cosine, cosine])
+        train = np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1)
+        assert probe.neighbors(train, np.array([0, 1, 1]), test, k=3)[0] == winner
+
+
 def test_a_linear_classifier_finds_what_is_linear_whatever_its_scale():
     train, test = RNG.normal(size=(400, 6)), RNG.normal(size=(300, 6))
     weights = RNG.normal(size=(6, 3))

@@ -1,18 +1,13 @@
-"""The loop: the same run on any devices, in any parts, after any stop."""
+"""The training loop: the same run on any devices, in any number of parts."""
 
-import dataclasses
 import functools
-import json
-import os
-import re
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
+<<<<<<< HEAD
 from benchmarks.pod import collectives
 from mim_jax import UserError, optim
 from mim_jax.checkpoint import Checkpoints, abstract, newest
@@ -31,41 +26,27 @@ DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
 OBJECTIVE = mae.objective(vit(width=16, depth=1, heads=2, patch=4), **DECODER)
 OPTIMIZER = optim.adamw(
     optim.warmup_and_decay(1e-2, min_lr=0.0, warmup_steps=1, steps=STEPS, code="mae")
+=======
+from mim_jax.objectives import Objective, per_example
+from mim_jax.sharding import make_mesh, place
+from mim_jax.train import evaluate, initialize, train
+from tests.tiny_run import (
+    EXAMPLE,
+    OBJECTIVE,
+    OPTIMIZER,
+    ROWS,
+    STEPS,
+    batches_from,
+    numbers,
+    run,
+    start,
+>>>>>>> e2a0b99 (Split the tests of the loop by module; read the collectives of jax 0.12; compare eight devices in float64)
 )
-
-
-def batches_from(step):
-    for i in range(step, STEPS):
-        images = np.random.default_rng(i).integers(0, 256, (ROWS, SIZE, SIZE, 3), np.uint8)
-        yield {"image": images, "index": np.arange(ROWS, dtype=np.int32)}
-
-
-def start(mesh, objective=OBJECTIVE, seed=0):
-    begin = functools.partial(initialize, objective, OPTIMIZER, EXAMPLE, seed)
-    return jax.jit(begin, out_shardings=place(jax.eval_shape(begin), mesh))()
-
-
-def run(devices=1, *, fsdp=1, state=None, accumulate=1, objective=OBJECTIVE, batches=batches_from):
-    """-> [(step, state on the host, loss, gradient's norm), ...]"""
-    mesh = make_mesh(jax.devices()[:devices], fsdp=fsdp)
-    state = start(mesh, objective) if state is None else state
-    steps = train(
-        objective, OPTIMIZER, batches, state=state, mesh=mesh, steps=STEPS, seed=0,
-        accumulate=accumulate,
-    )  # fmt: skip
-    return [
-        (step, jax.device_get(state), float(metrics["loss"]), float(metrics["grad_norm"]))
-        for step, state, metrics in steps
-    ]
 
 
 @pytest.fixture(scope="module")
 def reference():
     return run(1)
-
-
-def numbers(history):
-    return np.array([row[2:] for row in history])
 
 
 def test_the_loss_falls(reference):
@@ -83,98 +64,6 @@ def test_devices_and_parts_change_nothing(reference, devices, fsdp, accumulate):
     np.testing.assert_allclose(numbers(other), numbers(reference), rtol=1e-5)
 
 
-def compiled(mesh, accumulate):
-    """The compiled step as text."""
-    state = start(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((64, *x.shape[1:]), x.dtype, sharding=by_row(mesh))
-        for name, x in EXAMPLE.items()
-    }
-    step = jit_step(OBJECTIVE, OPTIMIZER, state, mesh=mesh, accumulate=accumulate)
-    return step.lower(state, batch, jax.random.key(0)).compile().as_text()
-
-
-def entry(text):
-    """What a program does once, in no loop."""
-    return text[text.index("\nENTRY ") :]
-
-
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_gradients_leave_a_device_once_a_step(accumulate):
-    """The compiled step has one collective, an all-reduce, and not in the loop over the parts."""
-    text = compiled(make_mesh(), accumulate)
-    assert set(collectives(text)) == {"all-reduce f32"}
-    assert text.count(" all-reduce(") == entry(text).count(" all-reduce(") == 1
-
-
-@pytest.mark.parametrize(("fsdp", "accumulate"), [(8, 1), (8, 4), (4, 1)])
-def test_fsdp_moves_what_theory_says(fsdp, accumulate):
-    """Parameters gathered at most twice, gradients scattered once, nothing in the loop."""
-    mesh = make_mesh(fsdp=fsdp)
-    text = compiled(mesh, accumulate)
-    total = sum(x.nbytes for x in jax.tree.leaves(start(mesh).params))
-    moved = {kind: size for kind, (_, size) in collectives(text).items()}
-    assert set(moved) == {"all-gather f32", "reduce-scatter f32", "all-reduce f32"}
-    assert 0.9 * total < moved["all-gather f32"] < 1.1 * 2 * total
-    assert 0.9 * total < moved["reduce-scatter f32"] < 1.1 * total
-    copies = 8 // fsdp  # a device's part of the gradient is added over these; and vectors, sums
-    assert moved["all-reduce f32"] < (0.1 + (copies > 1) / fsdp) * total
-    assert collectives(entry(text)) == collectives(text)
-
-
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_fsdp_gathers_no_activations(accumulate):
-    """All that is gathered has the shape of a parameter: activations would be few bytes here."""
-    mesh = make_mesh(fsdp=8)
-    gathered = re.findall(r" = (.*?) all-gather(?:-done)?\(", compiled(mesh, accumulate))
-    shapes = {sides for result in gathered for sides in re.findall(r"\[([\d,]+)\]", result)}
-    params = jax.tree.leaves(start(mesh).params)
-    assert shapes
-    assert shapes <= {",".join(map(str, x.shape)) for x in params}
-
-
-@pytest.mark.parametrize("fsdp", [2, 8])
-def test_fsdp_splits_the_state(fsdp):
-    """Each device holds its share of the parameters and of the optimizer's moments."""
-    mesh = make_mesh(fsdp=fsdp)
-    state = start(mesh)
-    for _, after, _ in train(
-        OBJECTIVE, OPTIMIZER, batches_from, state=state, mesh=mesh, steps=1, seed=0
-    ):
-        for tree in (after.params, after.opt_state):
-            leaves = jax.tree.leaves(tree)
-            here = sum(x.addressable_data(0).nbytes for x in leaves)
-            whole = sum(x.nbytes for x in leaves)
-            assert here < whole / fsdp + 0.1 * whole  # vectors are copied
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What the mesh asks of a TPU's device."""
-
-    id: int
-    slice_index: int
-    coords: tuple
-    core_on_chip: int = 0
-    platform: str = "tpu"
-    device_kind: str = "imagined"
-    process_index: int = 0
-
-
-def test_copies_do_not_span_slices():
-    chips = [Chip(i, i // 4, (i % 2, i // 2 % 2, 0)) for i in range(8)]
-    for fsdp, shape in ((0, (2, 4)), (2, (4, 2)), (1, (8, 1))):
-        devices = make_mesh(chips, fsdp=fsdp).devices
-        assert devices.shape == shape
-        assert all(len({chip.slice_index for chip in copy}) == 1 for copy in devices)
-    slice_of_4_by_4 = [Chip(i, 0, (i % 4, i // 4, 0)) for i in range(16)]
-    assert make_mesh(slice_of_4_by_4, fsdp=8).devices.shape == (2, 8)
-    with pytest.raises(UserError, match="fsdp = 8 does not divide the 4 devices of each of the 2"):
-        make_mesh(chips, fsdp=8)
-    with pytest.raises(UserError, match="fsdp = 3 does not divide the 8 devices: make it"):
-        make_mesh(fsdp=3)
-
-
 def test_every_step_draws_new_masks():
     """The same images in every batch and a step of length zero: only the masks differ."""
 
@@ -187,123 +76,6 @@ def test_every_step_draws_new_masks():
 
     seen = numbers(run(objective=OBJECTIVE._replace(loss=loss), batches=same_batches))[:, 0]
     assert len(set(seen.tolist())) == STEPS
-
-
-def save_after(last, mesh, folder):
-    """A run that saves after step `last` and gets no further."""
-    checkpoints = Checkpoints(folder, keep=1)
-    steps = train(
-        OBJECTIVE, OPTIMIZER, batches_from, state=start(mesh), mesh=mesh, steps=STEPS, seed=0
-    )
-    for step, state, _ in steps:
-        if step == last:
-            checkpoints.save(state)
-            break
-    checkpoints.close()
-
-
-def test_a_restart_is_exact(reference, tmp_path):
-    """Killed after step 3 and restored in memory that knows nothing: the last bit is the same."""
-    mesh = make_mesh(jax.devices()[:1])
-    like = jax.tree.map(abstract, start(mesh, seed=1))
-    save_after(3, mesh, tmp_path)
-    again = run(1, state=Checkpoints(tmp_path, keep=1).restore(like))
-    assert [row[0] for row in again] == [4, 5]
-    assert (numbers(again) == numbers(reference)[3:]).all()
-    same = jax.tree.map(lambda a, b: (a == b).all(), again[-1][1], reference[-1][1])
-    assert all(jax.tree.leaves(same))
-
-
-def test_a_checkpoint_moves_to_other_devices(reference, tmp_path):
-    mesh = make_mesh(jax.devices()[:8])
-    save_after(2, mesh, tmp_path)
-    two = replicated(make_mesh(jax.devices()[:2]))
-    like = jax.tree.map(lambda x: abstract(x, two), start(mesh))
-    again = run(2, state=Checkpoints(tmp_path, keep=1).restore(like))
-    np.testing.assert_allclose(numbers(again), numbers(reference)[2:], rtol=1e-5)
-
-
-def test_only_the_newest_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    state = start(make_mesh(jax.devices()[:1]))
-    for step in range(4):
-        checkpoints.save(state._replace(step=jnp.int32(step)))
-    checkpoints.close()
-    steps = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir())
-    assert steps == ["2", "3"]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A run's folder with the checkpoints 1 and 2."""
-    folder = tmp_path_factory.mktemp("saved")
-    checkpoints = Checkpoints(folder, keep=2, about={"config": {"seed": 7}})
-    state = start(make_mesh(fsdp=8))
-    for step in (1, 2):
-        checkpoints.save(state._replace(step=jnp.int32(step)))
-    checkpoints.close()
-    return folder
-
-
-def test_a_checkpoint_says_what_it_is(saved):
-    about = json.loads((saved / "checkpoints" / "2" / "metadata" / "metadata").read_text())
-    assert about["config"] == {"seed": 7}
-    assert about["parts"]["params"]["encoder/block_0/qkv/kernel"] == [16, 48]
-    assert about["skips"] == []
-
-
-def flip(path, rng):
-    data = bytearray(path.read_bytes())
-    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-    path.write_bytes(data)
-
-
-def cut(path, rng):
-    os.truncate(path, rng.integers(path.stat().st_size))
-
-
-@pytest.mark.parametrize("harm", [flip, cut, lambda path, rng: path.unlink()])
-def test_a_harmed_file_is_never_restored(saved, harm, tmp_path, capsys):
-    """One bit of any file of the newest checkpoint, or more: the one before is used, unharmed."""
-    folder, rng = tmp_path / "checkpoints", np.random.default_rng(0)
-    harmed = 0
-    for path in sorted((saved / "checkpoints" / "2").rglob("*")):
-        if path.is_file() and path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt"):
-            shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-            harm(tmp_path / path.relative_to(saved), rng)
-            assert newest(folder) == 1
-            harmed += 1
-    assert harmed > 8
-    capsys.readouterr()
-    state = start(make_mesh())
-    restored = Checkpoints(tmp_path, keep=2).restore(jax.tree.map(abstract, state))
-    assert restored.step == 1
-    same = jax.tree.map(lambda a, b: (a == b).all(), restored.params, state.params)
-    assert all(jax.tree.leaves(same))
-    assert f"checkpoint 2 in {folder} is broken: " in capsys.readouterr().err
-    assert len(list(folder.glob("2.broken-*"))) == 1
-    harm(folder / "1" / "digests.json", rng)
-    with pytest.raises(UserError, match="is as it was written: remove it to begin anew"):
-        Checkpoints(tmp_path, keep=2)
-
-
-def test_files_that_orbax_writes_last_may_be_lost(saved, tmp_path):
-    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
-        shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-        cut(tmp_path / "checkpoints" / "2" / name, np.random.default_rng(0))
-        checkpoints = Checkpoints(tmp_path, keep=2)
-        assert checkpoints.restore(jax.tree.map(abstract, start(make_mesh()))).step == 2
-        checkpoints.close()
-
-
-def test_two_runs_do_not_share_a_folder(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    with pytest.raises(
-        UserError, match=rf"is in use, by process {os.getpid()} on .*: wait or stop"
-    ):
-        Checkpoints(tmp_path, keep=1)
-    checkpoints.close()
-    Checkpoints(tmp_path, keep=1).close()
 
 
 @pytest.mark.parametrize(("devices", "rows"), [(1, 7), (2, 8), (8, 16)])
@@ -329,6 +101,7 @@ def test_evaluation_counts_each_example_once(devices, rows):
     assert means["more"] == 1.0
 
 
+<<<<<<< HEAD
 # --- How to step. ---
 
 
@@ -407,6 +180,8 @@ def test_named_matrices_do_not_decay():
     assert decays == {"encoder": {"cls_token": False, "kernel": True}}
 
 
+=======
+>>>>>>> e2a0b99 (Split the tests of the loop by module; read the collectives of jax 0.12; compare eight devices in float64)
 def test_the_average_follows_the_parameters_and_is_what_is_evaluated():
     mesh = make_mesh(jax.devices()[:1])
     begin = functools.partial(initialize, OBJECTIVE, OPTIMIZER, EXAMPLE, 0, True)
@@ -425,7 +200,7 @@ def test_the_average_follows_the_parameters_and_is_what_is_evaluated():
         expected,
     )
     assert state.averaged is state.ema
-    batch = dict(next(iter(batches_from(0))), mask=np.ones(ROWS, np.float32))
+    batch = dict(next(iter(batches_from(0))), valid=np.ones(ROWS, np.float32))
     whole = evaluate(OBJECTIVE, state, [batch], mesh=mesh, seed=0)
     plain = evaluate(OBJECTIVE, state._replace(ema=None), [batch], mesh=mesh, seed=0)
     assert whole["loss"] != plain["loss"]
