@@ -13,7 +13,7 @@ from mim_jax.objectives import mae
 
 def test_learning_rates_are_the_recipes():
     """The golden values of the reference at 312 steps an epoch, 800 epochs, 40 of warm-up."""
-    schedule = optim.warmup_cosine(
+    schedule = optim.warmup_and_decay(
         2.4e-3, min_lr=0.0, warmup_steps=40 * 312, steps=800 * 312, code="mae"
     )
     with jax.enable_x64(True):
@@ -29,13 +29,27 @@ def test_learning_rates_are_the_recipes():
             799: 1.0252344e-8,
         }.items():
             assert float(schedule(jnp.float64(epoch * 312))) == pytest.approx(lr, rel=1e-6)
-    with pytest.raises(UserError, match="does not end before"):
-        optim.warmup_cosine(1.0, min_lr=0.0, warmup_steps=5, steps=5, code="mae")
+    with pytest.raises(UserError, match="must end before"):
+        optim.warmup_and_decay(1.0, min_lr=0.0, warmup_steps=5, steps=5, code="mae")
+
+
+def test_schedule_of_mmsegmentation():
+    """mmcv's policy "poly" with power 1 and linear warm-up, but for a ratio of 1e-6 at step 0."""
+    lr, least, warmup, steps = 7e-4, 1e-6, 1500, 160_000
+    schedule = optim.warmup_and_decay(
+        lr, min_lr=least, warmup_steps=warmup, steps=steps, code="mmseg"
+    )
+    for step in (0, 1, 750, 1499, 1500, 80_000, 159_999):
+        regular = (lr - least) * (1 - step / steps) + least
+        expected = regular * (1 - (1 - step / warmup) * (1 - 1e-6)) if step < warmup else regular
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    constant = optim.warmup_and_decay(lr, min_lr=lr, warmup_steps=0, steps=9, code="mmseg")
+    assert float(constant(0)) == float(constant(8)) == pytest.approx(lr)
 
 
 def test_learning_rates_are_beit_s():
     """The golden values of the reference's table: 100 steps, 20 of warm-up."""
-    schedule = optim.warmup_cosine(1.5e-3, min_lr=1e-5, warmup_steps=20, steps=100, code="beit")
+    schedule = optim.warmup_and_decay(1.5e-3, min_lr=1e-5, warmup_steps=20, steps=100, code="beit")
     golden = {0: 0.0, 1: 7.8947e-5, 19: 0.0015, 20: 0.0015, 21: 0.00149943, 99: 1.05744e-5}
     for step, lr in golden.items():
         assert float(schedule(step)) == pytest.approx(lr, rel=1e-5)

@@ -21,7 +21,7 @@ STEPS = 5
 DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
 OBJECTIVE = mae.objective(vit(width=16, depth=1, heads=2, patch=4), **DECODER)
 OPTIMIZER = optim.adamw(
-    optim.warmup_cosine(1e-2, min_lr=0.0, warmup_steps=1, steps=STEPS, code="mae")
+    optim.warmup_and_decay(1e-2, min_lr=0.0, warmup_steps=1, steps=STEPS, code="mae")
 )
 
 
