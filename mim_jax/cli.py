@@ -25,6 +25,8 @@ COMMANDS = {  # name: module with main(argv), what it does
     "embed": ("embed", "write the features of a data set"),
     "tokenize": ("tokenize", "write the visual tokens of a data set"),
     "pictures": ("pictures", "draw what a checkpoint makes of images"),
+    "report": ("report", "write an HTML page about a run, or several"),
+    "runs": ("runs", "list the runs below a directory"),
     "prepare": ("data.prepare", "pack a folder of images, or prepare a data set of TFDS"),
     "statistics": ("data.statistics", "compute the mean and std of a data set"),
     "convert": ("convert.__main__", "convert weights from and to PyTorch"),

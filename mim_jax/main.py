@@ -93,6 +93,12 @@ def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
         devices=f"{run.mesh.size} x {jax.devices()[0].device_kind}",
         code=objectives.code_of(config.objective.name),
     )
+    record["git"] = workdir.git_state()
+    record["data"] = dict(
+        images=run.data.examples,
+        evaluation_images=len(run.data.evaluation.examples),
+        class_names=list(run.data.train.class_names or run.data.segmentation_classes),
+    )
     checkpoints = Checkpoints(path, config.save.keep, record)
     first = checkpoints.latest or 0
     state = checkpoints.restore(start.like) if first else start.state()

@@ -38,7 +38,7 @@ from mim_jax.data.decode import decode, header, type_of
 from mim_jax.data.fields import fields_of
 from mim_jax.data.transforms import EvaluationView
 from mim_jax.embed import statistics_of
-from mim_jax.models.dvae import palette
+from mim_jax.models.dvae import DVAE, palette
 from mim_jax.normalize import normalize, unit
 from mim_jax.sheets import draw_sheet, to_rgb
 
@@ -227,29 +227,34 @@ def tokenize(source: str | Path, images: Images, *, size: int = 0) -> Columns:
     Raises:
         UserError: if the source has no tokenizer.
     """
+    network, parts, data = tokenizer_of(source, size)
+    pixels = np.asarray(unit(batch_of(images, data)["image"]))
+    rows, columns = (side // p for side, p in zip(data["size"], network.patch, strict=True))
+    tokens = np.asarray(jax.jit(network.tokens)(parts["tokenizer"], pixels))
+    colors = palette(network.encoder.vocabulary)[tokens.reshape(-1, rows, columns)]
+    colors = colors.repeat(network.patch[0], axis=1).repeat(network.patch[1], axis=2)
+    drawn = {"original": pixels, "its tokens, one color each": colors}
+    if "decoder" in parts:
+        decode = jax.jit(network.decode, static_argnums=2)
+        drawn["from its tokens"] = np.asarray(decode(parts["decoder"], tokens, (rows, columns)))
+    return drawn
+
+
+def tokenizer_of(source: str | Path, size: int | tuple = 0) -> tuple[DVAE, dict, dict]:
+    """Returns the dVAE of a checkpoint, its parameters, and the size and channels of its images.
+
+    Raises:
+        UserError: if the checkpoint has none.
+    """
     config, params, buffers = read(source)
     parts = next((tree for tree in (params, buffers) if "tokenizer" in tree), None)
     if parts is None:
         raise UserError(f"{source} holds no tokenizer.")
-    network = schema.networks({"tokenizer": config["tokenizer"] | {"dtype": "float32"}})
-    network, data = network["tokenizer"], config["data"]
-    sides = size or data.get("tokenizer_size") or data.get("size") or TOKENIZER_SIZE
-    sides = tuple(
-        side // p * p
-        for side, p in zip(np.broadcast_to(sides, 2).tolist(), network.patch, strict=True)
-    )
-    data = dict(size=sides, channels=network.channels)
-    pixels = np.asarray(unit(batch_of(images, data)["image"]))
-    grid = tuple(side // p for side, p in zip(sides, network.patch, strict=True))
-    tokens = np.asarray(jax.jit(network.tokens)(parts["tokenizer"], pixels)).reshape(-1, *grid)
-    colors = palette(network.encoder.vocabulary)[tokens]
-    colors = colors.repeat(network.patch[0], axis=1).repeat(network.patch[1], axis=2)
-    columns = {"original": pixels, "its tokens, one color each": colors}
-    if "decoder" in parts:
-        decode = jax.jit(network.decode, static_argnums=2)
-        flat = tokens.reshape(len(tokens), -1)
-        columns["from its tokens"] = np.asarray(decode(parts["decoder"], flat, grid))
-    return columns
+    networks = schema.networks({"tokenizer": config["tokenizer"] | {"dtype": "float32"}})
+    network, data = networks["tokenizer"], {"tokenizer_size": 0, "size": 0} | config["data"]
+    size = size or data["tokenizer_size"] or data["size"] or TOKENIZER_SIZE
+    sides = np.broadcast_to(size, 2) // network.patch * network.patch
+    return network, parts, dict(size=tuple(sides.tolist()), channels=network.channels)
 
 
 # --- Reading checkpoints and images. ---

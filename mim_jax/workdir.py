@@ -2,6 +2,8 @@
 
     config.json       the complete config, versions, devices, and the trajectory
     metrics.jsonl     one JSON object per record (log.py)
+    events.jsonl      starts, warnings and ends of processes (log.py)
+    evaluation.json   the newest evaluation, with results by class (log.py)
     bad_files.jsonl   files that could not be used (log.py)
     pictures/         sheets of images
     checkpoints/      states by Orbax (checkpoint.py)
@@ -12,8 +14,10 @@ A directory of converted weights has a config.json too, but no trajectory to con
 
 import json
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -72,6 +76,21 @@ def record_of(
     versions |= {name: version(name) for name in PACKAGES}
     record = dict(config=config, trajectory=trajectory, versions=versions, devices=devices)
     return record | (dict(code=code) if code else {})
+
+
+def git_state() -> dict[str, str | bool]:
+    """Returns the commit of the checkout that mim_jax runs from, {} if there is none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if git("ls-files", Path(__file__).name) == "":  # an installed package in another checkout
+            return {}
+        return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain") != ""}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
 
 
 def record_of_converted(config: Mapping[str, Any], layout: str) -> dict[str, Any]:

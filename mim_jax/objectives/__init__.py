@@ -40,6 +40,8 @@ class Objective(NamedTuple):
         evaluate: (params, buffers, batch, rng) -> {name: (b, ...)}, which the loop averages over
             the examples with batch["valid"].
         pictures: (params, buffers, batch, rng) -> {caption: images (b, H, W, c) in [0, 1]}.
+        predict: (params, buffers, batch) -> logits of the classes (b, k); None if the objective
+            does not classify images.
         summarize: {name: mean} -> {name: number or array}, after an evaluation.
         needs: the buffers that must come from another run, named as keys of `init_from`.
         warn: (step, metrics) -> a warning that says what to change, or "".
@@ -60,6 +62,7 @@ class Objective(NamedTuple):
     after: Callable = lambda params, buffers, step: buffers
     head: tuple[str, ...] = ()
     describe: Callable = lambda images: ""
+    predict: Callable | None = None
 
 
 def objective_of(methods: type) -> Callable[..., Objective]:

@@ -211,6 +211,11 @@ class Classification:
         losses = optax.losses.softmax_cross_entropy(logits, targets[:, None])  # (b, l)
         return losses.sum(), len(images), ({}, buffers)
 
+    def predict(self, params, buffers, batch):
+        """Returns the logits of the last layer's head (b, k)."""
+        images = normalize(batch["image"], self.mean, self.std)
+        return self.forward(params, buffers, images)[0][:, -1]
+
     def evaluate(self, params, buffers, batch, rng):
         images = normalize(batch["image"], self.mean, self.std)
         logits, _ = self.forward(params, buffers, images)

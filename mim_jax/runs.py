@@ -1,0 +1,196 @@
+"""Lists the runs below a directory or bucket: recipe, step, metrics, and whether they still run.
+
+    mim-jax runs runs
+    mim-jax runs gs://bucket/experiments --metric=evaluate/accuracy
+
+A run is finished, failed, stopped by a signal, running, or stale: its process has ended without a
+word, as when it was killed. Exit codes: 0 done, 2 a mistake of the user.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from mim_jax import UserError, cli, workdir
+
+QUIET = 600  # seconds without a record after which a run is stale, at least
+LOWER_IS_BETTER = ("loss", "error", "kl", "norm")  # parts of the names of such metrics
+
+
+class RecordedRun(NamedTuple):
+    """What the files of a run directory say."""
+
+    path: epath.Path
+    record: dict[str, Any]  # config.json
+    metrics: list[dict[str, float]]  # metrics.jsonl
+    events: list[dict[str, Any]]  # events.jsonl
+    changed: float  # when a record was last added, in seconds since 1970
+    now: float
+
+    @property
+    def name(self) -> str:
+        """The name of the directory."""
+        return self.path.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.record["config"]
+
+    @property
+    def objective(self) -> str:
+        return str(self.config["objective"]["name"])
+
+    @property
+    def step(self) -> int:
+        """The last step that is recorded."""
+        return int(max((x["step"] for x in (*self.metrics, *self.events)), default=0))
+
+    @property
+    def steps(self) -> int:
+        """The length of the run, 0 if it is unknown."""
+        if self.config.get("steps"):
+            return int(self.config["steps"])
+        examples = self.record["trajectory"].get("data set's examples", 0)
+        batch_size = self.config.get("batch_size", 0)
+        return int(self.config.get("epochs", 0) * examples / batch_size) if batch_size else 0
+
+    @property
+    def status(self) -> str:
+        """One of finished, failed, stopped, running and stale."""
+        last = self.events[-1]["event"] if self.events else ""
+        if last == "done" or (self.steps and self.step >= self.steps):
+            return "finished"
+        if last in ("failed", "stopped"):
+            return last
+        times = [x["time"] for x in self.metrics if "time" in x][-20:]
+        interval = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0
+        return "running" if self.now - self.changed < max(QUIET, 5 * interval) else "stale"
+
+    def series(self, metric: str) -> list[tuple[int, float]]:
+        """Returns [(step, value), ...] of a metric, by increasing step."""
+        return [(x["step"], x[metric]) for x in self.metrics if metric in x]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = cli.parser_of("runs", __doc__)
+    parser.add_argument("root", help="a directory, local or in a bucket")
+    parser.add_argument(
+        "--metric", default="", help="the metric whose last and best values are shown"
+    )
+    options = parser.parse_args(argv)
+
+    def command() -> int:
+        found = list(runs_below(options.root))
+        if not found:
+            raise UserError(f"there are no runs below {options.root}.")
+        print(table([row_of(run, options.root, options.metric) for run in found]))
+        return 0
+
+    return cli.exit_code(command, options.root)
+
+
+def read_run(path: str | epath.PathLike) -> RecordedRun:
+    """Reads the files of a run directory, which may still be written to.
+
+    Raises:
+        UserError: if there is no run.
+    """
+    folder = workdir.open_path(path)
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {path}.")
+    record = workdir.read(folder)
+    if not record or workdir.is_converted(record):
+        raise UserError(f"{path} is not the directory of a training run.")
+    files = [folder / name for name in ("metrics.jsonl", "events.jsonl")]
+    changed = max((file.stat().mtime for file in files if file.exists()), default=0.0)
+    metrics, events = (lines(file) for file in files)
+    metrics = sorted((x for x in metrics if is_step(x)), key=lambda x: x["step"])
+    return RecordedRun(folder, record, metrics, events, changed, time.time())
+
+
+def lines(path: epath.Path) -> list[dict[str, Any]]:
+    """Returns the objects of a JSON Lines file. The last line may be incomplete."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if isinstance(record, dict) and "step" in record]
+
+
+def is_step(record: Mapping[str, Any]) -> bool:
+    return isinstance(record["step"], int | float) and math.isfinite(record["step"])
+
+
+def runs_below(root: str | epath.PathLike) -> Iterator[RecordedRun]:
+    """Yields the runs in and below a directory, by name. A run is not searched for others."""
+    folder = workdir.open_path(root)
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {root}.")
+    if workdir.is_run(folder):
+        if not workdir.is_converted(workdir.read(folder)):
+            yield read_run(folder)
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            yield from runs_below(path)
+
+
+def is_better(metric: str, value: float, other: float) -> bool:
+    """Returns whether a value of a metric is better than another."""
+    lower = any(part in metric for part in LOWER_IS_BETTER)
+    return value < other if lower else value > other
+
+
+def best(metric: str, points: Iterable[tuple[int, float]]) -> tuple[int, float] | None:
+    """Returns the step and the value of the best finite point of a metric."""
+    winner = None
+    for step, value in points:
+        if math.isfinite(value) and (winner is None or is_better(metric, value, winner[1])):
+            winner = step, value
+    return winner
+
+
+def headline(run: RecordedRun) -> str:
+    """Returns the metric that says most about a run."""
+    names = {name for record in run.metrics for name in record}
+    preferred = ("evaluate/miou", "evaluate/accuracy", "evaluate/loss", "loss")
+    return next((name for name in preferred if name in names), "loss")
+
+
+def row_of(run: RecordedRun, root: str, metric: str) -> dict[str, str]:
+    """Returns the cells of a run in the table, by column."""
+    metric = metric or headline(run)
+    points = run.series(metric)
+    top = best(metric, points)
+    step = f"{run.step:,}" + (f"/{run.steps:,}" if run.steps else "")
+    place = str(run.path).removeprefix(str(workdir.open_path(root))).lstrip("/")
+    return {
+        "run": place or run.name,
+        "objective": run.objective,
+        "status": run.status,
+        "step": step,
+        "metric": metric,
+        "last": f"{points[-1][1]:.4g}" if points else "-",
+        "best": f"{top[1]:.4g} at {top[0]:,}" if top else "-",
+        "changed": time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed)),
+    }
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Formats rows of equal keys as aligned columns."""
+    rows = [{name: name for name in rows[0]}, *rows]
+    widths = {name: max(len(row[name]) for row in rows) for name in rows[0]}
+    return "\n".join(
+        "  ".join(f"{row[name]:{width}}" for name, width in widths.items()).rstrip() for row in rows
+    )
+
+
+if __name__ == "__main__":
+    cli.exit_with(main)

@@ -1,0 +1,99 @@
+"""The table of runs below a directory."""
+
+import json
+import os
+import time
+
+import pytest
+
+from mim_jax import UserError, runs
+
+CONFIG = dict(objective=dict(name="mae"), batch_size=8, steps=100, data=dict(name="emoji"))
+
+
+def make(folder, steps=(), *, events=(), config=CONFIG, age=0.0, **metrics):
+    """Writes the files of a run as they are `age` seconds after its last record."""
+    folder.mkdir(parents=True)
+    record = dict(config=config, trajectory={"data set's examples": 1000})
+    (folder / "config.json").write_text(json.dumps(record))
+    now = time.time() - age
+    lines = [
+        dict(step=step, time=now - 10 * (len(steps) - i)) | {k: x[i] for k, x in metrics.items()}
+        for i, step in enumerate(steps)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [dict(time=now, step=step, event=event, text="") for event, step in events]
+    (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in folder.glob("*.jsonl"):
+        os.utime(path, (now, now))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options, status",
+    [
+        (dict(steps=[50, 100]), "finished"),
+        (dict(steps=[10], events=[("start", 0), ("done", 10)]), "finished"),
+        (dict(steps=[10], events=[("start", 0), ("stopped", 10)], age=1e6), "stopped"),
+        (dict(steps=[10], events=[("start", 0), ("failed", 10)]), "failed"),
+        (dict(steps=[10], events=[("stopped", 10), ("start", 10)]), "running"),
+        (dict(steps=[10, 20], age=500), "running"),
+        (dict(steps=[10, 20], age=5000), "stale"),
+        (dict(age=5000), "stale"),
+    ],
+)
+def test_status(options, status, tmp_path):
+    steps = options.pop("steps", [])
+    run = runs.read_run(make(tmp_path / "a", steps, **options, loss=[1.0] * len(steps)))
+    assert run.status == status
+
+
+def test_a_slow_run_is_not_stale(tmp_path):
+    folder = make(tmp_path / "a", [1, 2], age=3000, loss=[1.0, 1.0])
+    lines = [dict(step=i, time=time.time() - 3000 - 1000 * (2 - i)) for i in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.utime(folder / "metrics.jsonl", (time.time() - 3000,) * 2)
+    assert runs.read_run(folder).status == "running"
+
+
+def test_the_table(tmp_path, capsys):
+    make(tmp_path / "b", [10, 20, 30], loss=[3.0, 1.0, 2.0])
+    accuracy = {"evaluate/accuracy": [0.5, 0.7, 0.6]}
+    make(tmp_path / "sub" / "a", [40, 90, 100], loss=[3.0, 1.0, 2.0], **accuracy)
+    make(tmp_path / "empty")
+    make(tmp_path / "weights", config={})
+    record = dict(config={}, trajectory={"converted from": "timm"})
+    (tmp_path / "weights" / "config.json").write_text(json.dumps(record))
+    (tmp_path / "other").mkdir()
+    assert runs.main([str(tmp_path)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[:5] == ["run", "objective", "status", "step", "metric"]
+    cells = [row.split("  ") for row in rows]
+    cells = [[cell.strip() for cell in row if cell] for row in cells]
+    assert [row[0] for row in cells] == ["b", "empty", "sub/a"]
+    assert cells[0][1:7] == ["mae", "running", "30/100", "loss", "2", "1 at 20"]
+    assert cells[2][1:7] == ["mae", "finished", "100/100", "evaluate/accuracy", "0.6", "0.7 at 90"]
+    assert runs.main([str(tmp_path), "--metric=loss"]) == 0
+    assert "evaluate" not in capsys.readouterr().out
+
+
+def test_where_there_are_no_runs(tmp_path, capsys):
+    assert runs.main([str(tmp_path)]) == 2
+    assert "there are no runs below" in capsys.readouterr().err
+    assert runs.main([str(tmp_path / "nowhere")]) == 2
+    with pytest.raises(UserError, match="is not the directory of a training run"):
+        runs.read_run(tmp_path)
+
+
+def test_lines_that_are_incomplete(tmp_path):
+    folder = make(tmp_path / "a", [10, 20], loss=[3.0, float("nan")])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"loss": 1.0}\n{"step": 30, "lo')
+    run = runs.read_run(folder)
+    assert run.step == 20
+    assert runs.best("loss", run.series("loss")) == (10, 3.0)
+
+
+def test_epochs_are_the_length(tmp_path):
+    folder = make(tmp_path / "a", config=CONFIG | dict(steps=0, epochs=2.5))
+    assert runs.read_run(folder).steps == 312
