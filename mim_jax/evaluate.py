@@ -10,6 +10,7 @@ classes a table by class is printed. Exit codes: 0 done, 2 a mistake of the user
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from mim_jax import cli, recipe, schema, workdir
 from mim_jax.checkpoint import peek
+from mim_jax.data.class_names import shown
 from mim_jax.start import Start, source_run
 from mim_jax.train import evaluate
 from mim_jax.transfer import compare, encoder_in
@@ -41,13 +43,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate_run(path: str, config, to: str) -> int:
     """Prints and writes the means over the evaluation split."""
-    run = recipe.build(config)
+    source = source_run(path, config, "encoder")
+    class_names = workdir.read(source).get("class_names", ())
+    run = recipe.build(config, class_names=class_names)
     run.require_labels(config.data.evaluation_split)
     start = Start(run, config)
     if to:  # open the file before the work, which would be lost if it cannot be written
         Path(to).parent.mkdir(parents=True, exist_ok=True)
         Path(to).open("a").close()
-    if source_run(path, config, "encoder") == path:
+    if source == path:
         compare(encoder_in(config.to_dict()), encoder_in(workdir.read(path)["config"]), path)
         state = peek(path, start.like)
     else:
@@ -56,11 +60,18 @@ def evaluate_run(path: str, config, to: str) -> int:
     means = evaluate(run.objective, state, batches, mesh=run.mesh, seed=config.seed)
     metrics = {name: np.asarray(value).tolist() for name, value in means.items()}
     print(f"{path}, step {int(state.step):,}, split {config.data.evaluation_split}")
+    if names := run.data.class_names:
+        print(f"{len(names):,} classes: {shown(names)}")
+    if run.labelled and not class_names:
+        print(
+            f"warning: {source} does not record the names of its classes: assuming this order",
+            file=sys.stderr,
+        )
     for name, value in metrics.items():
         if not isinstance(value, list):
             print(f"{name:>20} {value:.4f}")
     if "by_class" in metrics:
-        print_classes(metrics["by_class"], run.data.segmentation_classes)
+        print_classes(metrics["by_class"], run.data.class_names)
     if to:
         Path(to).write_text(json.dumps(without_nan(metrics), indent=1) + "\n")
     return 0

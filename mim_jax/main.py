@@ -92,6 +92,7 @@ def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
         trajectory,
         devices=f"{run.mesh.size} x {jax.devices()[0].device_kind}",
         code=objectives.code_of(config.objective.name),
+        class_names=run.data.class_names,
     )
     record["git"] = workdir.git_state()
     record["data"] = dict(

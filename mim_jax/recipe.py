@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,8 @@ import optax
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, data, objectives, optim, schema
+from mim_jax.data.class_names import shown
+from mim_jax.data.examine import size_warnings
 from mim_jax.models.dvae import DVAE
 from mim_jax.models.vit import ViT
 from mim_jax.sharding import make_mesh
@@ -48,8 +50,10 @@ class Run(NamedTuple):
             )
 
 
-def build(config: ConfigDict, devices: list | None = None) -> Run:
+def build(config: ConfigDict, devices: list | None = None, class_names: Sequence[str] = ()) -> Run:
     """Builds a run on all devices or on the given ones. Opens data sets, but compiles nothing.
+
+    With `class_names`, the data set's labels are the numbers of its classes among these names.
 
     Raises:
         UserError: if the config cannot be run on these devices.
@@ -67,6 +71,7 @@ def build(config: ConfigDict, devices: list | None = None) -> Run:
         **config.data.to_dict(),
         labelled=labelled,
         segmented="segmentation_classes" in takes,
+        class_names=class_names if takes.keys() & {"num_labels", "segmentation_classes"} else (),
         process=jax.process_index(),
         processes=jax.process_count(),
     )
@@ -174,6 +179,12 @@ def describe(run: Run, config: ConfigDict) -> str:
     if run.mesh.shape["fsdp"] > 1:
         shards = run.mesh.shape["fsdp"]
         lines.append(f"parameters and optimizer state are split over {shards} devices")
+    if names := run.data.class_names:
+        lines.append(f"{len(names):,} classes: {shown(names)}")
+    if run.data.bands:
+        lines.append(f"bands: {', '.join(run.data.bands)}")
+    sizes = run.data.examples, len(run.data.evaluation.examples), size
+    lines += [f"warning: {text}" for text in size_warnings(*sizes)]
     if run.model:
         rows, columns = run.model.grid(image)
         p, q = run.model.patch

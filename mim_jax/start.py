@@ -55,9 +55,11 @@ class Start:
                     f"init_from.{key} = {source} is not a run directory: {how_to(key, source)}"
                 )
         state = jax.jit(self.initialize, out_shardings=self.shardings)()
-        head = self.run.objective.head
+        settings = dict(
+            head=self.run.objective.head, class_names=self.run.data.class_names, entire=entire
+        )
         for key, source in sources.items():
-            state = start_from(state, key, source, self.config.to_dict(), head, entire)
+            state = start_from(state, key, source, self.config.to_dict(), **settings)
         return state
 
     def trace_step(self):

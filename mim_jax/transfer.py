@@ -1,7 +1,8 @@
 """Starting a run from others: parts of their newest checkpoints, fitted to this run's networks."""
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from mim_jax.train import TrainState
 # By key of init_from. The first part lies in the params, the buffers or, if some of it is frozen,
 # in both; the others lie beside it.
 PARTS = {"encoder": ("encoder",), "tokenizer": ("tokenizer", "decoder")}
+# Arrays of a head whose last axis is that of the classes.
+CLASSIFIER = re.compile(r"(^head(_\d+)?|/classes/conv)/(kernel|bias)$")
 # Arrays of an encoder that one of two runs may lack: a head may bring its own norm.
 OPTIONAL = ("mask_token", "norm/bias", "norm/scale")
 
@@ -28,6 +31,7 @@ class Encoder(NamedTuple):
     model: ViT | None = None
     grid: tuple[int, int] | None = None  # rows and columns of patches
     statistics: Mapping[str, tuple] = {}
+    bands: tuple[str, ...] = ()  # names of the images' channels, () if unknown
 
     @property
     def fixed_positions(self) -> bool:
@@ -47,6 +51,7 @@ def encoder_in(config: Mapping[str, Any]) -> Encoder:
         model=model.clone(heads=0) if unknown_heads else model,
         grid=(int(height), int(width)),
         statistics={name: tuple(objective[name]) for name in ("mean", "std") if name in objective},
+        bands=tuple(config["data"].get("bands", ())),
     )
 
 
@@ -56,12 +61,16 @@ def start_from(
     source: str,
     config: Mapping[str, Any],
     head: tuple[str, ...] = (),
+    class_names: Sequence[str] = (),
     entire: bool = False,
 ) -> TrainState:
     """Returns `state` with the part that init_from's `key` names, from the run in `source`.
 
     Prints which arrays are resized, new or ignored. If both runs have the same objective, arrays
-    that begin with `head` are copied where their shapes fit. `config` is of the run that starts.
+    that begin with `head` are copied where their shapes fit, with the classes in the order of
+    `class_names`; a classifier of other classes stays random. Where both runs name the bands of
+    their images, the patch embedding is matched by these names; weights of new bands stay random.
+    `config` is of the run that starts.
 
     Raises:
         UserError: if the networks differ or, with `entire`, if any parameter stays random.
@@ -71,21 +80,27 @@ def start_from(
         names = ", ".join(sorted(state.params.keys() | state.buffers))
         raise UserError(f"init_from.{key}: this objective has no {key}; it has {names}.")
     saved, step = read(source, key, head)
-    ours, theirs = encoder_in(config), encoder_in(workdir.read(source).get("config", {}))
+    record = workdir.read(source)
+    ours, theirs = encoder_in(config), encoder_in(record.get("config", {}))
     taken: dict[str, np.ndarray] = {}
     for part in PARTS[key]:
-        wanted = {name: x.shape for tree in fields.values() for name, x in of_part(tree, part)}
+        initial = {name: x for tree in fields.values() for name, x in of_part(tree, part)}
+        wanted = {name: x.shape for name, x in initial.items()}
         if wanted:
             arrays = {name: x for tree in saved.values() for name, x in of_part(tree, part)}
+            if ours.bands and theirs.bands and ours.bands != theirs.bands:
+                arrays |= fit_bands(part, arrays, initial, ours, theirs, source)
             fitted, changes = fit_part(part, arrays, wanted, ours, theirs, source)
             if part == "encoder":
-                compare(ours, theirs, source)
+                compare(ours, theirs, source, bands_fitted=True)
             print(f"{part}: {len(fitted)} arrays from step {step} of {source}{changes}")
             taken |= {f"{part}/{name}": x for name, x in fitted.items()}
     if key == "encoder" and head and ours.objective == theirs.objective:
         fields = {"params": state.params, "buffers": state.buffers}
-        taken |= (head_arrays := fit_head(saved, fields, head))
-        print(f"head: {', '.join(head_arrays) or 'new'}")
+        head_arrays = fit_head(saved, fields, head)
+        head_arrays, change = fit_classes(head_arrays, class_names, record.get("class_names", ()))
+        taken |= head_arrays
+        print(f"head: {', '.join(head_arrays) or 'new'}{change}")
     names = flat(state.params) | flat(state.buffers)
     if entire and (missing := sorted(names.keys() - taken)):
         raise UserError(f"cannot evaluate: {source} has no {missing[0]}, which this model needs.")
@@ -123,8 +138,11 @@ def fit_part(
     return fitted, "".join(f"; {what}: {', '.join(x)}" for what, x in changes.items() if x)
 
 
-def compare(ours: Encoder, theirs: Encoder, source: str) -> None:
-    """Raises UserError if an encoder would compute something else with the same arrays."""
+def compare(ours: Encoder, theirs: Encoder, source: str, bands_fitted: bool = False) -> None:
+    """Raises UserError if an encoder would compute something else with the same arrays.
+
+    With `bands_fitted` the patch embedding is for our bands already.
+    """
     if ours.model is None or theirs.model is None:
         return
     for name in ("patch", "heads", "positions"):
@@ -142,13 +160,89 @@ def compare(ours: Encoder, theirs: Encoder, source: str) -> None:
             f"{theirs.grid[1]} patches, but this run has {ours.grid[0]} x {ours.grid[1]}: set "
             "--config.model.positions=learned, which start as the fixed ones, interpolated."
         )
+    if ours.bands and theirs.bands and ours.bands != theirs.bands and not bands_fitted:
+        raise UserError(
+            f"data.bands = {', '.join(ours.bands)}, but the encoder of {source} is for the bands "
+            f"{', '.join(theirs.bands)}, in this order."
+        )
+    compare_statistics(ours, theirs, source)
+
+
+def compare_statistics(ours: Encoder, theirs: Encoder, source: str) -> None:
+    """Prints a warning if images are normalized in another way; bands are matched by name."""
+    shared = [band for band in ours.bands if band in theirs.bands]
     for name in ours.statistics.keys() & theirs.statistics:
-        if ours.statistics[name] != theirs.statistics[name]:
+        our, their = (of_bands(run.statistics[name], run.bands, shared) for run in (ours, theirs))
+        if our != their:
+            bands = f", for the bands {', '.join(shared)}" if shared else ""
             print(
-                f"warning: objective.{name} of {source} is {theirs.statistics[name]}, this run's "
-                f"is {ours.statistics[name]}",
+                f"warning: objective.{name} of {source} is {their}, this run's is {our}{bands}",
                 file=sys.stderr,
             )
+
+
+def of_bands(values: tuple, bands: Sequence[str], chosen: Sequence[str]) -> tuple:
+    """Returns those of the values, one for each band or one for all, that are of chosen bands."""
+    if not chosen or len(values) not in (1, len(bands)):
+        return values
+    return tuple(values[bands.index(band) if len(values) > 1 else 0] for band in chosen)
+
+
+def fit_bands(
+    part: str, saved: dict, initial: dict, ours: Encoder, theirs: Encoder, source: str
+) -> dict[str, np.ndarray]:
+    """Returns the kernel of the patch embedding for the bands of this run, {name: array}.
+
+    The weights of bands that the other run lacks are those of `initial`. Raises UserError if the
+    runs share no band, or if the part does not begin with a patch embedding.
+    """
+    words = {
+        "matched": [band for band in ours.bands if band in theirs.bands],
+        "new": [band for band in ours.bands if band not in theirs.bands],
+        "dropped": [band for band in theirs.bands if band not in ours.bands],
+    }
+    if part != "encoder" or ours.model is None or ours.model.stem != "none":
+        raise UserError(
+            f"init_from: the {part} of {source} is for the bands {', '.join(theirs.bands)}, not "
+            f"{', '.join(ours.bands)}; only a patch embedding can be matched by band."
+        )
+    if not words["matched"]:
+        raise UserError(
+            f"init_from: {source} is for the bands {', '.join(theirs.bands)}, and none of them is "
+            f"among data.bands = {', '.join(ours.bands)}."
+        )
+    name = "embed/kernel"  # (p*q*c, d), the channels fastest
+    before, kernel = np.asarray(saved[name]), np.array(initial[name])
+    pixels = [len(x) // len(run.bands) for x, run in ((before, theirs), (kernel, ours))]
+    if pixels[0] != pixels[1] or before.shape[-1] != kernel.shape[-1]:
+        return {}  # a different network, which `fit_part` reports
+    before = before.reshape(pixels[0], len(theirs.bands), -1)
+    by_band = kernel.reshape(pixels[1], len(ours.bands), -1)
+    for band in words["matched"]:
+        by_band[:, ours.bands.index(band)] = before[:, theirs.bands.index(band)]
+    print("bands " + "; ".join(f"{what}: {', '.join(x)}" for what, x in words.items() if x))
+    return {name: by_band.reshape(kernel.shape)}
+
+
+def fit_classes(
+    head: dict[str, np.ndarray], ours: Sequence[str], theirs: Sequence[str]
+) -> tuple[dict[str, np.ndarray], str]:
+    """Returns the arrays of a head with classes in our order, and text about what was changed.
+
+    Arrays of a classifier are left out if the classes are others.
+    """
+    if not (ours and theirs) or list(ours) == list(theirs):
+        return head, ""
+    if set(ours) != set(theirs):
+        rest = {name: x for name, x in head.items() if not CLASSIFIER.search(name)}
+        others = ", ".join(sorted(set(ours) ^ set(theirs))[:3])
+        return rest, f"; the classes are others, for example {others}"
+    order = [list(theirs).index(name) for name in ours]
+    matched = {
+        name: np.asarray(x)[..., order] if CLASSIFIER.search(name) else x
+        for name, x in head.items()
+    }
+    return matched, "; classes matched by name"
 
 
 def fit_head(saved: dict, fields: dict, head: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ A directory of converted weights has a config.json too, but no trajectory to con
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,15 +66,21 @@ def write(workdir: str | epath.PathLike, record: Mapping[str, Any]) -> None:
 
 
 def record_of(
-    config: Mapping[str, Any], trajectory: Mapping[str, Any], devices: str, code: str
+    config: Mapping[str, Any],
+    trajectory: Mapping[str, Any],
+    devices: str,
+    code: str,
+    class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the record of a run, which its checkpoints carry as well.
 
-    `code` is the file of an objective outside the package, "" otherwise.
+    `code` is the file of an objective outside the package, "" otherwise. `class_names` are those of
+    the data set, in the order of its labels.
     """
     versions = {"python": platform.python_version(), "mim-jax": __version__}
     versions |= {name: version(name) for name in PACKAGES}
     record = dict(config=config, trajectory=trajectory, versions=versions, devices=devices)
+    record |= dict(class_names=list(class_names)) if class_names else {}
     return record | (dict(code=code) if code else {})
 
 

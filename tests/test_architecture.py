@@ -46,7 +46,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
         *("start", "train", "workdir"),
     },
     "evaluate": {
-        *("checkpoint", "cli", "recipe", "schema", "start", "train", "transfer", "workdir"),
+        *("checkpoint", "cli", "data", "recipe", "schema", "start", "train", "transfer", "workdir"),
     },
     "tokenize": {
         *("checkpoint", "cli", "normalize", "recipe", "schema", "sharding", "start", "train"),

@@ -10,8 +10,9 @@ import numpy as np
 from mim_jax import UserError
 from mim_jax.data.bad_files import BadFiles, usable
 from mim_jax.data.batches import stream
+from mim_jax.data.class_names import renumber
 from mim_jax.data.decode import BadImageError, type_of
-from mim_jax.data.examine import require_channels
+from mim_jax.data.examine import require_bands, require_channels
 from mim_jax.data.fields import Field, fields_of
 from mim_jax.data.masks import open_masked
 from mim_jax.data.segmentation import SegmentationEvaluationView, SegmentationTrainingView
@@ -34,6 +35,7 @@ class Data:
     evaluation: Source
     fields: tuple[Field, ...]
     num_labels: int  # 0 without labels
+    bands: tuple[str, ...]  # names of the channels, () if they have none
     training_view: TrainingView | SegmentationTrainingView
     evaluation_view: EvaluationView | SegmentationEvaluationView
     labelled: bool  # whether labels must be valid
@@ -85,6 +87,11 @@ class Data:
     def segmentation_colors(self) -> tuple[tuple[int, int, int], ...]:
         """Colors of the classes of pixels, from 0 to 255."""
         return self.train.classes.colors if self.train.classes else ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes of images or of pixels, () without labels."""
+        return self.segmentation_classes or tuple(self.train.class_names)
 
     @property
     def evaluation_labelled(self) -> bool:
@@ -194,6 +201,7 @@ def make(
         str, FREE, Smoke(""), "CSV file of the classes in masks; '': the one in the folder"
     ] = "",
     channels: Annotated[int, POSITIVE, Smoke(3), "channels of the images"] = 3,
+    bands: Annotated[tuple, Smoke(()), "names of the channels, as ('red', 'nir'); (): none"] = (),
     interpolation: Annotated[Photographic, "of training images"] = "bicubic",
     evaluation_interpolation: Annotated[Photographic, FREE, "of evaluation images"] = "bicubic",
     max_bad_fraction: Annotated[
@@ -205,6 +213,7 @@ def make(
     ] = 0,
     labelled: bool = False,
     segmented: bool = False,
+    class_names: Sequence[str] = (),
     process: int = 0,
     processes: int = 1,
     **views: Any,
@@ -212,7 +221,7 @@ def make(
     """Opens a data set for process `process` of `processes`; see sources.py for names.
 
     `views` are the arguments of the views that `views_of(segmented)` returns. If `segmented`, every
-    image has a mask; see masks.py.
+    image has a mask; see masks.py. With `class_names` classes have the numbers of these names.
 
     An image that cannot be used is replaced by the next one in training, and is not valid in
     evaluation. If more than `max_bad_fraction` of a split cannot be used, batches end in a
@@ -226,7 +235,10 @@ def make(
         train, evaluation = open_masked(name, splits, classes)
     else:
         train, evaluation = open_sources(name, splits, data_dir=data_dir, labels=labels)
+    if class_names:
+        train, evaluation = (renumber(x, class_names, name) for x in (train, evaluation))
     require_channels(name, train, channels)
+    require_bands(bands, channels)
     declared = dict(
         size=size,
         tokenizer_size=tokenizer_size,
@@ -244,6 +256,7 @@ def make(
         evaluation=evaluation,
         fields=fields,
         num_labels=train.num_labels,
+        bands=tuple(bands),
         training_view=training_view.configured(fields, views),
         evaluation_view=evaluation_view.configured(evaluation_fields, views),
         labelled=labelled,

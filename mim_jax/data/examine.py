@@ -1,6 +1,7 @@
 """Checks of a data set before a run: its channels and its size."""
 
 import io
+from collections.abc import Sequence
 
 from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, channels_of, header, suits
@@ -30,6 +31,18 @@ def require_channels(name: str, source: Source, channels: int) -> None:
         else:
             return
     raise UserError(f"data.channels = {channels} does not fit the images of {name}; {problem}.")
+
+
+def require_bands(bands: Sequence[str], channels: int) -> None:
+    """Raises UserError unless there is a different name for each channel, or no names."""
+    if not bands:
+        return
+    if not all(isinstance(band, str) for band in bands) or len(set(bands)) < len(bands):
+        raise UserError(f"data.bands = {bands!r} must be different names, as ('red', 'nir').")
+    if len(bands) != channels:
+        raise UserError(
+            f"data.bands = {bands!r} has {len(bands)} names, but data.channels = {channels}."
+        )
 
 
 def size_warnings(examples: int, evaluation_examples: int, batch_size: int) -> list[str]:
