@@ -98,7 +98,7 @@ def marked(
     images: np.ndarray, query: tuple[int, int], patch: Sequence[int], color=(1.0, 0.1, 0.1)
 ) -> np.ndarray:
     """Draws a frame around a patch of images (b, H, W, 3), outside of it where there is space."""
-    images, width = images.copy(), max(1, min(images.shape[1:3]) // 160)
+    images, width = images.copy(), max(1, min(images.shape[1:3]) // 80)
     boxes = []
     for place, side, limit in zip(query, patch, images.shape[1:3], strict=True):
         boxes.append((max(0, place * side - width), min(limit, (place + 1) * side + width)))

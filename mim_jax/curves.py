@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 30  # margins in pixels
+WIDTH, HEIGHT = 420, 210
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 14, 28  # margins in pixels
 BINS = 260  # of the steps: more points than twice as many are drawn as a band and its mean
 
 
@@ -34,8 +34,9 @@ def chart(
     references: Sequence[Reference] = (),
     log_scale: bool | None = None,
     axis: str = "step",
+    last: float = 1,
 ) -> str:
-    """Returns an <svg> of some lines over a common axis, of steps or another.
+    """Returns an <svg> of some lines over a common axis, of steps or another, from 0 to `last`.
 
     Values that are not finite leave a gap and are marked at the top. The scale is logarithmic if
     positive values span more than two decades, or as `log_scale` says.
@@ -45,12 +46,9 @@ def chart(
     values = np.concatenate([a[:, 1] for a in finite]) if finite else np.zeros(0)
     if log_scale is None:
         log_scale = bool(len(values) and values.min() > 0 and values.max() > 100 * values.min())
-    steps = np.concatenate([a[:, 0] for a in arrays] or [np.zeros(1)])
-    steps = steps if len(steps) else np.zeros(1)
+    last = max([last, *(a[:, 0].max() for a in arrays if len(a))])
     axes = Axes(
-        (steps.min(), max(steps.max(), steps.min() + 1)),
-        limits(values, [r.value for r in references], log_scale),
-        log_scale,
+        (0.0, float(last)), limits(values, [r.value for r in references], log_scale), log_scale
     )
     parts = [axes.grid()]
     for reference in references:
@@ -110,13 +108,13 @@ class Axes(NamedTuple):
     def grid(self) -> str:
         """Returns lines and labels at round numbers."""
         parts = []
-        for value in ticks_log(*self.y) if self.log_scale else ticks(*self.y, 5):
+        for value in ticks_log(*self.y) if self.log_scale else ticks(*self.y, 4):
             y = self.down(value)
             parts.append(
                 f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
                 f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="y">{number(value)}</text>'
             )
-        for value in ticks(*self.x, 6):
+        for value in ticks(*self.x, 5):
             x = self.across(value)
             parts.append(
                 f'<text x="{x:.1f}" y="{HEIGHT - 8}" class="x">{number(value, step=True)}</text>'

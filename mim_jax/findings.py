@@ -28,7 +28,7 @@ SMALLEST = 224  # side of images whose attention is drawn: smaller ones are enla
 class Hard(NamedTuple):
     """An image that the classifier gets wrong, or nearly."""
 
-    image: np.ndarray  # (H, W, c)
+    image: np.ndarray  # (H, W, c) in [0, 1]
     name: str
     label: int
     guess: int
@@ -149,7 +149,7 @@ def predictions_of(path: str, run: Run, config: ConfigDict) -> Predictions | Non
             example = -shares[i, label], index, label, guess, batch["image"][i]
             (heapq.heappush if len(hardest) < HARDEST else heapq.heappushpop)(hardest, example)
     worst = [
-        Hard(image, run.data.evaluation.name_of(index), label, guess, -negative)
+        Hard(np.asarray(unit(image)), run.data.evaluation.name_of(index), label, guess, -negative)
         for negative, index, label, guess, image in sorted(hardest, reverse=True)
     ]
     return Predictions(confusion, worst)

@@ -165,7 +165,7 @@ def charts(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
     metrics = dict.fromkeys(name.removeprefix(EVALUATION) for name in found)
     order = [name for name in TITLES if name in metrics]
     order += sorted(name for name in metrics if name not in (*TITLES, *HIDDEN))
-    drawn = []
+    drawn, last = [], max((run.step for run in runs), default=0)
     for metric in order:
         lines = []
         for color, (run, name) in enumerate(zip(runs, names, strict=True)):
@@ -178,7 +178,7 @@ def charts(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
         if lines:
             title, meaning = TITLES.get(metric, (metric.replace("_", " "), ""))
             scale = False if metric in LINEAR else None
-            svg = chart(title, lines, references(metric, runs), scale)
+            svg = chart(title, lines, references(metric, runs), scale, last=last)
             keys = [(line.label, line.color % 8, line.dashed) for line in lines]
             both = len(runs) > 1 or len(keys) > 1
             drawn.append(Chart(title, meaning, svg, keys if both else []))
@@ -289,8 +289,8 @@ def numbers(run: RecordedRun) -> list[tuple[str, str, str]]:
         if not points:
             continue
         title = TITLES.get(key.removeprefix(EVALUATION), (key, ""))[0]
-        note = "training" if key == "loss" else "evaluation split"
-        if top := best(key, points):
+        note = "in training" if key == "loss" else "on the evaluation split"
+        if (top := best(key, points)) and top[0] != points[-1][0]:
             word = "lowest" if is_better(key, 0, 1) else "highest"
             note += f"; {word} {top[1]:.4g} at step {top[0]:,}"
         rows.append((title, f"{points[-1][1]:.4g}", note))
@@ -318,6 +318,8 @@ def durations(run: RecordedRun) -> dict[str, float]:
     starts = [event["time"] for event in run.events if event["event"] == "start"]
     times = [x["time"] for x in (*run.metrics, *run.events) if "time" in x]
     processes = 0.0
+    if any("images_per_second" in x and "time" not in x for x in run.metrics):
+        starts = []  # part of the run was logged by a version that did not record the time
     for start, following in itertools.pairwise([*starts, math.inf]):
         processes += max(t for t in times if start <= t < following) - start
     return dict(steps=steps, processes=processes)
@@ -428,18 +430,24 @@ class Grid(NamedTuple):
     rows: list[list[Picture]]
 
 
-def grid_of(columns: Mapping[str, np.ndarray], side: int = 128, most: int = 14) -> Grid:
+def grid_of(columns: Mapping[str, np.ndarray], most: int = 14) -> Grid:
     """Returns columns of images as a table, of which at most `most` columns are shown."""
     captions = list(columns)[:most]
+    side = min(176, max(112, 1080 // len(captions)))
     rows = []
     for images in zip(*(to_rgb(np.asarray(columns[name])) for name in captions), strict=True):
         rows.append([])
         for caption, image in zip(captions, images, strict=True):
-            zoom = max(1, side // max(image.shape[:2]))
-            tile = Image.fromarray(image.repeat(zoom, 0).repeat(zoom, 1))
-            tile.thumbnail((side, side))
-            rows[-1].append(embedded(tile, caption))
+            rows[-1].append(tile(image, caption, side))
     return Grid(captions, rows)
+
+
+def tile(image: np.ndarray, text: str, side: int) -> Picture:
+    """Returns an image (H, W, 3) at most `side` pixels wide; small ones are enlarged."""
+    zoom = max(1, side // max(image.shape[:2]))
+    enlarged = Image.fromarray(image.repeat(zoom, 0).repeat(zoom, 1))
+    enlarged.thumbnail((side, side))
+    return embedded(enlarged, text)
 
 
 # --- Tokens and classes ---
@@ -454,7 +462,7 @@ def codebook_of(found: Findings) -> dict[str, Any]:
     points = [(int(i) + 1, float(shares[i])) for i in places if shares[i] > 0]
     even = [Reference(1 / len(shares), "even use")]
     return dict(
-        grid=grid_of(book.columns, side=160),
+        grid=grid_of(book.columns),
         svg=chart("Share of each code", [Series("share", points)], even, axis="rank"),
         used=book.used,
         vocabulary=len(shares),
@@ -483,7 +491,7 @@ def predictions_of(found: Findings, names: Sequence[str]) -> dict[str, Any]:
     pairs = [(int(i // k), int(i % k)) for i in order if mistakes.flat[i]]
     hardest = [
         (
-            grid_of({"": hard.image[None]}, side=112).rows[0][0],
+            tile(to_rgb(hard.image[None])[0], "", 112),
             hard.name,
             named(hard.label, names),
             named(hard.guess, names),

@@ -33,7 +33,7 @@ def test_a_line():
     points = [(0, 1.0), (50, 3.0), (100, 2.0)]
     svg = chart("loss", [Series("training", points)])
     (line,) = paths(svg, "line")
-    assert line[:, 0] == pytest.approx([curves.LEFT, 303, curves.WIDTH - curves.RIGHT])
+    assert line[:, 0] == pytest.approx([curves.LEFT, 231, curves.WIDTH - curves.RIGHT])
     heights = (line[:, 1] - line[0, 1]) / (line[1, 1] - line[0, 1])
     assert heights == pytest.approx([0, 1, 0.5], abs=0.01)
     assert line[1, 1] < line[0, 1]

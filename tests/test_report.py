@@ -252,6 +252,10 @@ def test_a_classifier(runs):
     chances = [hard.probability for hard in found.predictions.hardest]
     assert chances == sorted(chances)
     assert len(chances) == findings.HARDEST
+    images = np.stack([hard.image for hard in found.predictions.hardest])
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert images.std() > 0.1
     text, page = written(folder, options=())
     assert "Confusion matrix" in text
     assert record["data"]["class_names"][0] in text
