@@ -108,17 +108,16 @@ class Axes(NamedTuple):
     def grid(self) -> str:
         """Returns lines and labels at round numbers."""
         parts = []
-        for value in ticks_log(*self.y) if self.log_scale else ticks(*self.y, 4):
+        values = ticks_log(*self.y) if self.log_scale else ticks(*self.y, 4)
+        for value, text in zip(values, labels(values), strict=True):
             y = self.down(value)
             parts.append(
                 f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
-                f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="y">{number(value)}</text>'
+                f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="y">{text}</text>'
             )
-        for value in ticks(*self.x, 5):
+        for value in ticks(*self.x, 5, integers=True):
             x = self.across(value)
-            parts.append(
-                f'<text x="{x:.1f}" y="{HEIGHT - 8}" class="x">{number(value, step=True)}</text>'
-            )
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" class="x">{whole(value)}</text>')
         return f'<g class="grid">{"".join(parts)}</g>'
 
     def line(self, line: Series, points: np.ndarray) -> str:
@@ -186,9 +185,11 @@ def binned_places(places: np.ndarray) -> list[float]:
     return kept
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """Returns about `count` round numbers between two numbers."""
+def ticks(low: float, high: float, count: int, integers: bool = False) -> list[float]:
+    """Returns about `count` round numbers between two numbers, integers only if `integers`."""
     rough = (high - low) / count
+    if integers and rough <= 1:
+        return [float(i) for i in range(math.ceil(low), math.floor(high) + 1)]
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((m * power for m in (1, 2, 2.5, 5, 10)), key=lambda s: abs(s - rough))
     first = math.ceil(low / step - 1e-9)
@@ -204,13 +205,32 @@ def ticks_log(low: float, high: float) -> list[float]:
     return inside if len(inside) > 1 else ticks(low, high, 4)
 
 
-def number(value: float, step: bool = False) -> str:
-    """Formats a number for people."""
-    if step and abs(value) >= 1e4:
-        return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
+def labels(values: Sequence[float]) -> list[str]:
+    """Formats the ticks of an axis with as many digits as tell them apart."""
+    for digits in range(1, 8):
+        texts = [short(value, digits) for value in values]
+        exact = all(
+            abs(float(text.replace(",", "")) - value) <= 1e-3 * abs(value)
+            for text, value in zip(texts, values, strict=True)
+        )
+        if exact and len(set(texts)) == len(values):
+            break
+    return texts
+
+
+def short(value: float, digits: int) -> str:
+    """Formats a number with some significant digits, large and small ones by powers of ten."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        mantissa, power = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa}e{int(power)}"
+    return f"{value:,.{max(digits, 4) if abs(value) >= 100 else digits}g}"
+
+
+def whole(value: float) -> str:
+    """Formats a number of steps."""
+    if value >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value / 1e3:g}k" if value >= 1e4 else f"{value:,.0f}"
 
 
 def summary(line: Series, axis: str) -> str:

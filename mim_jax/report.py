@@ -176,13 +176,19 @@ def charts(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
                     label = where if len(runs) == 1 else f"{name}, {where}"
                     lines.append(Series(label, points, color, dashed=bool(prefix)))
         if lines:
-            title, meaning = TITLES.get(metric, (metric.replace("_", " "), ""))
+            title, meaning = TITLES.get(metric, (spelled(metric), ""))
             scale = False if metric in LINEAR else None
             svg = chart(title, lines, references(metric, runs), scale, last=last)
             keys = [(line.label, line.color % 8, line.dashed) for line in lines]
             both = len(runs) > 1 or len(keys) > 1
             drawn.append(Chart(title, meaning, svg, keys if both else []))
     return drawn
+
+
+def spelled(metric: str) -> str:
+    """Returns the name of a metric as words."""
+    words = metric.replace("_", " ")
+    return words[:1].upper() + words[1:]
 
 
 def references(metric: str, runs: Sequence[RecordedRun]) -> list[Reference]:

@@ -103,3 +103,23 @@ def test_ticks_are_round_and_inside(low, high):
     assert 2 <= len(places) <= 11
     assert low - 1e-12 <= places[0] <= places[-1] <= high * (1 + 1e-9)
     assert np.allclose(np.diff(places), places[1] - places[0])
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0, 0.5, 1], ["0", "0.5", "1"]),
+        ([0.25, 0.275, 0.3], ["0.25", "0.275", "0.3"]),
+        ([2.1970, 2.1971, 2.1972], ["2.197", "2.1971", "2.1972"]),
+        ([1000, 1500, 2000], ["1,000", "1,500", "2,000"]),
+        ([0, 2e-4, 4e-4], ["0", "2e-4", "4e-4"]),
+        ([6.1e-5, 6.2e-5], ["6.1e-5", "6.2e-5"]),
+    ],
+)
+def test_labels_tell_ticks_apart(values, expected):
+    assert curves.labels(values) == expected
+
+
+def test_steps_are_whole():
+    assert curves.ticks(0, 3, 5, integers=True) == [0, 1, 2, 3]
+    assert [curves.whole(x) for x in (500, 2500, 20_000, 1.5e6)] == ["500", "2,500", "20k", "1.5M"]
