@@ -42,7 +42,7 @@ def lay_out(
 
 
 def draw_sheet(
-    path: Path,
+    path: str | Path,
     columns: dict[str, np.ndarray],
     title: str,
     pairs: int = 2,
@@ -91,5 +91,5 @@ def draw_sheet(
         square = (x, bottom + y + 3, x + LINE - 6, bottom + y + LINE - 3)
         draw.rectangle(square, fill=legend[name], outline="dimgray")
         draw.text((x + LINE, bottom + y + LINE // 2), name, "black", font, anchor="lm")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
