@@ -67,6 +67,9 @@ def check(config: ConfigDict, path: str, everything: bool = False) -> int:
     claim_workdir(path, run, config, start.bytes)
     say("run", f"{config.objective.name}: {start.parameters:,} parameters\n{run.summary}")
     problems = check_images(run, config, everything)
+    values, problem = recipe.observe_values(run, config)
+    say("values", values, *filter(None, [problem]))
+    problems += filter(None, [problem])
     problems += check_disk(start.bytes, config.save.keep, path)
     if workdir.has_checkpoints(path):  # the runs that it started from may be gone
         config.init_from.update({key: x and "random" for key, x in config.init_from.items()})

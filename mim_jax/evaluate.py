@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate_run(path: str, config, to: str) -> int:
     """Prints and writes the means over the evaluation split."""
     source = source_run(path, config, "encoder")
-    class_names = workdir.read(source).get("class_names", ())
+    class_names = workdir.class_names_of(workdir.read(source))
     run = recipe.build(config, class_names=class_names)
     run.require_labels(config.data.evaluation_split)
     start = Start(run, config)

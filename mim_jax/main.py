@@ -92,13 +92,12 @@ def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
         trajectory,
         devices=f"{run.mesh.size} x {jax.devices()[0].device_kind}",
         code=objectives.code_of(config.objective.name),
-        class_names=run.data.class_names,
     )
     record["git"] = workdir.git_state()
     record["data"] = dict(
         images=run.data.examples,
         evaluation_images=len(run.data.evaluation.examples),
-        class_names=list(run.data.train.class_names or run.data.segmentation_classes),
+        class_names=list(run.data.class_names),
     )
     checkpoints = Checkpoints(path, config.save.keep, record)
     first = checkpoints.latest or 0
@@ -121,6 +120,11 @@ def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
     )
     log.say(f"{config.objective.name}: {start.parameters:,} parameters\n{run.summary}")
     log.unread(run.data.unread)
+    if not first:
+        values, problem = recipe.observe_values(run, config)
+        log.say(values)
+        if problem:
+            raise UserError(problem)
     if first >= run.steps:
         log.say(f"{path} is complete: it is at step {first:,} of {run.steps:,}.")
         return 0

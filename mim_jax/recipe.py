@@ -13,9 +13,12 @@ from ml_collections import ConfigDict
 from mim_jax import UserError, data, objectives, optim, schema
 from mim_jax.data.class_names import shown
 from mim_jax.data.examine import size_warnings
+from mim_jax.data.statistics import observe, range_problem
 from mim_jax.models.dvae import DVAE
 from mim_jax.models.vit import ViT
 from mim_jax.sharding import make_mesh
+
+OBSERVED = 64  # images whose values are observed before a run
 
 
 class Run(NamedTuple):
@@ -191,6 +194,20 @@ def describe(run: Run, config: ConfigDict) -> str:
         patches = f"patches = {height} / {p} x {width} / {q} = {rows * columns}"
         lines.insert(0, ", ".join(filter(None, (patches, run.objective.describe(image)))))
     return "\n".join(lines)
+
+
+def observe_values(run: Run, config: ConfigDict) -> tuple[str, str]:
+    """Returns which values some training images have, and why they do not suit the objective.
+
+    The second text is "" if they do.
+    """
+    values = observe(run.data.train, run.data.image.shape[2], limit=OBSERVED)
+    settings = config.objective
+    if "mean" in settings and "std" in settings:
+        return str(values), range_problem(values, settings.mean, settings.std)
+    if range_problem(values, (0.5,), (0.5,)):  # it takes images in [0, 1] as they are
+        return str(values), f"{config.objective.name} needs images in [0, 1], these have {values}."
+    return str(values), ""
 
 
 def encoder_of(run: Run, config: ConfigDict):

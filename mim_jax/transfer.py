@@ -98,7 +98,8 @@ def start_from(
     if key == "encoder" and head and ours.objective == theirs.objective:
         fields = {"params": state.params, "buffers": state.buffers}
         head_arrays = fit_head(saved, fields, head)
-        head_arrays, change = fit_classes(head_arrays, class_names, record.get("class_names", ()))
+        their_classes = workdir.class_names_of(record)
+        head_arrays, change = fit_classes(head_arrays, class_names, their_classes)
         taken |= head_arrays
         print(f"head: {', '.join(head_arrays) or 'new'}{change}")
     names = flat(state.params) | flat(state.buffers)

@@ -15,7 +15,7 @@ A directory of converted weights has a config.json too, but no trajectory to con
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,17 +70,14 @@ def record_of(
     trajectory: Mapping[str, Any],
     devices: str,
     code: str,
-    class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the record of a run, which its checkpoints carry as well.
 
-    `code` is the file of an objective outside the package, "" otherwise. `class_names` are those of
-    the data set, in the order of its labels.
+    `code` is the file of an objective outside the package, "" otherwise.
     """
     versions = {"python": platform.python_version(), "mim-jax": __version__}
     versions |= {name: version(name) for name in PACKAGES}
     record = dict(config=config, trajectory=trajectory, versions=versions, devices=devices)
-    record |= dict(class_names=list(class_names)) if class_names else {}
     return record | (dict(code=code) if code else {})
 
 
@@ -102,6 +99,11 @@ def git_state() -> dict[str, str | bool]:
 def record_of_converted(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
     """Returns the record of weights that were converted from another library's layout."""
     return dict(config=config, trajectory={CONVERTED: layout})
+
+
+def class_names_of(record: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the classes of a run's data set in the order of its labels, or []."""
+    return record.get("data", {}).get("class_names", [])
 
 
 def is_converted(record: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mim_jax import check, schema
+from mim_jax.main import main
 
 TINY = [
     "--config=configs/mae_emoji.py",
@@ -59,7 +60,7 @@ def test_bad_images_are_named(folder, tmp_path, capsys, most, code):
     data = [f"--config.data.name=folder:{folder}", "--config.data.split=all", bad]
     assert check.main([*TINY, *data, "--all", f"--workdir={tmp_path}"]) == code
     said = capsys.readouterr().out
-    for line in ("notes.txt: no image", "3.jpg: ", "20.jpg: ", "40, of which 40 were decoded"):
+    for line in ("notes.txt: not an image", "3.jpg: ", "20.jpg: ", "40, of which 40 were decoded"):
         assert line in said
     assert "50 x 30 to 50 x 69" in said
     assert "are smaller than 64 x 64: enlarged" in said
@@ -67,14 +68,14 @@ def test_bad_images_are_named(folder, tmp_path, capsys, most, code):
 
 
 def test_a_run_that_does_not_fit_would_fail(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(check, "memory", lambda: 1000)
+    monkeypatch.setattr(check, "free_memory", lambda: 1000)
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 1
     assert "of memory; 0.00 GiB are free" in capsys.readouterr().out
     disk = collections.namedtuple("disk", "free")
     size = 1_000_000
     monkeypatch.setattr("shutil.disk_usage", lambda path: disk(3 * size))
     assert check.check_disk(size, 2, str(tmp_path)) == []
-    assert "no room for 4 checkpoints" in check.check_disk(size, 3, str(tmp_path))[0]
+    assert "no space for 4 checkpoints" in check.check_disk(size, 3, str(tmp_path))[0]
 
 
 def test_a_mistake_ends_with_code_2_and_a_sentence(tmp_path, capsys):
@@ -92,7 +93,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 0  # it never saved: nothing goes on
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 2
-    assert "holds a run that other settings" in capsys.readouterr().err
+    assert "holds a run with other settings" in capsys.readouterr().err
     assert (tmp_path / "config.json").read_text() == run
 
 
@@ -110,7 +111,7 @@ def test_fewer_images_are_tried_in_groups_that_fit(name, tmp_path, capsys, monke
     config = [f"--config=configs/{name}.py", "--config.init_from.encoder=", *TINY[1:6]]
     monkeypatch.setattr(check, "CPU_LIMIT", 1e5)
     assert check.main([*config, "--config.batch_size=256", f"--workdir={tmp_path}"]) == 0
-    assert "of 16 images, the run's have 256" in capsys.readouterr().out  # two on each of 8 devices
+    assert "of 16 images (the run has 256)" in capsys.readouterr().out  # two on each of 8 devices
 
 
 def test_what_gets_no_gradient_is_noticed():
@@ -148,3 +149,19 @@ def test_a_head_of_zeros_hides_no_parameter(tmp_path, capsys):
     small = ["--config.batch_size=16", "--config.objective.mixup_group=2"]
     assert check.main([*run, *small, f"--workdir={tmp_path}"]) == 0
     assert "none: all of them learn" in capsys.readouterr().out
+
+
+def test_values_that_mean_and_std_do_not_describe(tmp_path, capsys):
+    """Floats in 0 to 255: check and train report the range and refuse the images."""
+    for i in range(24):
+        array = np.random.default_rng(i).uniform(0, 255, (32, 32, 3)).astype(np.float32)
+        (tmp_path / "set").mkdir(exist_ok=True)
+        np.save(tmp_path / "set" / f"{i}.npy", array)
+    arguments = ["--config=configs/mae_emoji.py", f"--config.data.name=folder:{tmp_path / 'set'}"]
+    arguments += ["--config.batch_size=8", "--config.data.size=32", "--config.model.patch=16"]
+    assert check.main([*arguments, f"--workdir={tmp_path / 'run'}"]) == 1
+    printed = capsys.readouterr().out
+    assert "float32 values from 0" in printed
+    assert "do not describe the images" in printed
+    assert main([*arguments, f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "do not describe the images" in capsys.readouterr().err
