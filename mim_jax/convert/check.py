@@ -66,6 +66,10 @@ def run(params: dict, network: Network, batch: dict[str, np.ndarray]) -> dict[st
                 latent=encoder.apply(inner, images, visible=visible),
                 predictions=take(predictions, jnp.argsort(order, axis=1)),
             )
+        elif network.kind == "segment":
+            variables = {"batch_statistics": params.pop("batch_statistics"), "params": params}
+            logits, auxiliary = module.apply(variables, images)
+            outputs = dict(logits=logits) | ({"auxiliary": auxiliary[0]} if auxiliary else {})
         elif "head" in params and "mask_token" in params["encoder"]:
             places = jnp.broadcast_to(jnp.arange(masked.shape[1]), masked.shape)
             outputs = dict(logits=module.apply({"params": params}, images, masked, places))

@@ -25,13 +25,14 @@ from mim_jax.convert.hugging_face import (
     write,
 )
 from mim_jax.convert.names import printable
-from mim_jax.convert.network import Network, describe, extra, kind_of
+from mim_jax.convert.network import Network, depth_of, describe, extra, kind_of, segmenter
 from mim_jax.convert.read import read, read_file
 from mim_jax.convert.states import from_torch, to_torch
 from mim_jax.convert.tables import LAYOUTS
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.dvae import DVAE, KINDS, dvae
 from mim_jax.models.vit import ViT, vit
+from mim_jax.objectives.segment import default_layers
 
 FOLDER = ("model.safetensors", "pytorch_model.bin")  # Hugging Face's, in order of preference
 RELEASED = {  # the first digits of the MD5 sums in MAE's README
@@ -39,7 +40,7 @@ RELEASED = {  # the first digits of the MD5 sums in MAE's README
     *("1b25e9", "51f550", "2541f2"),
 }
 HEADS = ("heads", "decoder_heads")
-OBJECTIVE_KEYS = ("mean", "std", "target", "mask_ratio", "pooling")  # kept in metadata
+OBJECTIVE_KEYS = ("mean", "std", "target", "mask_ratio", "pooling", "layers")  # kept in metadata
 
 
 def load(path: str | Path, **options: Any) -> tuple[dict, Network, dict[str, Any]]:
@@ -122,6 +123,9 @@ def network_of_run(
         tokenizer = build(dvae, config["tokenizer"])
         return Network(tokenizer, "dvae", channels=tokenizer.channels, metadata=metadata)
     encoder = build(vit, config["model"], heads=heads)
+    if kind_of(params) == "segment":
+        metadata["layers"] = tuple(objective["layers"]) or default_layers(encoder.depth)
+        encoder = encoder.clone(depth=depth_of(params["encoder"]))  # blocks that are decoded
     height, width = np.broadcast_to(data["size"], 2).tolist()
     grid = height // encoder.patch[0], width // encoder.patch[1]
     decoder = None
@@ -176,6 +180,10 @@ def story(params: dict, network: Network) -> str:
     bias = params.get("head", {}).get("bias")
     if bias is not None:
         words.append(f"{len(bias)} {'values a patch' if network.kind == 'beit' else 'classes'}")
+    if network.kind == "segment":
+        module = segmenter(params, network, model)
+        blocks = ", ".join(map(str, module.layers))
+        words.append(f"{module.decoder} on blocks {blocks}, {module.num_classes} classes")
     return f"{title}, {network.kind}: {', '.join(words)}; {count:,} parameters"
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mim_jax import UserError
-from mim_jax.convert.network import Network, expected, kind_of
+from mim_jax.convert.network import Network, expected, kind_of, segmenter
 from mim_jax.convert.tables import LAYOUTS
 from mim_jax.models import resize
 from mim_jax.models.dvae import DVAE, DalleEncoder
@@ -31,8 +31,12 @@ def fit(params: dict, network: Network, to: str) -> tuple[str, dict]:
     if reason := obstacle(params, network, to):
         raise UserError(f"--to={to}: {reason}.")
     kind, key_bias = network.kind, network.encoder.key_bias
+    if kind == "segment" and to == "hf":
+        layout = "hf_beit_segment" if fits_beit(params, network) else "hf_upernet"
+        return layout, without_key_bias(params)
     if to == "timm":
-        params = encoder_only(params, network)[0] if kind in ("mae", "beit", "encoder") else params
+        with_head = kind == "classify"
+        params = params if with_head else encoder_only(params, network)[0]
         return "timm_vit" if key_bias else "timm_beit", folded(params)
     if to == "mae":
         without = "mae_linear" if "batch_statistics" in params else "timm_vit"
@@ -48,10 +52,21 @@ def obstacle(params: dict, network: Network, to: str) -> str:
     """Returns why no layout of a family can hold an encoder and its head, or ""."""
     encoder, kind, key_bias = network.encoder, network.kind, network.encoder.key_bias
     stem, scaled, relative = encoder.stem != "none", encoder.layer_scale > 0, encoder.relative_bias
-    vit, square = to == "hf" and key_bias, not network.grid or len({*network.grid}) == 1
+    segments = kind == "segment"
+    vit = to == "hf" and key_bias and not segments
+    square = not network.grid or len({*network.grid}) == 1
     rules = [
         (
-            key_bias and relative != "none",
+            segments and to in ("mae", "beit"),
+            "the official MAE and BEiT have no decoder for segmentation: use --to=hf, or "
+            "--encoder-only",
+        ),
+        (
+            segments and to == "hf" and "pyramid" not in params,
+            "Hugging Face has BEiT with UPerNet only: use --encoder-only",
+        ),
+        (
+            key_bias and relative != "none" and not (segments and to == "hf"),
             "no other library has relative positions and a key bias: use --to=mim_jax",
         ),
         (
@@ -80,6 +95,32 @@ def obstacle(params: dict, network: Network, to: str) -> str:
         (vit and kind == "beit", "Hugging Face's BEiT has no key bias: use --to=timm"),
     ]
     return next((reason for applies, reason in rules if applies), "")
+
+
+def fits_beit(params: dict, network: Network) -> bool:
+    """Returns whether transformers' BeitForSemanticSegmentation can hold a segmenter.
+
+    Its decoder has the encoder's width, and it cannot decode the last block: its `out_indices` end
+    at the depth, and index i stands for block i - 2, counted from 0.
+    """
+    module = segmenter(params, network, network.encoder)
+    return (
+        module.channels == module.encoder.width and max(module.layers) <= module.encoder.depth - 2
+    )
+
+
+def without_key_bias(params: dict) -> dict:
+    """Returns parameters whose attention has no key bias.
+
+    A key bias adds the same number to all logits of a query, which a softmax ignores.
+    """
+    encoder = dict(params["encoder"])
+    for name, block in encoder.items():
+        if name.startswith("block_") and "bias" in block["qkv"]:
+            q_bias, _, v_bias = np.split(np.asarray(block["qkv"]["bias"]), 3)
+            qkv = {"kernel": block["qkv"]["kernel"]}
+            encoder[name] = block | dict(qkv=qkv, q_bias=q_bias, v_bias=v_bias)
+    return params | {"encoder": encoder}
 
 
 def fit_dvae(params: dict, tokenizer: DVAE, to: str) -> tuple[str, dict]:

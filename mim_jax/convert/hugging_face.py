@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from mim_jax import UserError
 from mim_jax.convert.names import printable
 from mim_jax.convert.network import Network, require_heads
+from mim_jax.objectives.segment import default_layers
 
 EPS = 1e-6  # of MAE, BEiT and mim_jax; transformers' default is 1e-12
 MODELS = {  # layout: model_type, class with a head, class without
@@ -17,6 +18,8 @@ MODELS = {  # layout: model_type, class with a head, class without
     "hf_vit": ("vit", "ViTForImageClassification", "ViTModel"),
     "hf_beit_mim": ("beit", "BeitForMaskedImageModeling", ""),
     "hf_beit": ("beit", "BeitForImageClassification", "BeitModel"),
+    "hf_beit_segment": ("beit", "BeitForSemanticSegmentation", ""),
+    "hf_upernet": ("beit", "UperNetForSemanticSegmentation", ""),
 }
 MAX_JSON = 2**24  # bytes
 NEEDED = ("hidden_size", "num_attention_heads", "image_size", "patch_size")
@@ -45,7 +48,8 @@ def config_of(state: dict[str, np.ndarray], network: Network, layout: str) -> di
         patch_size=encoder.patch[0],
         num_channels=network.channels,
     )
-    labels = len(state.get("classifier.bias", ()))
+    head = "decode_head." if network.kind == "segment" else ""
+    labels = len(state.get(f"{head}classifier.bias", ()))
     if labels:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
@@ -75,7 +79,38 @@ def config_of(state: dict[str, np.ndarray], network: Network, layout: str) -> di
             mask_ratio=network.metadata.get("mask_ratio", 0.75),
             norm_pix_loss=network.metadata.get("target") == "normalized_pixels",
         )
-    return config
+    return with_decoder(config, state, network, layout) if network.kind == "segment" else config
+
+
+def with_decoder(
+    config: dict[str, Any], state: dict[str, np.ndarray], network: Network, layout: str
+) -> dict[str, Any]:
+    """Returns the config of BEiT with UPerNet, given that of its encoder.
+
+    `out_indices` count the embeddings as 0. BeitForSemanticSegmentation takes the state before
+    these, UperNetForSemanticSegmentation the state itself.
+    """
+    auxiliary = state.get("auxiliary_head.classifier.weight")
+    decoder: dict[str, Any] = dict(
+        use_auxiliary_head=auxiliary is not None, pool_scales=[1, 2, 3, 6]
+    )
+    if auxiliary is not None:
+        decoder |= dict(auxiliary_channels=auxiliary.shape[1])
+    layers = network.metadata.get("layers") or default_layers(network.encoder.depth)
+    if layout == "hf_beit_segment":
+        return config | decoder | dict(out_indices=[layer + 2 for layer in layers])
+    labels = {name: config.pop(name) for name in ("id2label", "label2id")}
+    indices = [layer + 1 for layer in layers]
+    config |= dict(out_indices=indices, add_fpn=True, reshape_hidden_states=True)
+    return dict(
+        architectures=config.pop("architectures"),
+        model_type="upernet",
+        backbone_config=config,
+        hidden_size=state["decode_head.classifier.weight"].shape[1],
+        auxiliary_in_channels=network.encoder.width,
+        **decoder,
+        **labels,
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,6 +167,8 @@ def read_metadata(entries: dict[str, Any]) -> dict[str, Any]:
             metadata[name] = numbers(name, value)
         elif name in ("crop_fraction", "mask_ratio", "layer_norm_eps"):
             metadata[name] = number(name, value, least=0.0, most=1.0)
+        elif name == "layers":
+            metadata[name] = tuple(number(name, x, least=0) for x in value)
         elif name in ("target", "pooling") and isinstance(value, str):
             metadata[name] = value
     return metadata
@@ -143,6 +180,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises UserError if an entry is missing or of an unexpected type.
     """
     entries = read_json(folder / "config.json")
+    backbone = entries.get("backbone_config")
+    if isinstance(backbone, dict):
+        if backbone.get("model_type") != "beit":
+            kind = printable(backbone.get("model_type"))
+            raise UserError(f"{printable(folder)} has a backbone of type {kind}, not beit.")
+        entries = backbone | {"model_type": entries.get("model_type")}
     processor = folder / "preprocessor_config.json"
     images = read_json(processor) if processor.exists() else {}
     if missing := [name for name in NEEDED if name not in entries]:
@@ -160,6 +203,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if entries.get("model_type") == "vit_mae":
         metadata["target"] = "normalized_pixels" if entries.get("norm_pix_loss") else "pixels"
         metadata["mask_ratio"] = entries.get("mask_ratio", 0.75)
+    if layers := decoded_layers(folder, entries):
+        metadata["layers"] = layers
     decoder_heads = entries.get("decoder_num_attention_heads")
     return dict(
         heads=number("num_attention_heads", entries["num_attention_heads"]),
@@ -167,6 +212,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         grid=(size[0] // patch[0], size[1] // patch[1]),
         metadata=read_metadata(metadata),
     )
+
+
+def decoded_layers(folder: Path, entries: dict[str, Any]) -> list[int]:
+    """Returns the blocks that a segmentation model decodes, from 0; [] for other models."""
+    shift = {"upernet": 1, "beit": 2}.get(entries.get("model_type", ""), 0)
+    indices = entries.get("out_indices")
+    if not shift or not isinstance(indices, list) or len(indices) != 4:
+        return []
+    layers = [number("out_indices", index, least=0) - shift for index in indices]
+    if min(layers) < 0:
+        raise UserError(
+            f"{printable(folder)}/config.json: out_indices = {indices} decode the embeddings of "
+            f"patches: they must be at least {shift}."
+        )
+    return layers
 
 
 def write(

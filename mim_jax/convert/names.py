@@ -77,7 +77,8 @@ def prefixes(names: Collection[str]) -> dict[str, str]:
     for name in names:
         if f".{name}".endswith(f".{BARE}"):
             prefix = name.removesuffix(BARE)
-            if not re.search(r"(^|\.)(vit|beit)\.$", prefix):
+            segments = networks.get(prefix.removesuffix("backbone.")) == "hf_upernet"
+            if not segments and not re.search(r"(^|\.)(vit|beit)\.$", prefix):
                 networks.setdefault(prefix, "hf_vit")
     return networks
 

@@ -23,6 +23,7 @@ from mim_jax.models.vit import SIZES, ViT
 from mim_jax.objectives.beit import BEiT
 from mim_jax.objectives.classify import Classifier
 from mim_jax.objectives.mae import MAE
+from mim_jax.objectives.segment import Segmenter, default_layers
 
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
 DECODER_HEADS = {512: 16}  # the official MAE
@@ -32,7 +33,7 @@ class Network(NamedTuple):
     """The modules that parameters belong to, and what is known about their images and origin."""
 
     model: ViT | DVAE  # a ViT with 0 heads if their number is unknown
-    kind: str  # mae, beit, classify, encoder, dvae
+    kind: str  # mae, beit, classify, segment, encoder, dvae
     decoder: Decoder | None = None  # MAE's
     grid: tuple[int, int] | None = None  # rows and columns of patches, None if unknown
     channels: int = 3
@@ -166,6 +167,8 @@ def kind_of(params: dict) -> str:
         return "mae"
     if "head" not in params:
         return "encoder"
+    if "classes" in params["head"]:
+        return "segment"
     return "beit" if "mask_token" in params["encoder"] else "classify"
 
 
@@ -185,7 +188,7 @@ def square(count: int, what: str) -> tuple[int, int]:
 
 
 def whole(params: dict, network: Network, dtype: str = "float32") -> nn.Module:
-    """Returns the module of an encoder and the parts beside it: MAE, BEiT, Classifier or ViT.
+    """Returns the module of an encoder and the parts beside it: MAE, BEiT, Classifier, ... or ViT.
 
     A number of heads that is unknown is 1: it changes no shape.
     """
@@ -204,7 +207,30 @@ def whole(params: dict, network: Network, dtype: str = "float32") -> nn.Module:
             batch_norm="batch_statistics" in params,
             head_std=0.0,
         )
+    if kind == "segment":
+        return segmenter(params, network, encoder)
     return encoder
+
+
+def segmenter(params: dict, network: Network, encoder: ViT) -> Segmenter:
+    """Returns the module of an encoder and the decoders beside it."""
+    head, auxiliary = params["head"], params.get("auxiliary") or params.get("auxiliary_0")
+    decoder = "upernet" if "pyramid" in params else "setr_pup" if "conv_3" in head else "setr_naive"
+    decoder = decoder if "fusion" in head or "conv_0" in head else "linear"
+
+    def channels(part: dict) -> int:
+        return np.shape(part["classes"]["conv"]["kernel"])[0]
+
+    return Segmenter(
+        encoder,
+        num_classes=outputs_of(head["classes"], "conv"),
+        decoder=decoder,
+        layers=tuple(network.metadata.get("layers") or default_layers(encoder.depth)),
+        channels=channels(head),
+        group=1,
+        dropout=0.0,
+        auxiliary_channels=channels(auxiliary) if auxiliary else 0,
+    )
 
 
 def outputs_of(params: dict, name: str) -> int:
@@ -220,9 +246,12 @@ def expected(params: dict, network: Network) -> dict[str, tuple[int, ...]]:
         images = jax.ShapeDtypeStruct((1, *tokenizer.patch, tokenizer.channels), jnp.float32)
         shapes = jax.eval_shape(tokenizer.init, rng, images)
         return leaves({part: shapes[part] for part in params})
-    (p, q), (rows, columns) = network.encoder.patch, network.grid or (1, 1)
+    (p, q), (rows, columns) = network.encoder.patch, network.grid or (2, 2)
     n = rows * columns
     images = jax.ShapeDtypeStruct((1, rows * p, columns * q, network.channels), jnp.float32)
+    if network.kind == "segment":  # with the blocks after those that are decoded
+        last = network.encoder.depth - 1
+        network = network._replace(metadata=network.metadata | dict(layers=(last,) * 4))
     module, inputs, options = whole(params, network), (), {}
     if network.kind == "mae":
         inputs = jnp.zeros((1, 1), int), jnp.arange(n)[None]  # one visible, n hidden

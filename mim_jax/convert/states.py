@@ -28,6 +28,7 @@ NOT_PARTS = "|".join(  # arrays that other models have beside their encoder
     )
 )
 UPWARDS = r"decoder/layer_\d+/kernel"  # transposed convolutions
+POINTWISE = r"(head|auxiliary)/classes/conv/kernel"  # a linear layer, a 1 x 1 convolution there
 EMBED = "encoder/embed/kernel"
 FIXED = 1e-5  # tolerance for sine-cosine positions, which transformers computes in float32
 
@@ -165,7 +166,8 @@ def recognize(
         inside = {f"{kind}.{short}": name for short, name in inside.items()}
         layout = find(inside)[1]
     inside = {spelled(short): name for short, name in inside.items()}
-    unneeded = BUFFERS if layout == "mae_linear" else f"{BUFFERS}|{NOT_PARTS}"
+    parts = layout in ("mae_linear", "hf_beit_segment", "hf_upernet")  # that NOT_PARTS names
+    unneeded = BUFFERS if parts else f"{BUFFERS}|{NOT_PARTS}"
     inside = {short: name for short, name in inside.items() if not re.fullmatch(unneeded, short)}
     left_out = state.keys() - inside.values()
     state_of_layout = {short: state[name] for short, name in inside.items()}
@@ -234,6 +236,8 @@ def our_value(path: str, name: str, value: np.ndarray) -> np.ndarray:
             value = einops.rearrange(value, "d c p q -> (p q c) d")
         elif re.fullmatch(UPWARDS, path):  # torch's transposed kernels are flipped
             value = einops.rearrange(value, "i o p q -> p q i o")[::-1, ::-1]
+        elif re.fullmatch(POINTWISE, path):
+            value = einops.rearrange(value, "o i 1 1 -> i o")
         elif path.endswith("/kernel"):
             value = value.T if value.ndim == 2 else einops.rearrange(value, "o i p q -> p q i o")
     except (einops.EinopsError, ValueError):
@@ -253,6 +257,8 @@ def turned(path: str, value: np.ndarray, network: Network) -> np.ndarray:
         value = einops.rearrange(value, "(p q c) d -> d c p q", p=p, q=q)
     elif re.fullmatch(UPWARDS, path):
         value = einops.rearrange(value[::-1, ::-1], "p q i o -> i o p q")
+    elif re.fullmatch(POINTWISE, path):
+        value = einops.rearrange(value, "i o -> o i 1 1")
     elif path.endswith("/kernel"):
         value = value.T if value.ndim == 2 else einops.rearrange(value, "p q i o -> o i p q")
     return value

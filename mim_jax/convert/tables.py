@@ -53,6 +53,8 @@ HF_BEIT_BLOCK = HF_BLOCK | {
     "lambda_2": "gamma_2",
 }
 
+POOLS = {0: 1, 1: 2, 2: 3, 3: 6}  # bins of UPerNet's poolings
+
 EMBEDDING = {
     "cls_token": "encoder/cls_token",
     "pos_embed": "encoder/positions",
@@ -116,6 +118,42 @@ HF_DECODER = {
 }
 HF_BEIT = hugging_face("beit", HF_BEIT_BLOCK)
 
+
+def norm_rows(theirs: str, ours: str) -> dict[str, str]:
+    """Returns the rows of a batch normalization."""
+    return {
+        f"{theirs}.*": f"{ours}/*",
+        f"{theirs}.running_mean": f"batch_statistics/{ours}/mean",
+        f"{theirs}.running_var": f"batch_statistics/{ours}/variance",
+    }
+
+
+def segmentation(norm: str, backbone: str = "") -> dict[str, str]:
+    """Returns the rows of UPerNet, its feature pyramid and its auxiliary decoder.
+
+    `norm` is the name of the normalization after a convolution, `backbone` the prefix of the
+    pyramid.
+    """
+    convolutions = {f"decode_head.psp_modules.{i}.1": f"head/pool_{s}" for i, s in POOLS.items()}
+    for part, ours in (("lateral_convs", "lateral"), ("fpn_convs", "level")):
+        convolutions[f"decode_head.{part}.{{i}}"] = f"head/{ours}_{{i}}"
+    convolutions["decode_head.bottleneck"] = "head/bottleneck"
+    convolutions["decode_head.fpn_bottleneck"] = "head/fusion"
+    convolutions["auxiliary_head.convs.0"] = "auxiliary/conv"
+    rows = {
+        f"{backbone}fpn1.0.*": "pyramid/up4_first/*",
+        **norm_rows(f"{backbone}fpn1.1", "pyramid/up4_norm"),
+        f"{backbone}fpn1.3.*": "pyramid/up4_second/*",
+        f"{backbone}fpn2.0.*": "pyramid/up2/*",
+        "decode_head.classifier.*": "head/classes/conv/*",
+        "auxiliary_head.classifier.*": "auxiliary/classes/conv/*",
+    }
+    for theirs, ours in convolutions.items():
+        rows[f"{theirs}.conv.weight"] = f"{ours}/conv/kernel"
+        rows |= norm_rows(f"{theirs}.{norm}", f"{ours}/norm")
+    return rows
+
+
 DALLE = {
     "blocks.input.*": "input/*",
     "blocks.group_{g}.block_{i}.id_path.*": "group_{g}_block_{i}/id_path/*",
@@ -161,6 +199,19 @@ LAYOUTS = {  # layouts with more signs first
         "Hugging Face's BeitForMaskedImageModeling",
         ("beit.embeddings.cls_token", "lm_head.weight"),
         {**HF_BEIT, "layernorm.*": "encoder/norm/*", "lm_head.*": "head/*"},
+    ),
+    "hf_beit_segment": Layout(
+        "Hugging Face's BeitForSemanticSegmentation",
+        ("beit.embeddings.cls_token", "decode_head.classifier.weight"),
+        {**HF_BEIT, **segmentation("bn")},
+    ),
+    "hf_upernet": Layout(
+        "Hugging Face's UperNetForSemanticSegmentation with BEiT's encoder",
+        ("backbone.embeddings.cls_token", "decode_head.classifier.weight"),
+        {
+            **hugging_face("backbone", HF_BEIT_BLOCK),
+            **segmentation("batch_norm", "backbone."),
+        },
     ),
     "hf_beit": Layout(
         "Hugging Face's Beit",
@@ -221,4 +272,13 @@ SPELLINGS = {  # other spellings: DALL-E's, and transformers 5's in memory
     r"\.attention\.o_proj\.": ".attention.output.dense.",
     r"(layers?\.\d+)\.mlp\.fc1\.": r"\1.intermediate.dense.",
     r"(layers?\.\d+)\.mlp\.fc2\.": r"\1.output.dense.",
+    r"\bbackbone\.beit\.": "backbone.",
+    r"\bfpn\.fpn1\.conv_transpose1\.": "fpn1.0.",
+    r"\bfpn\.fpn1\.normalization\.": "fpn1.1.",
+    r"\bfpn\.fpn1\.conv_transpose2\.": "fpn1.3.",
+    r"\bfpn\.fpn2\.": "fpn2.0.",
+    r"\bpsp_modules\.blocks\.(\d+)\.conv\.": r"psp_modules.\1.1.",
+    r"\bdecode_head\.psp_bottleneck\.": "decode_head.bottleneck.",
+    r"(_head\..*)\.convolution\.": r"\1.conv.",
+    r"(_head\..*)\.normalization\.": r"\1.bn.",
 }

@@ -63,9 +63,28 @@ def of_transformers(state, network, layout, images, batch):
         return title, dict(latent=latent, predictions=model(images, noise=noise).logits)
     if name == "BeitForMaskedImageModeling":
         return title, dict(logits=model(images, torch.tensor(batch["masked"])).logits)
+    if "ForSemanticSegmentation" in name:
+        return title, segment(model, images)
     if "ForImageClassification" in name:
         return title, dict(logits=model(images).logits)
     return title, dict(tokens=model(images).last_hidden_state)
+
+
+def segment(model, images):
+    """Runs a segmentation model of transformers. Returns logits at the size of the images."""
+    outputs, heads = {}, {"logits": model.decode_head, "auxiliary": model.auxiliary_head}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            outputs[name] = F.interpolate(output, images.shape[2:], mode="bilinear")
+
+        return hook
+
+    for name, head in heads.items():
+        if head is not None:
+            head.register_forward_hook(keep(name))
+    model(images)
+    return {name: x.permute(0, 2, 3, 1) for name, x in outputs.items()}
 
 
 def of_timm(state, network, size):

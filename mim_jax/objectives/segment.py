@@ -159,9 +159,7 @@ class Segmentation:
     @property
     def decoded(self) -> tuple[int, ...]:
         """The blocks whose tokens are decoded."""
-        depth = self.model.depth
-        ends = (depth // 3, depth // 2, 2 * depth // 3, depth)
-        return tuple(self.layers) or tuple(max(0, end - 1) for end in ends)
+        return tuple(self.layers) or default_layers(self.model.depth)
 
     @property
     def window(self) -> tuple[int, int]:
@@ -282,6 +280,12 @@ class Segmentation:
 
 
 objective = objective_of(Segmentation)
+
+
+def default_layers(depth: int) -> tuple[int, ...]:
+    """Returns four of `depth` blocks: those of BEiT's configs for 12 and for 24."""
+    ends = (depth // 3, depth // 2, 2 * depth // 3, depth)
+    return tuple(max(0, end - 1) for end in ends)
 
 
 def sizes_of(batch: dict, name: str) -> jax.Array:
