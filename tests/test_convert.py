@@ -5,7 +5,9 @@ mistakes.
 """
 
 import argparse
+import copy
 import functools
+import json
 import os
 import pickle
 import re
@@ -19,11 +21,13 @@ from mim_jax import UserError, schema
 from mim_jax.convert import __main__ as convert
 from mim_jax.convert import check, from_torch, to_torch
 from mim_jax.convert.files import load
+from mim_jax.convert.network import Network
 from mim_jax.convert.read import read
 from mim_jax.convert.states import sines
 from mim_jax.inspect import main as inspect
 from mim_jax.models.dvae import dvae
 from mim_jax.models.vit import vit
+from mim_jax.objectives import segment
 from mim_jax.train import TrainState
 from mim_jax.transfer import start_from
 from tests.official import mae_shapes, to_params
@@ -603,3 +607,128 @@ def test_dalle_as_a_tokenizer(tmp_path, capsys):
     capsys.readouterr()
     assert inspect([f"{tmp_path}/run"]) == 0
     assert "dalle dVAE, 11 tokens" in capsys.readouterr().out
+
+
+# --- Segmentation. ---
+
+SEGMENTS = dict(num_labels=5, auxiliary_channels=8, use_relative_position_bias=True)
+
+
+@functools.cache
+def segmenter(name: str):
+    """Returns a segmentation model of transformers with random weights and running statistics."""
+    shape = SHAPE | dict(image_size=64, patch_size=16)
+    if name == "BeitForSemanticSegmentation":
+        settings = dict(num_hidden_layers=6, out_indices=[3, 4, 5, 6])
+        module = getattr(transformers, name)(transformers.BeitConfig(**shape | SEGMENTS | settings))
+    else:
+        settings = dict(num_hidden_layers=4, out_indices=[1, 2, 3, 4], add_fpn=True)
+        backbone = transformers.BeitConfig(**shape | SEGMENTS | settings)
+        settings = dict(hidden_size=16, num_labels=5, auxiliary_in_channels=32)
+        config = transformers.UperNetConfig(
+            backbone_config=backbone, auxiliary_channels=8, **settings
+        )
+        module = getattr(transformers, name)(config)
+    module = randomize(module)
+    for key, x in module.named_buffers():
+        if key.endswith("running_var"):
+            x.copy_(torch.linspace(0.5, 1.5, len(x)))
+        elif key.endswith("running_mean"):
+            x.copy_(torch.linspace(-0.3, 0.3, len(x)))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("BeitForSemanticSegmentation", (1, 2, 3, 4)),  # index i is the state before block i - 1
+        ("UperNetForSemanticSegmentation", (0, 1, 2, 3)),
+    ],
+)
+def test_segmentation_of_transformers(name, layers, tmp_path):
+    """Read, run, written and read again: the same outputs and arrays."""
+    module = segmenter(name)
+    params, network = from_torch(module.state_dict(), heads=4, metadata=dict(layers=layers))
+    module.save_pretrained(tmp_path / "theirs")
+    read_params, read_network, _ = load(tmp_path / "theirs")
+    assert read_network.metadata["layers"] == layers
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, read_params))
+    batch = check.example(network)
+    ours = check.run(exact(params), read_network, batch)
+    images = torch.tensor(batch["image"], dtype=torch.float64).permute(0, 3, 1, 2)
+    twin = copy.deepcopy(module).double()
+    with torch.no_grad():
+        logits = twin(images).logits
+        if logits.shape[2:] != images.shape[2:]:
+            logits = torch.nn.functional.interpolate(logits, images.shape[2:], mode="bilinear")
+    assert_same_numbers(ours, dict(logits=logits.permute(0, 2, 3, 1).numpy()))
+    title, largest = check.differences(params, read_network, "hf")
+    assert name in title
+    assert set(largest) == {"logits", "auxiliary"}
+    assert max(largest.values()) < 1e-8
+    state = to_torch(params, read_network, layout="hf")
+    assert state.keys() == written(module, tmp_path / "theirs").keys()
+
+
+def segmentation_run(**settings):
+    """Returns parameters and network of a run."""
+    encoder = vit(
+        width=32, depth=4, heads=4, patch=16, positions="learned", **settings.pop("vit", {})
+    )
+    names, colors = tuple("abcde"), ((0, 0, 0),) * 5
+    settings = dict(channels=16, auxiliary_channels=8, batch_norm=2) | settings
+    ours = segment.objective(encoder, names, colors, (64, 64), **settings)
+    batch = {"image": np.zeros((2, 64, 64, 3), np.uint8)}
+    params, buffers = jax.jit(ours.init)(jax.random.key(0), batch)
+    key = jax.random.key(1)
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params)
+    params |= buffers
+    metadata = dict(layers=settings.get("layers") or (0, 1, 2, 3))
+    return params, Network(encoder, "segment", grid=(4, 4), metadata=metadata)
+
+
+def test_a_decoder_on_the_last_block_is_written_as_upernet():
+    """With a key bias, which changes no output, and relative positions, as MAE's recipe."""
+    params, network = segmentation_run(vit=dict(relative_bias="own"))
+    title, largest = check.differences(params, network, "hf")
+    assert "UperNetForSemanticSegmentation" in title
+    assert max(largest.values()) < 1e-8
+    bias = params["encoder"]["block_0"]["qkv"]["bias"]
+    assert np.abs(np.split(np.asarray(bias), 3)[1]).max() > 0.01
+
+
+def test_segmentation_without_auxiliary_decoder():
+    params, network = segmentation_run(auxiliary_weight=0.0, vit=dict(key_bias=False))
+    _, largest = check.differences(params, network, "hf")
+    assert set(largest) == {"logits"}
+    assert max(largest.values()) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("settings", "to", "words"),
+    [
+        (dict(decoder="setr_pup"), "hf", "BEiT with UPerNet only"),
+        (dict(decoder="linear"), "hf", "BEiT with UPerNet only"),
+        (dict(layers=(0, 0, 1, 3)), "hf", "out_indices must increase"),
+        ({}, "beit", "no decoder for segmentation"),
+    ],
+)
+def test_segmentation_refused(settings, to, words):
+    params, network = segmentation_run(**settings)
+    with pytest.raises(UserError, match=words):
+        to_torch(params, network, layout=to)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(pool_scales=[1, 2, 4, 8]), r"pool_scales = \[1, 2, 4, 8\] must be \[1, 2, 3, 6\]"),
+        (dict(out_indices=[1, 3, 4, 5]), "decode the embeddings of patches"),
+    ],
+)
+def test_a_decoder_that_computes_something_else_is_refused(change, words, tmp_path):
+    segmenter("BeitForSemanticSegmentation").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=words):
+        load(tmp_path)

@@ -261,7 +261,8 @@ def test_pictures_of_training_images():
 
 
 @pytest.mark.parametrize(
-    ("depth", "expected"), [(12, (3, 5, 7, 11)), (24, (7, 11, 15, 23)), (2, (0, 0, 0, 1))]
+    ("depth", "expected"),
+    [(12, (3, 5, 7, 11)), (24, (7, 11, 15, 23)), (4, (0, 1, 2, 3)), (2, (0, 0, 1, 1))],
 )
 def test_default_layers(depth, expected):
     """As BEiT's configs for ViT-B and ViT-L."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax.convert.fit import fit
-from mim_jax.convert.network import Network, extra, require_heads, whole
+from mim_jax.convert.network import Network, extra, kind_of, require_heads, whole
 from mim_jax.convert.states import to_torch
 from mim_jax.masking import mask_by_noise
 from mim_jax.models.patches import take
@@ -38,8 +38,8 @@ def differences(params: dict, network: Network, to: str) -> tuple[str, dict[str,
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     layout, fitted = fit(params, network, to)
     title, theirs = outputs(to_torch(fitted, network, layout=layout), network, layout, batch)
-    # A linear probe is run with its normalization, which the layout may have folded into the head.
-    ours = run(params if "batch_statistics" in params else fitted, network, batch)
+    # Run as it is what the layout holds changed: a normalization folded into the head, no key bias.
+    ours = run(params if "head" in fitted else fitted, network, batch)
     return title, {
         name: float(np.abs(ours[name] - x).max() / np.abs(x).max()) for name, x in theirs.items()
     }
@@ -66,7 +66,7 @@ def run(params: dict, network: Network, batch: dict[str, np.ndarray]) -> dict[st
                 latent=encoder.apply(inner, images, visible=visible),
                 predictions=take(predictions, jnp.argsort(order, axis=1)),
             )
-        elif network.kind == "segment":
+        elif kind_of(params) == "segment":
             variables = {"batch_statistics": params.pop("batch_statistics"), "params": params}
             logits, auxiliary = module.apply(variables, images)
             outputs = dict(logits=logits) | ({"auxiliary": auxiliary[0]} if auxiliary else {})

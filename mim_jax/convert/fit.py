@@ -1,5 +1,8 @@
 """Chooses a layout for a network, and changes the network where the layout requires it."""
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -66,6 +69,10 @@ def obstacle(params: dict, network: Network, to: str) -> str:
             "Hugging Face has BEiT with UPerNet only: use --encoder-only",
         ),
         (
+            segments and to == "hf" and not increase(network.metadata.get("layers", ())),
+            "Hugging Face's out_indices must increase, and so must objective.layers",
+        ),
+        (
             key_bias and relative != "none" and not (segments and to == "hf"),
             "no other library has relative positions and a key bias: use --to=mim_jax",
         ),
@@ -95,6 +102,11 @@ def obstacle(params: dict, network: Network, to: str) -> str:
         (vit and kind == "beit", "Hugging Face's BEiT has no key bias: use --to=timm"),
     ]
     return next((reason for applies, reason in rules if applies), "")
+
+
+def increase(numbers: Sequence[int]) -> bool:
+    """Returns whether each number is larger than the one before."""
+    return all(a < b for a, b in itertools.pairwise(numbers))
 
 
 def fits_beit(params: dict, network: Network) -> bool:

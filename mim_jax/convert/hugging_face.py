@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from mim_jax import UserError
 from mim_jax.convert.names import printable
 from mim_jax.convert.network import Network, require_heads
+from mim_jax.convert.tables import POOLS
 from mim_jax.objectives.segment import default_layers
 
 EPS = 1e-6  # of MAE, BEiT and mim_jax; transformers' default is 1e-12
@@ -92,7 +93,7 @@ def with_decoder(
     """
     auxiliary = state.get("auxiliary_head.classifier.weight")
     decoder: dict[str, Any] = dict(
-        use_auxiliary_head=auxiliary is not None, pool_scales=[1, 2, 3, 6]
+        use_auxiliary_head=auxiliary is not None, pool_scales=list(POOLS.values())
     )
     if auxiliary is not None:
         decoder |= dict(auxiliary_channels=auxiliary.shape[1])
@@ -185,7 +186,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         if backbone.get("model_type") != "beit":
             kind = printable(backbone.get("model_type"))
             raise UserError(f"{printable(folder)} has a backbone of type {kind}, not beit.")
-        entries = backbone | {"model_type": entries.get("model_type")}
+        own = {name: entries[name] for name in ("model_type", "pool_scales") if name in entries}
+        entries = backbone | own
     processor = folder / "preprocessor_config.json"
     images = read_json(processor) if processor.exists() else {}
     if missing := [name for name in NEEDED if name not in entries]:
@@ -215,11 +217,22 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def decoded_layers(folder: Path, entries: dict[str, Any]) -> list[int]:
-    """Returns the blocks that a segmentation model decodes, from 0; [] for other models."""
-    shift = {"upernet": 1, "beit": 2}.get(entries.get("model_type", ""), 0)
-    indices = entries.get("out_indices")
-    if not shift or not isinstance(indices, list) or len(indices) != 4:
+    """Returns the blocks that a segmentation model decodes, from 0; [] for other models.
+
+    Raises UserError for a decoder that our arrays would fit, but that computes something else.
+    """
+    names, indices = entries.get("architectures"), entries.get("out_indices")
+    scales = entries.get("pool_scales", list(POOLS.values()))
+    segments = isinstance(names, list) and "BeitForSemanticSegmentation" in names
+    shift = 1 if entries.get("model_type") == "upernet" else 2 if segments else 0
+    lists = (isinstance(x, list) and len(x) == len(POOLS) for x in (indices, scales))
+    if not shift or not all(lists):
         return []
+    if scales != list(POOLS.values()):
+        raise UserError(
+            f"{printable(folder)}/config.json: pool_scales = {printable(scales)} must be "
+            f"{list(POOLS.values())}."
+        )
     layers = [number("out_indices", index, least=0) - shift for index in indices]
     if min(layers) < 0:
         raise UserError(

@@ -127,6 +127,9 @@ def to_torch(params: dict, network: Network | None = None, *, layout: str) -> di
     if layout in ("beit", "beit_finetuned"):
         return state | index_buffers(network)
     if layout.startswith("hf_"):
+        means = [name for name in state if name.endswith("running_mean")]
+        count = np.zeros((), np.int64)  # which PyTorch stores and does not use
+        state |= {name.replace("running_mean", "num_batches_tracked"): count for name in means}
         bare = r"^(vit|beit)\." if "head" not in params and "decoder" not in params else "^$"
         return {re.sub(bare, "", name): value for name, value in split(state).items()}
     return state

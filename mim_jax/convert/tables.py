@@ -54,6 +54,7 @@ HF_BEIT_BLOCK = HF_BLOCK | {
 }
 
 POOLS = {0: 1, 1: 2, 2: 3, 3: 6}  # bins of UPerNet's poolings
+LAST_POOL = "decode_head.psp_modules.3.1.conv.weight"
 
 EMBEDDING = {
     "cls_token": "encoder/cls_token",
@@ -202,12 +203,12 @@ LAYOUTS = {  # layouts with more signs first
     ),
     "hf_beit_segment": Layout(
         "Hugging Face's BeitForSemanticSegmentation",
-        ("beit.embeddings.cls_token", "decode_head.classifier.weight"),
+        ("beit.embeddings.cls_token", "fpn1.0.weight", LAST_POOL),
         {**HF_BEIT, **segmentation("bn")},
     ),
     "hf_upernet": Layout(
         "Hugging Face's UperNetForSemanticSegmentation with BEiT's encoder",
-        ("backbone.embeddings.cls_token", "decode_head.classifier.weight"),
+        ("backbone.embeddings.cls_token", "backbone.fpn1.0.weight", LAST_POOL),
         {
             **hugging_face("backbone", HF_BEIT_BLOCK),
             **segmentation("batch_norm", "backbone."),

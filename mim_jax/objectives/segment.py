@@ -284,7 +284,7 @@ objective = objective_of(Segmentation)
 
 def default_layers(depth: int) -> tuple[int, ...]:
     """Returns four of `depth` blocks: those of BEiT's configs for 12 and for 24."""
-    ends = (depth // 3, depth // 2, 2 * depth // 3, depth)
+    ends = (depth // 3, depth // 2, -(-2 * depth // 3), depth)
     return tuple(max(0, end - 1) for end in ends)
 
 
