@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.batch_size = 16  # as the papers' recipes for ADE20K
-    config.steps = 400
+    config.steps = 200
     config.init_from = dict(encoder="runs/mae_camvid")
 
     config.model = dict(  # as configs/mae_camvid.py
@@ -49,11 +49,10 @@ def get_config() -> ConfigDict:
         lr=1e-3,
         weight_decay=0.05,
         undecayed=("cls_token", "positions"),
-        warmup_steps=40,
+        warmup_steps=20,
         schedule="mmseg",
     )
-    config.log = dict(every_steps=20)
-    config.evaluate = dict(every_steps=100)
-    config.pictures = dict(every_steps=200)
+    config.evaluate = dict(every_steps=50)
+    config.pictures = dict(every_steps=100)
     config.save = dict(every_steps=100)
     return config

@@ -144,6 +144,24 @@ def test_one_split_has_one_folder(tmp_path):
     }
 
 
+@pytest.mark.parametrize("masks", ["masks", "annotations"])
+@pytest.mark.parametrize("root", ["", "set/"])
+def test_masks_are_no_images(tmp_path, root, masks):
+    """Those of an image, in folders beside images/, whatever else lies there."""
+    images = [f"{root}images/{name}.jpg" for name in ("train/a", "train/b/c", "val/d")]
+    others = [f"{root}{masks}/{name}.png" for name in ("train/a", "train/b/c", "val/d")]
+    folder = Folder(tree(tmp_path, *images, *others))
+    assert splits_of(folder) == {"train": set(images[:2]), "validation": {images[2]}}
+    assert {name for name, _ in folder.unread} == set(others)
+    unsplit = [f"{root}images/{i}.jpg" for i in range(20)]
+    folder = Folder(
+        tree(tmp_path / "flat", *unsplit, *(f"{root}{masks}/{i}.png" for i in range(20)))
+    )
+    assert set().union(*splits_of(folder).values()) == set(unsplit)
+    classes = tree(tmp_path / "classes", "images/1.png", f"{masks}/2.png")
+    assert len(Folder(classes).rows("all")) == 2
+
+
 def test_words_of_splits():
     words = {"train": "train", "Val2017": "val", "test-images": "test", "DEV": "dev", "tst": "tst"}
     for name, word in words.items():

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
+from posixpath import splitext
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -18,6 +19,10 @@ from mim_jax import UserError
 from mim_jax.data.labels import from_table, label_in, number_labels
 from mim_jax.data.layout import layout
 from mim_jax.data.manifest import Manifest, in_threads, printable, scan
+
+MASK_FOLDERS = ("masks", "annotations")  # beside images/
+MASK = "it is a mask, which belongs to an image"
+NO_FOLDER = -1  # of a file that is no image
 
 
 class Folder:
@@ -45,9 +50,12 @@ class Folder:
                 most = Counter(reason for _, reason in self.unread).most_common(1)[0][0]
                 why = f"for most of its {len(self.unread):,} files, the reason is: {most}"
             raise UserError(f"{self.root} holds no image that can be read: {why}.")
+        masks = mask_rows(self.names)
+        self.unread += [(self.names[row], MASK) for row in sorted(masks)]
         folders: dict[str, int] = {}
         self.folder_of = [
-            folders.setdefault(name.rpartition("/")[0], len(folders)) for name in self.names
+            NO_FOLDER if row in masks else folders.setdefault(name.rpartition("/")[0], len(folders))
+            for row, name in enumerate(self.names)
         ]
         tars = {tar.removesuffix(".tar") for tar in self.manifest.tars}
         self.layout = layout(list(folders), tars)
@@ -59,8 +67,9 @@ class Folder:
     def all_splits(self) -> dict[str, np.ndarray]:
         """Returns the splits that folders are, and those that stand in for missing ones."""
         rows: dict[str, list[int]] = {}
-        for row, folder in enumerate(self.folder_of if self.layout.splits else ()):
-            rows.setdefault(self.layout.splits[folder], []).append(row)
+        images = [row for row, folder in enumerate(self.folder_of) if folder != NO_FOLDER]
+        for row in images if self.layout.splits else ():
+            rows.setdefault(self.layout.splits[self.folder_of[row]], []).append(row)
         for row in rows.pop("", []):
             self.unread.append((self.names[row], "it lies in none of the folders of splits"))
         splits = {split: np.array(rows[split]) for split in sorted(rows)}
@@ -69,7 +78,7 @@ class Folder:
         if "test" in splits:
             splits["validation"] = splits["test"]
         elif "train" in splits or not splits:
-            train = splits.get("train", np.arange(len(self.names)))
+            train = splits.get("train", np.array(images))
             held_out = max(1, len(train) // 20) if len(train) > 1 else 0
             splits["validation"], splits["train"] = train[:held_out], train[held_out:]
         return splits
@@ -125,7 +134,8 @@ class Folder:
         if "train" not in splits:
             return set(texts) - {""}
         pairs = zip(texts, self.folder_of, strict=True)
-        return {text for text, folder in pairs if splits[folder] == "train"} - {""}
+        trained = (text for text, i in pairs if i != NO_FOLDER and splits[i] == "train")
+        return set(trained) - {""}
 
     def labels_by_folder(self) -> list[str]:
         """Returns the label of each image, "" for none."""
@@ -142,7 +152,8 @@ class Folder:
                 "could be labels (splits and numbered shards are none): set data.labels to '', "
                 "'cls', 'json:KEY' or the path of a CSV file."
             )
-        return [self.layout.labels[folder] for folder in self.folder_of]
+        labels = self.layout.labels
+        return [labels[folder] if folder != NO_FOLDER else "" for folder in self.folder_of]
 
     def labels_by_files(self, how: str) -> list[str]:
         """Returns the labels in the files beside the images, "" for none."""
@@ -164,6 +175,20 @@ class Folder:
                 f"data.labels = {how!r}, but no image of {self.root} has a {suffix} file beside it."
             )
         return texts
+
+
+def mask_rows(names: Sequence[str]) -> set[int]:
+    """Returns the rows of masks: masks/a/b.png, or annotations/a/b.png, of images/a/b.jpg.
+
+    One folder may hold everything.
+    """
+    tops = {name.partition("/")[0] for name in names}
+    prefix = f"{tops.pop()}/" if len(tops) == 1 else ""
+    parts = [splitext(name.removeprefix(prefix))[0].partition("/") for name in names]
+    images = {below for top, _, below in parts if top == "images"}
+    return {
+        row for row, (top, _, below) in enumerate(parts) if top in MASK_FOLDERS and below in images
+    }
 
 
 def select(splits: dict[str, np.ndarray], split: str, root: str) -> np.ndarray:

@@ -36,10 +36,10 @@ from PIL import Image, ImageColor
 
 from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, header
+from mim_jax.data.folder import MASK_FOLDERS
 from mim_jax.data.layout import SPLITS
 from mim_jax.data.sources import Source, open_sources
 
-MASK_FOLDERS = ("masks", "annotations")
 SPLIT_NAMES = SPLITS  # folder -> split
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".npy")
 VALUES = 2**16  # that a mask may have
