@@ -3,6 +3,7 @@ r"""Draws what a checkpoint makes of images: a PNG file, or arrays in a notebook
     mim-jax pictures reconstruct runs/mae_emoji cat.png dog.png --mask-ratio=0.5
     mim-jax pictures attend mae_pretrain_vit_base.pth cat.png --query=14,10 --layer=-1
     mim-jax pictures tokenize runs/dvae_emoji cat.png
+    mim-jax pictures segment runs/ade20k_beit_base street.jpg
 
 CKPT is a run directory, converted weights, a file of weights or a folder of Hugging Face.
 
@@ -11,6 +12,7 @@ attend: the attention of the class token, and of the patches that --query names,
     average over the heads and of each head (figures of DINO and of BEiT). Positions are
     interpolated to --size.
 tokenize: the visual tokens of a dVAE, one color each, and the images decoded from them.
+segment: the predicted class of every pixel, with the classes that take most of an image.
 
 --config.KEY=VALUE changes a key of the checkpoint's config, as --config.objective.target=pixels.
 Exit codes: 0 done, 2 a mistake of the user.
@@ -21,14 +23,15 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from mim_jax import UserError, checkpoint, cli, objectives, optim, recipe, schema
+from mim_jax import UserError, checkpoint, cli, objectives, optim, recipe, schema, workdir
 from mim_jax.attend import attention_maps, heat, marked, rows_of
 from mim_jax.convert import files
 from mim_jax.convert.fit import encoder_only, resized
@@ -36,7 +39,9 @@ from mim_jax.convert.network import require_heads
 from mim_jax.data.arrays import BadImageError
 from mim_jax.data.decode import decode, header, type_of
 from mim_jax.data.fields import fields_of
-from mim_jax.data.transforms import EvaluationView
+from mim_jax.data.masks import palette as palette_of_classes
+from mim_jax.data.segmentation import fitted
+from mim_jax.data.transforms import EvaluationView, resize, width_and_height
 from mim_jax.embed import statistics_of
 from mim_jax.models.dvae import DVAE, palette
 from mim_jax.normalize import normalize, unit
@@ -51,7 +56,7 @@ MASK_RATIO = 0.4  # BEiT's, where the source has only weights
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = cli.parser_of("pictures", __doc__)
-    functions = {f.__name__: f for f in (reconstruct, attend, tokenize)}
+    functions = {f.__name__: f for f in (reconstruct, attend, tokenize, segment)}
     parser.add_argument("what", choices=functions, help="what is drawn")
     parser.add_argument("checkpoint", metavar="CKPT", help="a run or weights")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
@@ -255,6 +260,89 @@ def tokenizer_of(source: str | Path, size: int | tuple = 0) -> tuple[DVAE, dict,
     size = size or data["tokenizer_size"] or data["size"] or TOKENIZER_SIZE
     sides = np.broadcast_to(size, 2) // network.patch * network.patch
     return network, parts, dict(size=tuple(sides.tolist()), channels=network.channels)
+
+
+def segment(
+    source: str | Path,
+    images: Images,
+    *,
+    size: int = 0,
+    overrides: Sequence[str] = (),
+    trust_code: bool = False,
+) -> Columns:
+    """Draws the predicted class of every pixel, and the classes that take most of an image.
+
+    Args:
+        source: a run that classifies pixels.
+        images: files, Pillow images or arrays (H, W, c), of any size.
+        size: shorter side of the resized images in pixels; default: that of the run.
+        overrides: other keys of the config, as "objective.mirror=true".
+        trust_code: allow a run to import its objective from outside mim_jax.
+
+    Returns:
+        The images, their classes in colors, and a legend, padded to a common size.
+
+    Raises:
+        UserError: if the source does not classify pixels.
+    """
+    if not workdir.has_checkpoints(source):
+        raise UserError(f"{source} does not classify pixels.")
+    params, buffers, record = checkpoint.load(str(source))
+    schema.load_objective(record["config"], str(source), False, trust_code)
+    config = complete(record["config"], source, overrides)
+    function, names = objectives.find(config.objective.name), record.get("class_names", ())
+    if "segmentation_classes" not in inspect.signature(function).parameters:
+        raise UserError(f"{source} does not classify pixels.")
+    window = tuple(np.broadcast_to(config.data.size, 2).tolist())
+    colors = record.get("data", {}).get("class_colors") or palette_of_classes(len(names))
+    dataset = SimpleNamespace(
+        segmentation_classes=tuple(names), segmentation_colors=colors, image_size=window
+    )
+    networks = schema.networks(config.to_dict())
+    objective = recipe.build_objective(config, function, networks, dataset)
+    draw, rows = jax.jit(objective.pictures), []
+    short = size or config.data.short_side or min(window)
+    for image in images:
+        pixels = decoded(image, config.data.channels, dtype_of(image))
+        shape = fitted(width_and_height(pixels)[::-1], short, config.data.long_side or 4 * short)
+        pixels = resize(pixels, shape, config.data.evaluation_interpolation)[None]
+        labels = np.full((1, *shape), len(names), np.int32)  # of no class: they are unknown
+        batch = dict(image=pixels, segmentation=labels, index=np.zeros(1, np.int32))
+        drawn = draw(params, buffers, batch, jax.random.key(0))
+        drawn = {k: np.asarray(x)[0, : shape[0], : shape[1]] for k, x in drawn.items()}
+        plain = to_rgb(drawn["image"][None])[0] / 255
+        rows.append((plain, drawn["prediction"], legend(drawn["prediction"], names, colors)))
+    tiles = padded([tile for row in rows for tile in row])
+    return {
+        caption: tiles[column :: len(rows[0])]
+        for column, caption in enumerate(("image", "its classes", "largest classes"))
+    }
+
+
+def legend(
+    prediction: np.ndarray, names: Sequence[str], colors: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """Returns an image (H, W, 3) that names the colors of a prediction (H, W, 3)."""
+    found = (prediction * 255).round().astype(int)
+    shares = [(np.all(found == color, axis=-1)).mean() for color in colors]
+    order = [i for i in np.argsort(shares)[::-1] if shares[i] > 0]
+    height, width = max(144, prediction.shape[0]), max(240, prediction.shape[1])
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    for row, i in enumerate(order[: height // 24]):
+        draw.rectangle((4, 24 * row + 4, 24, 24 * row + 20), tuple(colors[i]), "gray")
+        draw.text((32, 24 * row + 4), f"{names[i]} {shares[i]:.0%}", "black", font)
+    return np.asarray(picture) / 255
+
+
+def padded(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns images (H, W, 3) of several sizes with a white border, as one array."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    borders = [((0, height - x.shape[0]), (0, width - x.shape[1]), (0, 0)) for x in images]
+    whitened = [
+        np.pad(x, border, constant_values=1) for x, border in zip(images, borders, strict=True)
+    ]
+    return np.stack(whitened)
 
 
 # --- Reading checkpoints and images. ---

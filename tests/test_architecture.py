@@ -58,7 +58,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     },
     "pictures": {
         *("attend", "checkpoint", "cli", "convert", "data", "embed", "models", "normalize"),
-        *("objectives", "optim", "recipe", "schema", "sheets"),
+        *("objectives", "optim", "recipe", "schema", "sheets", "workdir"),
     },
     "curves": set(),
     "runs": {"cli", "workdir"},

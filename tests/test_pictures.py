@@ -1,5 +1,7 @@
 """Pictures of checkpoints of every kind, on images that are not part of a data set."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +12,7 @@ from mim_jax.models.patches import patchify
 from mim_jax.objectives import whole_images
 from tests.images import pixels
 
-NAMES = ("mae_base", "beit_base", "dvae", "mae_base_finetune")
+NAMES = ("mae_base", "beit_base", "dvae", "mae_base_finetune", "ade20k_beit_base")
 SHORT = ["--config.steps=3", "--config.evaluate.limit=0", "--config.pictures.count=0"]
 
 
@@ -178,3 +180,18 @@ def test_arrays_of_a_notebook(runs):
     np.testing.assert_allclose(columns["original"][0], array / 255, atol=1e-5)
     columns = pictures.reconstruct(runs / "mae_base", [gray])
     np.testing.assert_allclose(columns["original"][0, ..., 2], np.asarray(gray) / 255, atol=1e-5)
+
+
+def test_classes_of_pixels(runs, images):
+    columns = pictures.segment(runs / "ade20k_beit_base", [images[0], images[2]])
+    assert list(columns) == ["image", "its classes", "largest classes"]
+    assert len({x.shape for x in columns.values()}) == 1
+    wide = columns["image"][1]
+    assert wide.shape[1] >= 3 * 64  # the short side has the size of training
+    record = json.loads((runs / "ade20k_beit_base" / "config.json").read_text())
+    colors = np.array([*record["data"]["class_colors"], (255, 255, 255)])
+    predicted = (columns["its classes"][1] * 255).round().reshape(-1, 1, 3)
+    assert (predicted == colors).all(-1).any(-1).all()
+    assert columns["largest classes"][1].std() > 0
+    with pytest.raises(UserError, match="does not classify pixels"):
+        pictures.segment(runs / "mae_base", images)
