@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Several processes on this machine, as on several hosts: a rehearsal of a pod on a CPU.
+# Starts several processes on this machine, as on several hosts: rehearses a pod on a CPU.
 #
 #     launch/local.sh 2 --config=configs/mae_base.py --smoke --workdir=runs/smoke
 #
-# The first process speaks; the others write to $WORK/process_N.log. One that fails ends them all,
-# and the last words of the others are shown; SIGTERM or Ctrl-C lets all save and stop.
+# The first process prints; the others write to $WORK/process_N.log. If one fails, all are ended and
+# the ends of the logs are shown. SIGTERM or Ctrl-C makes all of them save and stop.
 set -euo pipefail
-count=${1:?how many processes}; shift
+count=${1:?the number of processes}; shift
 port=$((20000 + RANDOM % 20000))
 work=${WORK:-$(mktemp -d)}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
@@ -20,7 +20,7 @@ done
 for ((i = 0; i < count; i++)); do
     wait -n && continue
     status=$?
-    echo "a process failed; the others' logs, in $work, end so:" >&2
+    echo "a process failed; the logs of the others in $work end with:" >&2
     tail -n 5 "$work"/process_[1-9]*.log >&2 2>/dev/null || true
     exit "$status"
 done

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One process for each GPU under Slurm; addresses and ranks are found by JAX.
+# Starts one process per GPU under Slurm; JAX finds addresses and ranks.
 #
 #     sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh \
 #         --config=configs/mae_base.py --workdir=/shared/runs/mae_base --config.data.data_dir=/shared/tfds
 #
-# Submit the same line again after a time limit or a failure: the run goes on where it was saved.
+# Submit the same line again after a time limit or a failure: the run continues.
 #SBATCH --job-name=mim_jax
 #SBATCH --gpus-per-task=1
 #SBATCH --cpus-per-task=8

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The same command on every host of a Cloud TPU slice (v2 to v6e, made with `gcloud compute tpus`).
+# Runs a command on every host of a Cloud TPU slice (v2 to v6e, made with `gcloud compute tpus`).
 #
 #     TPU=my-pod ZONE=us-central2-b launch/tpu_vm.sh \
 #         --config=configs/mae_base.py --workdir=/mnt/shared/mae_base --config.data.data_dir=gs://bucket/tfds
 #
-# The folder that this is called from is copied to every host; the run's folder must be one that
-# all hosts see. After a pre-emption the same line goes on where the run was saved.
+# The current directory is copied to every host. The run directory must be visible to all hosts.
+# After a preemption, the same line continues the run.
 set -euo pipefail
-: "${TPU:?the name of the TPU}" "${ZONE:?its zone}"
+: "${TPU:?the name of the TPU}" "${ZONE:?the zone of the TPU}"
 gcloud=${GCLOUD:-gcloud}
 $gcloud compute tpus tpu-vm scp --recurse . "$TPU:mim_jax_checkout" --zone="$ZONE" --worker=all
 $gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="

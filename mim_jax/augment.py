@@ -1,4 +1,4 @@
-"""What fine-tuning does to batches on the device: erase a part of an image, mix two. As timm.
+"""Augmentation of batches on the device: random erasing, mixup and CutMix, as in timm.
 
 Shapes: b images of H x W pixels and c channels, k classes.
 """
@@ -12,22 +12,22 @@ from mim_jax import UserError
 
 
 def erase(images: jax.Array, rngs: jax.Array, probability: float) -> jax.Array:
-    """Fills a box of some of the images with noise N(0, 1) (random erasing; Zhong et al., 2017).
+    """Random erasing (Zhong et al., 2017): fills a box in some of the images with noise N(0, 1).
 
-    images (b, H, W, c), normalised; rngs (b,) keys, one an image. The box has 2 % to a third of the
-    area and an aspect of 0.3 to 1 / 0.3; what does not fit is drawn again, up to ten times.
+    images (b, H, W, c), normalized; rngs (b,), one key per image. The box covers 2 % to a third of
+    the area and has an aspect of 0.3 to 1 / 0.3. Of ten boxes the first that fits is used.
     """
 
     def one(image, rng):
         rng_box, rng_noise = jax.random.split(rng)
-        hide = random_box(rng_box, image.shape[:2], probability)
-        return jnp.where(hide[..., None], jax.random.normal(rng_noise, image.shape), image)
+        erased = random_box(rng_box, image.shape[:2], probability)
+        return jnp.where(erased[..., None], jax.random.normal(rng_noise, image.shape), image)
 
     return jax.vmap(one)(images, rngs).astype(images.dtype)
 
 
 def random_box(rng: jax.Array, size: tuple[int, int], probability: float) -> jax.Array:
-    """-> (H, W), true in a box that random erasing fills; nowhere but with this probability."""
+    """Returns a mask (H, W) that is true in a random box; it is empty unless `probability` hits."""
     height, width = size
     rngs, longest = jax.random.split(rng, 5), math.log(1 / 0.3)
     area = height * width * jax.random.uniform(rngs[0], (10,), minval=0.02, maxval=1 / 3)
@@ -42,13 +42,13 @@ def random_box(rng: jax.Array, size: tuple[int, int], probability: float) -> jax
 
 
 def inside(size: tuple[int, int], top, bottom, left, right) -> jax.Array:
-    """-> (H, W), true in a box."""
+    """Returns a mask (H, W) that is true in a box."""
     y, x = jnp.arange(size[0])[:, None], jnp.arange(size[1])
     return (top <= y) & (y < bottom) & (left <= x) & (x < right)
 
 
 def smooth(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-    """labels (b,) -> targets (b, k): one-hot, with a share `smoothing` spread over all classes."""
+    """Smooths labels (b,) -> targets (b, k): one-hot, `smoothing` of it spread over all classes."""
     return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
@@ -62,16 +62,16 @@ def mix(
     mixup: float,
     cutmix: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) -> images, targets (b, k).
+    """Applies mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) -> images, targets (b, k).
 
-    Of each `group` of consecutive rows, the first is mixed with the last, and so on, all by one
-    share from Beta(mixup, mixup) or Beta(cutmix, cutmix). Where neither is 0, either is as likely.
-    `index` (b,) is the rows' place in the global batch.
+    In each `group` of consecutive rows, the first is mixed with the last, the second with the last
+    but one, and so on, all with one share from Beta(mixup, mixup) or Beta(cutmix, cutmix). If
+    neither is 0, both are equally likely. `index` (b,) are the rows' places in the global batch.
     """
     if len(images) % group:
         raise UserError(
             f"objective.mixup_group = {group} does not divide the {len(images)} images that are "
-            "computed at once: make it a divisor of batch_size / devices / accumulate."
+            "processed at once: make it a divisor of batch_size / devices / accumulate."
         )
 
     def one(images, targets, rng):
@@ -84,7 +84,7 @@ def mix(
 
 
 def draw_share(rng: jax.Array, size: tuple[int, int], mixup: float, cutmix: float):
-    """-> how much of each pixel (H, W) stays the image's own, and on average ()."""
+    """Draws the share of each pixel (H, W) that an image keeps, and its average ()."""
     rng_kind, rng_share, rng_y, rng_x = jax.random.split(rng, 4)
     y, x = (jax.random.randint(r, (), 0, n) for r, n in zip((rng_y, rng_x), size, strict=True))
     a, b = (jax.random.beta(rng_share, alpha or 1.0, alpha or 1.0) for alpha in (mixup, cutmix))
@@ -94,9 +94,9 @@ def draw_share(rng: jax.Array, size: tuple[int, int], mixup: float, cutmix: floa
 
 
 def cut(size: tuple[int, int], share, y, x) -> jax.Array:
-    """-> (H, W): 0 in a box around (y, x) with 1 - share of the area, 1 outside.
+    """Returns (H, W): 0 in a box around (y, x) that covers 1 - share of the area, 1 outside it.
 
-    What of the box lies outside the image is lost, so that more than `share` may be 1.
+    The box is clipped to the image, so more than `share` can be 1.
     """
     tall, wide = ((side * jnp.sqrt(1 - share)).astype(int) for side in size)
     top, left = y - tall // 2, x - wide // 2

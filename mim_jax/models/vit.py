@@ -69,22 +69,22 @@ class ViT(nn.Module):
         drop_keys: jax.Array | None = None,
         layers: tuple[int, ...] = (),
     ) -> Any:  # an array, or a tuple with `layers`
-        """images (b, H, W, c), normalised -> tokens (b, 1 + n, d), the class token first.
+        """images (b, H, W, c), normalized -> tokens (b, 1 + n, d), the class token first.
 
         With visible (b, k), only these patches are encoded, in this order: (b, 1 + k, d) (MAE).
-        Where masked (b, n) is true, a token that is learned stands for the patch (BEiT). With
+        Where masked (b, n) is true, a learned token replaces the patch (BEiT). With
         drop_keys (b,), branches are dropped at random (`drop_path`). With `layers`, the tokens
-        after these blocks are returned, not normalised.
+        after these blocks are returned, before any norm.
         """
         if visible is not None and self.relative_bias != "none":
             raise UserError("model.relative_bias is for encoders that see all patches, not MAE's.")
         grid, patches = self.grid(images), patchify(images, self.patch)
         if self.stem != "none":
             if visible is not None or masked is not None:
-                raise UserError("model.stem sees across patches, also hidden ones: say stem=none.")
+                raise UserError("model.stem sees across patches, also hidden ones: set it to none.")
             features = Stem(self.dtype, name="stem")(images)
             patches = features.reshape(*patches.shape[:2], -1)
-        if visible is not None:  # before embedding: what is hidden costs nothing
+        if visible is not None:  # before the embedding, so that hidden patches cost nothing
             patches = take(patches, visible)
         bound = patches.shape[-1] ** -0.5  # torch's default, at which MAE leaves this bias
         uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
