@@ -1,4 +1,4 @@
-"""Batch normalization over fixed groups of images, and the convolution that it follows.
+"""Batch normalization over fixed groups of images, and a convolution with it.
 
 Shapes: b images of a device, g groups, H rows, W columns, c channels.
 """
@@ -18,11 +18,10 @@ HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # mmcv's kaimin
 class BatchNorm(nn.Module):
     """Batch normalization (Ioffe & Szegedy, 2015) with statistics of `group` consecutive images.
 
-    A group stands for the images of one device, or of all devices (SyncBN), of the original codes.
-    The result is the same on any mesh. A group lies on one device, or it is the whole batch, whose
-    statistics are then averaged over devices; `group` must divide the images of a device, or be
-    those of all devices. The running statistics, which evaluation uses, are those of PyTorch:
-    momentum 0.1, and the unbiased variance.
+    Groups replace the devices of the original codes, so that the result is the same on any mesh.
+    `group` must divide the images of a device, or be the whole batch, whose statistics are then
+    averaged over devices (SyncBN). The running statistics for evaluation are as in PyTorch:
+    momentum 0.1 and the unbiased variance.
     """
 
     group: int
@@ -50,9 +49,9 @@ class BatchNorm(nn.Module):
         return x.reshape(shape).astype(dtype)
 
     def normalize(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, int]:
-        """x (b, ..., c) -> normalized x, means (g, c), variances (g, c), values of each.
+        """Normalizes x (b, ..., c) -> x, means (g, c), variances (g, c), values per group.
 
-        Raises UserError where the groups cannot be made of the images of a device.
+        Raises UserError if the images of a device cannot be divided into groups.
         """
         axes = device_axes()
         devices = math.prod(axes.values())
@@ -80,7 +79,7 @@ class BatchNorm(nn.Module):
 
 
 def device_axes() -> dict[str, int]:
-    """{name: devices} of the mesh axes that the caller's rows are split over, inside shard_map."""
+    """Returns {name: devices} of the mesh axes over which shard_map splits the caller's rows."""
     mesh = jax.sharding.get_abstract_mesh()
     return {name: mesh.shape[name] for name in mesh.manual_axes if mesh.shape[name] > 1}
 

@@ -1,4 +1,4 @@
-"""MAE's decoder: from the latent of visible patches to predictions of hidden ones.
+"""MAE's decoder, which predicts hidden patches from the latent of the visible ones.
 
 Shapes: b images, n patches, k visible, d width, (p, q) patch, c channels.
 """
@@ -12,7 +12,7 @@ from mim_jax.models.transformer import transform
 
 
 class Decoder(nn.Module):
-    """The light transformer that predicts patches from the latent of the visible ones."""
+    """A small transformer over the latent of visible patches and mask tokens."""
 
     width: int
     depth: int
@@ -24,9 +24,9 @@ class Decoder(nn.Module):
     def __call__(self, latent, order, *, grid: tuple[int, int], values: int, last: int):
         """latent (b, 1 + k, d), order (b, n) -> predictions of the last patches (b, last, values).
 
-        `order` are the positions of the tokens, visible patches first. Attention does not depend
-        on the order, so that tokens need not be shuffled back: the positions are shuffled instead.
-        The predictions are in float32 or better.
+        `order` are the positions of the tokens, visible patches first. Because attention does not
+        depend on the order, positions are shuffled instead of unshuffling the tokens. Predictions
+        are in float32 or better.
         """
         b, n = order.shape
         x = Dense(self.width, dtype=self.dtype, wide=True, name="embed")(latent)

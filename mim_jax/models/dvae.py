@@ -1,7 +1,7 @@
-"""The discrete VAE: images as grids of tokens out of a vocabulary, and back.
+"""The discrete VAE, which maps images to grids of tokens from a vocabulary, and back.
 
-Two kinds: `dalle` is OpenAI's, whose tokens BEiT predicts (Ramesh et al., 2021, appendix A.1),
-`small` the strided convolutions of BEiT's own code, after lucidrains' DALLE-pytorch.
+There are two kinds: `dalle` is OpenAI's network, whose tokens BEiT predicts (Ramesh et al., 2021,
+appendix A.1); `small` is that of BEiT's code, with strided convolutions (DALLE-pytorch).
 
 Shapes: b images, n tokens on a grid (h, w), v vocabulary, d width, (p, q) patch, c channels.
 """
@@ -28,12 +28,12 @@ Exact = functools.partial(Conv, kernel_size=(1, 1), precision="highest")
 
 
 def space_to_depth(images: jax.Array, side: int) -> jax.Array:
-    """images (b, H, W, c) -> (b, H/side, W/side, side*side*c)."""
+    """Moves squares of pixels into channels: (b, H, W, c) -> (b, H/side, W/side, side*side*c)."""
     return einops.rearrange(images, "b (h p) (w q) c -> b h w (p q c)", p=side, q=side)
 
 
 def depth_to_space(x: jax.Array, side: int) -> jax.Array:
-    """x (b, h, w, side*side*c) -> (b, h*side, w*side, c): undoes `space_to_depth`."""
+    """Inverts `space_to_depth`: x (b, h, w, side*side*c) -> (b, h*side, w*side, c)."""
     return einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=side, q=side)
 
 
@@ -42,7 +42,7 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """x + gain * (four convolutions, each after a ReLU, a quarter as wide inside)."""
+    """A residual block of four convolutions after ReLUs, with a quarter of the width inside."""
 
     width: int
     sides: tuple[int, int, int, int]  # of the kernels
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class DalleEncoder(nn.Module):
-    """Groups of blocks; between two groups the maximum of 2 x 2 pixels, then twice the width."""
+    """Groups of blocks with 2 x 2 max pooling between them; each group doubles the width."""
 
     vocabulary: int
     width: int
@@ -87,7 +87,7 @@ class DalleEncoder(nn.Module):
 
 
 class DalleDecoder(nn.Module):
-    """The same in reverse; between two groups each pixel becomes 2 x 2."""
+    """The encoder in reverse, with 2 x 2 nearest upsampling between groups."""
 
     values: int  # a pixel
     width: int
@@ -117,7 +117,7 @@ class DalleDecoder(nn.Module):
 def small_conv(
     width: int, side: int, fan_in: int, *, module=nn.Conv, stride: int = 1, **settings
 ) -> nn.Module:
-    """A convolution with torch's default initialisation, `stride` times smaller or larger."""
+    """Returns a convolution with torch's default initialization and the given stride."""
     bound = fan_in**-0.5
     init = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
     shape = dict(kernel_size=(side, side), strides=(stride, stride))
@@ -125,7 +125,7 @@ def small_conv(
 
 
 class SmallBlock(nn.Module):
-    """x + three convolutions, a ReLU between two of them."""
+    """A residual block of three convolutions with ReLUs between them."""
 
     dtype: str
 
@@ -140,7 +140,7 @@ class SmallBlock(nn.Module):
 
 
 class SmallEncoder(nn.Module):
-    """Convolutions of stride two, each with its blocks."""
+    """Convolutions of stride two, each followed by residual blocks."""
 
     vocabulary: int
     width: int
@@ -170,7 +170,7 @@ class SmallEncoder(nn.Module):
 
 
 class SmallDecoder(nn.Module):
-    """The codebook, and the same in reverse with transposed convolutions."""
+    """The codebook, then the encoder in reverse with transposed convolutions."""
 
     values: int  # a pixel
     width: int
@@ -214,7 +214,7 @@ Likelihood = Literal["logit_laplace", "mse", "smooth_l1"]
 class DVAE(NamedTuple):
     """Encoder and decoder as pure functions of their parameters.
 
-    The parameters of the encoder are called `tokenizer` where both are kept together.
+    In a tree with the parameters of both, those of the encoder are called `tokenizer`.
     """
 
     encoder: Any  # a module
@@ -235,7 +235,7 @@ class DVAE(NamedTuple):
         )
 
     def init(self, rng: jax.Array, images: jax.Array) -> dict:
-        """-> {"tokenizer": the encoder's parameters, "decoder": the decoder's}."""
+        """Returns parameters {"tokenizer": of the encoder, "decoder": of the decoder}."""
         rng_tokenizer, rng_decoder = jax.random.split(rng)
         self.check(images)
         logits, variables = self.encoder.init_with_output(rng_tokenizer, self.map_pixels(images))
@@ -243,14 +243,14 @@ class DVAE(NamedTuple):
         return {"tokenizer": variables["params"], "decoder": decoder["params"]}
 
     def map_pixels(self, images: jax.Array) -> jax.Array:
-        """Images in [0, 1] -> as they are encoded and compared.
+        """Maps images in [0, 1] to the range in which they are encoded and compared.
 
-        [0.1, 0.9] for logit_laplace, whose logit is to stay finite (appendix A.3), else [-1, 1].
+        It is [0.1, 0.9] for logit_laplace, for a finite logit (appendix A.3), else [-1, 1].
         """
         return 0.1 + 0.8 * images if self.likelihood == "logit_laplace" else 2 * images - 1
 
     def check(self, images: jax.Array) -> None:
-        """Raises UserError where images (b, H, W, c) cannot be cut into tokens."""
+        """Raises UserError if images (b, H, W, c) cannot be cut into tokens."""
         (p, q), (height, width, channels) = self.patch, images.shape[1:]
         if height % p or width % q or channels != self.channels:
             raise UserError(
@@ -260,24 +260,24 @@ class DVAE(NamedTuple):
             )
 
     def logits(self, tokenizer: dict, images: jax.Array) -> jax.Array:
-        """images (b, H, W, c) in [0, 1] -> logits (b, h, w, v) in float32 or better."""
+        """Encodes images (b, H, W, c) in [0, 1] -> logits (b, h, w, v) in float32 or better."""
         self.check(images)
         return self.encoder.apply({"params": tokenizer}, self.map_pixels(images))
 
     def tokens(self, tokenizer: dict, images: jax.Array) -> jax.Array:
-        """images (b, H, W, c) in [0, 1] -> the likeliest tokens (b, n) int32, row by row."""
+        """Encodes images (b, H, W, c) in [0, 1] -> most likely tokens (b, n) int32, row by row."""
         tokens = jnp.argmax(self.logits(tokenizer, images), axis=-1).astype(jnp.int32)
         return tokens.reshape(len(tokens), -1)
 
     def paint(self, decoder: dict, codes: jax.Array) -> jax.Array:
-        """codes (b, h, w, v), of each token a distribution -> the likelihood's parameters.
+        """Decodes codes (b, h, w, v), a distribution per token -> parameters of the likelihood.
 
-        (b, H, W, 2c) for logit_laplace, locations and logarithms of scales, else (b, H, W, c).
+        For logit_laplace (b, H, W, 2c), locations and logarithms of scales, else (b, H, W, c).
         """
         return at_least_float32(self.decoder.apply({"params": decoder}, codes))
 
     def to_images(self, painted: jax.Array) -> jax.Array:
-        """What `paint` returns -> images (b, H, W, c) in [0, 1]."""
+        """Converts the result of `paint` to images (b, H, W, c) in [0, 1]."""
         if self.likelihood == "logit_laplace":
             images = (jax.nn.sigmoid(painted[..., : self.channels]) - 0.1) / 0.8
         else:
@@ -287,7 +287,7 @@ class DVAE(NamedTuple):
     def decode(
         self, decoder: dict, tokens: jax.Array, grid: tuple[int, int] | None = None
     ) -> jax.Array:
-        """tokens (b, n) on a grid (h, w), a square if none is given -> images (b, H, W, c)."""
+        """Decodes tokens (b, n) on a grid (h, w), by default a square -> images (b, H, W, c)."""
         h, w = grid or (math.isqrt(tokens.shape[1]),) * 2
         codes = jax.nn.one_hot(tokens.reshape(-1, h, w), self.encoder.vocabulary)
         return self.to_images(self.paint(decoder, codes))
@@ -308,20 +308,20 @@ def dvae(
     ] = "dalle",
     vocabulary: Annotated[int, POSITIVE, Smoke(64), "number of codes"] = 8192,
     width: Annotated[int, POSITIVE, Smoke(8), "channels of the first group"] = 256,
-    layers: Annotated[int, NOT_NEGATIVE, "how often the resolution is halved"] = 3,
+    layers: Annotated[int, NOT_NEGATIVE, "number of times that the resolution is halved"] = 3,
     blocks: Annotated[int, NOT_NEGATIVE, Smoke(1), "blocks per layer; 0: by kind"] = 0,
     stem: Annotated[
-        int, POSITIVE, "side of the squares of pixels that the first convolution takes as one"
+        int, POSITIVE, "side of the squares of pixels that are moved into channels first"
     ] = 1,
     codebook: Annotated[int, NOT_NEGATIVE, Smoke(8), "width of a code; 0: by kind"] = 0,
     channels: Annotated[int, POSITIVE, "channels of the images"] = 3,
     likelihood: Annotated[Likelihood, "likelihood of a pixel"] = "logit_laplace",
     dtype: Annotated[Dtype, "of convolutions; auto: bfloat16, but float32 on a CPU"] = "float32",
 ) -> DVAE:
-    """Builds a dVAE with a token for every square of stem * 2**layers pixels a side.
+    """Builds a dVAE with one token per square of stem * 2**layers pixels a side.
 
-    `dalle`, with its defaults, is OpenAI's; `small`, with likelihood="mse", is that of BEiT's code.
-    A `stem` makes convolutions cheaper on a CPU.
+    `dalle` with its defaults is OpenAI's; `small` with likelihood="mse" is that of BEiT's code. A
+    `stem` makes convolutions cheaper on a CPU.
     """
     if kind == "dalle" and width % 4:
         raise UserError(f"tokenizer.width = {width} must be a multiple of 4 for kind 'dalle'.")

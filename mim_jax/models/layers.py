@@ -1,7 +1,7 @@
-"""Dense, LayerNorm and GELU, with gradients that are right and cheap in bfloat16.
+"""Dense, LayerNorm and GELU, with gradients that are accurate and cheap in bfloat16.
 
-Matrix products take their operands in the compute dtype. Whatever is summed over rows (means,
-variances, the gradients of kernels, biases and gains) is summed in float32 or better.
+Matrix products take their operands in the compute dtype. Sums over rows (means, variances,
+the gradients of kernels, biases and gains) are in float32 or better.
 
 Shapes: any leading axes, d inputs, e outputs.
 """
@@ -78,8 +78,8 @@ add_bias.defvjp(
 class Dense(nn.Module):
     """A linear layer that computes in `dtype`, and returns float32 or better if it is `wide`.
 
-    Heads are wide, so that a loss reads float32; so are the layers that a residual stream begins
-    with. A bias that several parameters make up can be passed to a layer without one of its own.
+    Heads are wide, because losses need float32, and so are the layers at the start of a residual
+    stream. A bias that is assembled from several parameters is passed to a layer without its own.
     """
 
     features: int
@@ -103,8 +103,8 @@ class Dense(nn.Module):
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: str) -> jax.Array:
     """Normalizes x (..., d) over its last axis, in float32 or better; returns `dtype`.
 
-    The backward pass keeps x and the statistics of each row, but no normalized rows: x is in
-    memory anyway, because the residual stream goes on from it.
+    The backward pass keeps x and the statistics of each row, but not the normalized rows: x is in
+    memory anyway, as part of the residual stream.
     """
     return layer_norm_forward(x, scale, bias, dtype)[0]
 
@@ -149,9 +149,9 @@ class LayerNorm(nn.Module):
 def gelu(x: jax.Array) -> jax.Array:
     """Returns x times the normal distribution function of x (the exact GELU).
 
-    The backward pass keeps the slope in place of x, so that it is a product and nothing more. A
-    slope lies in (-0.13, 1.13): with bfloat16, it takes 16 bits, as a fixed-point number. That is
-    100 times as exact as bfloat16 would be, which would round it once more than autocast does.
+    The backward pass keeps the slope instead of x, so that it is a single product. Slopes lie in
+    (-0.13, 1.13): in bfloat16 they are stored as fixed-point numbers of 16 bits, which is 100
+    times as exact as bfloat16 and avoids one more rounding than in PyTorch's autocast.
     """
     return gelu_forward(x)[0]
 

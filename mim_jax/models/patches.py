@@ -1,4 +1,4 @@
-"""Images as sequences of patches: cut, taken, placed, put together again.
+"""Images as sequences of patches: cutting, selecting, positions, and assembling.
 
 Shapes: b images, n patches, m of them, d width, (p, q) patch, c channels.
 """
@@ -12,7 +12,7 @@ from mim_jax import UserError
 
 
 def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """images (b, H, W, c) -> patches (b, n, p*q*c): row by row, the channels fastest."""
+    """Cuts images (b, H, W, c) into patches (b, n, p*q*c), row by row, channels fastest."""
     (p, q), (height, width) = patch, images.shape[1:3]
     if height % p or width % q:
         raise UserError(
@@ -23,25 +23,25 @@ def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
 
 
 def unpatchify(patches: jax.Array, patch: tuple[int, int], height: int) -> jax.Array:
-    """patches (b, n, p*q*c) -> images (b, height, W, c): undoes `patchify`."""
+    """Inverts `patchify`: patches (b, n, p*q*c) -> images (b, height, W, c)."""
     p, q = patch
     return einops.rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", p=p, q=q, h=height // p)
 
 
 def take(tokens: jax.Array, indices: jax.Array) -> jax.Array:
-    """tokens (b or 1, n, d), indices (b, m) -> the tokens at these places (b, m, d)."""
+    """Selects tokens (b or 1, n, d) by indices (b, m) -> (b, m, d)."""
     return jnp.take_along_axis(tokens, indices[..., None], axis=1)
 
 
 def not_blank(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """images (b, H, W, c) in [0, 1] -> true for patches of more than one color (b, n)."""
+    """Returns true for patches of more than one color (b, n); images (b, H, W, c) in [0, 1]."""
     patches, channels = patchify(images, patch), images.shape[-1]
     pixels = einops.rearrange(patches, "b n (p c) -> b n p c", c=channels)
     return (jnp.ptp(pixels, axis=2) > 0.02).any(-1)
 
 
 def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
-    """Fixed 2-D sine-cosine positions (1, n, d) in float64, as MAE's checkpoints have them.
+    """Returns fixed 2-D sine-cosine positions (1, n, d) in float64, in the layout of MAE's code.
 
     The first half of the width encodes the column, the second the row; sines before cosines.
     """
@@ -53,10 +53,10 @@ def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 def relative_index(grid: tuple[int, int]) -> np.ndarray:
-    """Which row of a table of relative position bias is whose (1 + n, 1 + n): [query, key].
+    """Returns the row of the table of relative position bias (1 + n, 1 + n) by [query, key].
 
-    Rows go by how far the query lies below and right of the key; the last three are for the class
-    token as query, as key, and as both (BEiT's code).
+    Rows are ordered by the offset from key to query; the last three are for the class token as
+    query, as key, and as both (BEiT's code).
     """
     height, width = grid
     y, x = (axis.reshape(-1) for axis in np.mgrid[:height, :width])

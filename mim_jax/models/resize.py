@@ -1,4 +1,4 @@
-"""The parameters of an encoder for images of another size, or positions of another kind.
+"""Fits the parameters of an encoder to images of another size or to other positions.
 
 Shapes: n patches, d width, h heads, r rows of a table.
 """
@@ -26,12 +26,14 @@ def fit(
     after: Grid | None,
     fixed: bool = False,
 ) -> dict[str, np.ndarray]:
-    """What an encoder of the shapes `wanted` can take from what was `saved`: {name: array}.
+    """Returns the arrays of `saved` for an encoder of the shapes `wanted`: {name: array}.
 
-    Absolute positions and relative position bias are resized from the grid `before` to that
-    `after`. A bias that was shared is copied to blocks that have their own. Where positions were
-    `fixed`, learned ones begin there. Anything else has the shape that it had. Raises UserError
-    where something must be resized and a grid is None: unknown.
+    Absolute positions and relative position bias are resized from the grid `before` to the grid
+    `after`. A shared bias is copied to blocks that have their own. If positions were `fixed`,
+    learned ones start from them. All other arrays keep their shapes.
+
+    Raises:
+        UserError: if an array must be resized and one of the grids is unknown (None).
     """
     saved, fitted = dict(saved), {}
     if fixed and before:
@@ -53,7 +55,7 @@ def fit(
 
 
 def resize_positions(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray:
-    """Positions (1, 1 + n, d) of another grid, by PyTorch's bicubic; the class token's stays."""
+    """Resizes positions (1, 1 + n, d) with PyTorch's bicubic; the class token's is kept."""
     image = jax.image.resize(
         table[0, 1:].reshape(*before, -1),
         (*after, table.shape[-1]),
@@ -65,11 +67,10 @@ def resize_positions(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray
 
 
 def resize_relative(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray:
-    """Relative position bias (r, h) of another grid, as BEiT's code does it, side by side.
+    """Resizes a table of relative position bias (r, h) as BEiT's code does.
 
-    The distances that there were are spread as a geometric series, dense where they are small, to
-    those that there are to be; between them goes a bicubic spline. The last three rows, of the
-    class token, stay.
+    The old distances are spread over the new range as a geometric series, dense for small ones,
+    and interpolated with a bicubic spline. The last three rows, of the class token, are kept.
     """
     axes = [spread(*sides) for sides in zip(before, after, strict=True)]
     places, targets = zip(*axes, strict=True)
@@ -86,9 +87,9 @@ def resize_relative(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray:
 
 
 def spread(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> where the distances -(before - 1)..before - 1 go, and those asked for there.
+    """Returns the places of the old distances, -(before - 1) to before - 1, and the new ones.
 
-    That of a single patch goes to two places.
+    A single old distance is put in two places.
     """
     near, far = before - 1, after - 1
     if near == 0:

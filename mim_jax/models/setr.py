@@ -1,4 +1,4 @@
-"""SETR's decoders (Zheng et al., 2021) and a linear one: pixels' classes from one feature map.
+"""Decoders of one feature map for segmentation: SETR (Zheng et al., 2021), and a linear one.
 
 Shapes: b images, h rows of patches, w columns, d width, k classes.
 """
@@ -13,10 +13,10 @@ from mim_jax.models.upernet import Classes, resize
 
 
 class SETR(nn.Module):
-    """A norm, then convolutions with bilinear up-sampling after each, and a classifier of pixels.
+    """A norm, convolutions that are each followed by bilinear upsampling, and a pixel classifier.
 
-    With 4 convolutions that enlarge twice it is SETR-PUP (progressive up-sampling), with one 1 x 1
-    convolution that enlarges four times SETR-Naive: mmsegmentation's SETRUPHead.
+    Four convolutions with a factor of 2 make SETR-PUP (progressive upsampling), one 1 x 1
+    convolution with a factor of 4 makes SETR-Naive (mmsegmentation's SETRUPHead).
     """
 
     num_classes: int
@@ -44,9 +44,9 @@ class SETR(nn.Module):
 
 
 class Linear(nn.Module):
-    """Batch normalization and a linear classifier of patches: a probe of a frozen encoder.
+    """Batch normalization and a linear classifier of patches, to probe a frozen encoder.
 
-    As DINOv2's linear evaluation of dense features (Oquab et al., 2023, section 7.4).
+    As in DINOv2's linear evaluation of dense features (Oquab et al., 2023, section 7.4).
     """
 
     num_classes: int

@@ -1,6 +1,6 @@
-"""The convolutions of the hybrid ViT: most of a ResNet-50, BiT's (Kolesnikov et al., 2019).
+"""The stem of the hybrid ViT: the first stages of BiT's ResNet-50 (Kolesnikov et al., 2019).
 
-Group norm and standardised convolutions, three stages of 3, 4 and 9 blocks (Dosovitskiy et al.,
+Group norm and standardized convolutions, three stages of 3, 4 and 9 blocks (Dosovitskiy et al.,
 2020, section 3.1 and appendix B; timm's vit_base_r50_s16_224).
 
 Shapes: b images of H x W pixels, c channels.
@@ -15,7 +15,7 @@ STRIDE = 16  # from pixels to features
 
 
 class Conv(nn.Module):
-    """A convolution whose kernels have mean 0 and variance 1 an output (Qiao et al., 2019)."""
+    """A convolution with kernels standardized per output channel (Qiao et al., 2019)."""
 
     width: int
     side: int
@@ -42,7 +42,7 @@ Norm = functools.partial(nn.GroupNorm, num_groups=32, epsilon=1e-5, use_fast_var
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 pixels, a quarter as wide inside, beside a shortcut."""
+    """A residual block: convolutions of 1 x 1, 3 x 3 and 1 x 1, a quarter of the width inside."""
 
     width: int
     stride: int
@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
 
 
 class Stem(nn.Module):
-    """images (b, H, W, c) -> features (b, H/16, W/16, 1024)."""
+    """Computes features (b, H/16, W/16, 1024) of images (b, H, W, c)."""
 
     dtype: str
 

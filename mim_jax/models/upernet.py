@@ -1,4 +1,4 @@
-"""UPerNet (Xiao et al., 2018) on the features of a plain ViT, as BEiT segments with it.
+"""UPerNet (Xiao et al., 2018) on the features of a plain ViT, as in BEiT's segmentation.
 
 Shapes: b images, n patches, h rows of patches, w columns, H and W of a feature map, d width,
 c channels, k classes, s bins of a pooling.
@@ -19,18 +19,18 @@ POOL_SCALES = (1, 2, 3, 6)
 
 
 def to_maps(tokens: Sequence[jax.Array], grid: tuple[int, int]) -> list[jax.Array]:
-    """Tokens (b, 1 + n, d) of some blocks -> maps (b, h, w, d), without the class token."""
+    """Reshapes tokens (b, 1 + n, d) of blocks to maps (b, h, w, d), without the class token."""
     return [einops.rearrange(x[:, 1:], "b (h w) d -> b h w d", h=grid[0]) for x in tokens]
 
 
 def resize(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
-    """x (b, H, W, c) -> (b, *size, c), bilinear without antialias: PyTorch's interpolate."""
+    """Resizes x (b, H, W, c) -> (b, *size, c), bilinear without antialias, as PyTorch does."""
     shape = (len(x), *size, x.shape[-1])
     return x if x.shape == shape else jax.image.resize(x, shape, "bilinear", antialias=False)
 
 
 def drop_channels(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Sets whole channels of x (b, H, W, c) to zero: PyTorch's Dropout2d, one key (b,) an image.
+    """Drops whole channels of x (b, H, W, c) as PyTorch's Dropout2d, with one key per image (b,).
 
     Without keys nothing is dropped.
     """
@@ -56,7 +56,7 @@ class Classes(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Feature maps of four scales from four blocks of a ViT, whose maps all have one scale.
+    """Feature maps of four scales from four blocks of a ViT, which all have one scale.
 
     The first is enlarged four times, the second two times, by learned deconvolutions, the third is
     kept, the fourth is halved by max pooling (BEiT, semantic_segmentation/backbone/beit.py).
@@ -76,7 +76,7 @@ class FeaturePyramid(nn.Module):
         return [first, second, third, nn.max_pool(fourth, (2, 2), (2, 2))]
 
     def double(self, x: jax.Array, name: str) -> jax.Array:
-        """x (b, h, w, d) -> (b, 2h, 2w, d), each pixel by a matrix for each of its four parts."""
+        """Doubles x (b, h, w, d) -> (b, 2h, 2w, d), with one matrix per new pixel of four."""
         width = x.shape[-1]
         bound = (4 * width) ** -0.5  # PyTorch's default of a deconvolution, for its bias too
 
@@ -99,7 +99,7 @@ class FeaturePyramid(nn.Module):
 class UPerNet(nn.Module):
     """Pyramid pooling of the coarsest map, a feature pyramid network, and a classifier of pixels.
 
-    As mmsegmentation's UPerHead, which BEiT and MAE segment ADE20K with.
+    As mmsegmentation's UPerHead, with which BEiT and MAE segment ADE20K.
     """
 
     num_classes: int
@@ -154,13 +154,13 @@ class FCN(nn.Module):
 
 
 def adaptive_mean(x: jax.Array, bins: int) -> jax.Array:
-    """x (b, H, W, c) -> means (b, s, s, c) over s x s bins: PyTorch's AdaptiveAvgPool2d."""
+    """Averages x (b, H, W, c) over s x s bins -> (b, s, s, c), as PyTorch's AdaptiveAvgPool2d."""
     rows, columns = (jnp.asarray(bin_weights(side, bins), x.dtype) for side in x.shape[1:3])
     return jnp.einsum("sh,tw,bhwc->bstc", rows, columns, x)
 
 
 def bin_weights(side: int, bins: int) -> np.ndarray:
-    """Weights (s, side) of the pixels of each bin; they overlap where s does not divide side."""
+    """Returns weights (s, side) of pixels in each bin; bins overlap if s does not divide side."""
     weights = np.zeros((bins, side))
     for i in range(bins):
         start, stop = i * side // bins, -(-(i + 1) * side // bins)

@@ -1,6 +1,6 @@
-"""Padded images of many sizes: windows that slide over them, and interpolation of each on its own.
+"""Sliding windows over, and interpolation of, batches of padded images of different sizes.
 
-Images (b, H, W, c) of one batch share a shape; of each only the upper left part of its size counts.
+Images (b, H, W, c) of a batch share a shape; each fills the upper left part of its own size.
 
 Shapes: b images, H and W of a padded image, c channels, k classes.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def at_least(images: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """images (b, H, W, c), padded with 0 below and to the right to at least `size`."""
+    """Pads images (b, H, W, c) with 0 below and to the right to at least `size`."""
     short = [max(0, side - have) for side, have in zip(size, images.shape[1:3], strict=True)]
     return jnp.pad(images, ((0, 0), (0, short[0]), (0, short[1]), (0, 0)))
 
@@ -26,9 +26,9 @@ def sliding_logits(
     window: tuple[int, int],
     stride: tuple[int, int],
 ) -> jax.Array:
-    """images (b, H, W, c), sizes (b, 2) -> the mean of the windows' logits (b, H, W, k).
+    """Averages the logits of windows: images (b, H, W, c), sizes (b, 2) -> (b, H, W, k).
 
-    Windows begin every `stride` pixels, the last ones at an image's end (mmsegmentation's
+    Windows start every `stride` pixels; the last ones end where the image ends (mmsegmentation's
     slide_inference). Pixels beyond an image's size get no meaningful logits. An image that is
     smaller than the window is padded to it.
     """
@@ -73,7 +73,7 @@ def mean_probabilities(
     flip: bool,
     window: tuple[int, int],
 ) -> jax.Array:
-    """The mean of probabilities (b, H, W, k) over images of all scales, mirrored ones too."""
+    """Averages probabilities (b, H, W, k) over resized, and with `flip` mirrored, images."""
     shape = tuple(max(sides) for sides in zip(images.shape[1:3], window, strict=True))
     total = jnp.zeros(())
     for scale in scales:
@@ -90,15 +90,15 @@ def mean_probabilities(
 
 
 def mirror(images: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Each of images (b, H, W, c) mirrored left to right within its size (b, 2)."""
+    """Mirrors each of images (b, H, W, c) left to right within its size (b, 2)."""
     columns = sizes[:, 1, None] - 1 - jnp.arange(images.shape[2])
     return jax.vmap(lambda x, columns: x[:, columns.clip(0)])(images, columns)
 
 
 def bilinear(x: jax.Array, before: jax.Array, after: jax.Array, shape: tuple) -> jax.Array:
-    """x (b, H, W, c), of whose sizes `before` (b, 2) -> (b, *shape, c), of sizes `after`.
+    """Resizes x (b, H, W, c) from sizes `before` (b, 2) to sizes `after` -> (b, *shape, c).
 
-    Each image is interpolated on its own, without antialias, as PyTorch's interpolate with
+    Each image is interpolated separately, without antialias, as PyTorch's interpolate with
     align_corners=False does.
     """
     rows, columns = (jnp.arange(side) for side in shape)
@@ -108,9 +108,10 @@ def bilinear(x: jax.Array, before: jax.Array, after: jax.Array, shape: tuple) ->
 def interpolate(
     x: jax.Array, places: jax.Array, before: jax.Array, after: jax.Array, axis: int
 ) -> jax.Array:
-    """x (b, H, W, c) at `places` of its rows (axis 0) or columns (axis 1), after resizing.
+    """Interpolates x (b, H, W, c) at `places` of its rows (axis 0) or columns (axis 1).
 
-    Sizes before and after (b, 2). Of places beyond an image's size nothing is to be expected.
+    Places are those after resizing from sizes `before` to `after` (b, 2). Values at places beyond
+    an image's size are arbitrary.
     """
 
     def one(x, before, after):
@@ -120,7 +121,7 @@ def interpolate(
 
 
 def between(x: jax.Array, places: jax.Array, before, after, axis: int) -> jax.Array:
-    """One image, interpolated at places of an axis that is resized from `before` to `after`."""
+    """Interpolates one image along an axis that is resized from `before` to `after`."""
     source = ((places + 0.5) * before / after - 0.5).clip(0, before - 1)
     low = jnp.floor(source).astype(jnp.int32)
     share = (source - low).astype(x.dtype)
@@ -130,7 +131,7 @@ def between(x: jax.Array, places: jax.Array, before, after, axis: int) -> jax.Ar
 
 
 def nearest(labels: jax.Array, before: jax.Array, after: jax.Array, shape: tuple) -> jax.Array:
-    """Labels (b, H, W), of whose sizes `before` (b, 2) -> (b, *shape), ignored beyond `after`."""
+    """Resizes labels (b, H, W) by nearest neighbor -> (b, *shape), ignored beyond `after`."""
 
     def one(labels, before, after):
         index = [
