@@ -97,6 +97,7 @@ def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
     record["data"] = dict(
         images=run.data.examples,
         evaluation_images=len(run.data.evaluation.examples),
+        class_names=list(run.data.class_names),
         class_colors=run.data.segmentation_colors,
     )
     checkpoints = Checkpoints(path, config.save.keep, record)

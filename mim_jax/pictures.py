@@ -290,7 +290,7 @@ def segment(
     params, buffers, record = checkpoint.load(str(source))
     schema.load_objective(record["config"], str(source), False, trust_code)
     config = complete(record["config"], source, overrides)
-    function, names = objectives.find(config.objective.name), record.get("class_names", ())
+    function, names = objectives.find(config.objective.name), workdir.class_names_of(record)
     if "segmentation_classes" not in inspect.signature(function).parameters:
         raise UserError(f"{source} does not classify pixels.")
     window = tuple(np.broadcast_to(config.data.size, 2).tolist())

@@ -212,7 +212,7 @@ def references(metric: str, runs: Sequence[RecordedRun]) -> list[Reference]:
 
 def class_names(run: RecordedRun) -> list[str]:
     """Returns the names of the classes of a run's data."""
-    return [str(name) for name in run.record.get("class_names", [])]
+    return [str(name) for name in workdir.class_names_of(run.record)]
 
 
 # --- Keys ---

@@ -161,7 +161,7 @@ def test_every_objective(config, tmp_path):
 
 
 def test_hostile_names(tmp_path):
-    record = dict(data=dict(images=1), class_names=[HOSTILE], git=dict(commit=HOSTILE))
+    record = dict(data=dict(images=1, class_names=[HOSTILE]), git=dict(commit=HOSTILE))
     record |= dict(versions={HOSTILE: HOSTILE}, devices=HOSTILE)
     line = {"step": 1, "loss": 1.0, HOSTILE: 2.0}
     event = dict(time=1.0, step=1, event="warning", text=HOSTILE)
@@ -258,10 +258,10 @@ def test_a_classifier(runs):
     assert images.std() > 0.1
     text, page = written(folder, options=())
     assert "Confusion matrix" in text
-    assert record["class_names"][0] in text
+    assert record["data"]["class_names"][0] in text
     assert "Hardest examples" in text
     assert "attention maps" in text
-    assert len(page.of("meter")) == len(record["class_names"])
+    assert len(page.of("meter")) == len(record["data"]["class_names"])
 
 
 def test_a_tokenizer(runs):
