@@ -9,7 +9,7 @@ The official README reports 53.6 % mean IoU, 54.3 % with several scales. Not yet
 
 from ml_collections import ConfigDict
 
-from configs import ade20k_beit_base
+from . import ade20k_beit_base
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ The paper reports 45.6 % mean IoU, 47.7 % after intermediate fine-tuning. Not ye
 
 from ml_collections import ConfigDict
 
-from configs import ade20k_beit_base
+from . import ade20k_beit_base
 
 
 def get_config() -> ConfigDict:

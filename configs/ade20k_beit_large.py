@@ -9,7 +9,7 @@ The official README reports 56.7 % mean IoU, 57.0 % with several scales. Not yet
 
 from ml_collections import ConfigDict
 
-from configs import ade20k_beit_base_intermediate
+from . import ade20k_beit_base_intermediate
 
 
 def get_config() -> ConfigDict:

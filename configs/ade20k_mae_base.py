@@ -10,7 +10,7 @@ reports 48.1 % with the one below. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import ade20k_beit_base
+from . import ade20k_beit_base
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ here are a start, not a reproduction. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import ade20k_mae_base
+from . import ade20k_mae_base
 
 
 def get_config() -> ConfigDict:

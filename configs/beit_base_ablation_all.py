@@ -7,7 +7,7 @@ The paper reports 82.59 % top-1 after fine-tuning (Bao et al., 2021, table 4). N
 
 from ml_collections import ConfigDict
 
-from configs import beit_base_ablation_baseline
+from . import beit_base_ablation_baseline
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ The paper reports 82.86 % top-1 after fine-tuning (Bao et al., 2021, table 4). N
 
 from ml_collections import ConfigDict
 
-from configs import beit_base
+from . import beit_base
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ The paper reports no result on CIFAR-10. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import beit_base_cifar100
+from . import beit_base_cifar100
 
 
 def get_config() -> ConfigDict:

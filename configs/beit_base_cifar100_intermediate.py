@@ -10,7 +10,7 @@ appendix). The head is new, because the classes differ. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import beit_base_cifar100
+from . import beit_base_cifar100
 
 
 def get_config() -> ConfigDict:

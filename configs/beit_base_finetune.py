@@ -9,7 +9,7 @@ The paper reports 83.2 % top-1 (table 1). Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import mae_base_finetune
+from . import mae_base_finetune
 
 
 def get_config() -> ConfigDict:

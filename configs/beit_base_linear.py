@@ -9,7 +9,7 @@ The paper reports 56.7 % top-1 for the best block, the 9th. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import mae_base_linear
+from . import mae_base_linear
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ accuracy of 5.0 %. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import beit_base
+from . import beit_base
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ than one color: 10.6 % at the end. Always predicting the most frequent token giv
 
 from ml_collections import ConfigDict
 
-from configs import dvae_emoji
+from . import dvae_emoji
 
 
 def get_config() -> ConfigDict:

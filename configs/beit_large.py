@@ -7,7 +7,7 @@ The paper reports 85.2 % top-1 after fine-tuning (table 1). Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import beit_base
+from . import beit_base
 
 
 def get_config() -> ConfigDict:

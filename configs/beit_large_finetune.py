@@ -10,7 +10,7 @@ The paper reports 85.2 % top-1 (table 1). The README's lower rate (1e-3) and hig
 
 from ml_collections import ConfigDict
 
-from configs import beit_base_finetune
+from . import beit_base_finetune
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import beit_large_finetune
+from . import beit_large_finetune
 
 
 def get_config() -> ConfigDict:

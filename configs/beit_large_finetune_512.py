@@ -9,7 +9,7 @@ Released: 88.60 % top-1; with --config.data.size=384 88.41 %. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import beit_large_in22k_finetune
+from . import beit_large_in22k_finetune
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ ImageNet-22k (get_started_for_image_classification.md). Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import beit_base_in22k
+from . import beit_base_in22k
 
 
 def get_config() -> ConfigDict:

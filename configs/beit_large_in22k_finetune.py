@@ -10,7 +10,7 @@ ImageNet-1k after fine-tuning at 224 x 224. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import beit_large_finetune
+from . import beit_large_finetune
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ of five seeds, each with its best learning rate (benchmarks/few_labels.py).
 
 from ml_collections import ConfigDict
 
-from configs import cifar10_scratch
+from . import cifar10_scratch
 
 
 def get_config() -> ConfigDict:

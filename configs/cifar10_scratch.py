@@ -7,7 +7,7 @@ r"""A small ViT from scratch on 1000 labelled images of CIFAR-10: the baseline o
 
 from ml_collections import ConfigDict
 
-from configs import emoji_scratch
+from . import emoji_scratch
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ The paper reports 81.8 % top-1. Its repeated augmentation is missing here. Not y
 
 from ml_collections import ConfigDict
 
-from configs import mae_base_finetune
+from . import mae_base_finetune
 
 
 def get_config() -> ConfigDict:

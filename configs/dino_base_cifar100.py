@@ -11,7 +11,7 @@ BEiT's table reports 91.7 % top-1 (Bao et al., 2021, appendix), and 90.8 % for D
 
 from ml_collections import ConfigDict
 
-from configs import dino_base_finetune
+from . import dino_base_finetune
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ The paper reports 82.8 % top-1 (Caron et al., 2021, appendix). Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import deit_base
+from . import deit_base
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ Results on the 10,000 test images. Filling every cell with its mean color gives 
 
 from ml_collections import ConfigDict
 
-from configs import dvae_emoji
+from . import dvae_emoji
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ Accuracy on the validation split at the end: 61.4 %, against 55.1 % from scratch
 
 from ml_collections import ConfigDict
 
-from configs import emoji_scratch
+from . import emoji_scratch
 
 
 def get_config() -> ConfigDict:

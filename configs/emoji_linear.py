@@ -10,7 +10,7 @@ Accuracy on the validation split at the end: 51.9 %, against 32.5 % for a random
 
 from ml_collections import ConfigDict
 
-from configs import emoji_scratch
+from . import emoji_scratch
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ The paper reports 86.9 % top-1 (table 3), the released weights have 86.93 %. Not
 
 from ml_collections import ConfigDict
 
-from configs import mae_base_finetune
+from . import mae_base_finetune
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ mmpretrain reports 87.3 %. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import mae_huge_finetune
+from . import mae_huge_finetune
 
 
 def get_config() -> ConfigDict:

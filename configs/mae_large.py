@@ -8,7 +8,7 @@ here.
 
 from ml_collections import ConfigDict
 
-from configs import mae_base
+from . import mae_base
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ The paper reports 85.4 % top-1 after fine-tuning and 73.9 % by linear probe. Not
 
 from ml_collections import ConfigDict
 
-from configs import mae_large
+from . import mae_large
 
 
 def get_config() -> ConfigDict:

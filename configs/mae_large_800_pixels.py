@@ -8,7 +8,7 @@ table 1 are overrides of this config: see docs/papers.md. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import mae_large_800
+from . import mae_large_800
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ The paper reports 85.9 % top-1 (table 3), the released weights have 85.95 %. Not
 
 from ml_collections import ConfigDict
 
-from configs import mae_base_finetune
+from . import mae_base_finetune
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ The paper reports 75.8 % top-1, the released code 76.0 %. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import mae_base_linear
+from . import mae_base_linear
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ With four to six blocks it is close to full fine-tuning. The paper takes the bes
 
 from ml_collections import ConfigDict
 
-from configs import mae_large_finetune
+from . import mae_large_finetune
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ run here.
 
 from ml_collections import ConfigDict
 
-from configs import moco_base_finetune
+from . import moco_base_finetune
 
 
 def get_config() -> ConfigDict:

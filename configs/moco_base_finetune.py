@@ -10,7 +10,7 @@ The official code reports 83.2 % top-1 (Chen et al., 2021; README.md). Not yet r
 
 from ml_collections import ConfigDict
 
-from configs import deit_base
+from . import deit_base
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import vit_base_finetune
+from . import vit_base_finetune
 
 
 def get_config() -> ConfigDict:

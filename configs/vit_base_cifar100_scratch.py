@@ -8,7 +8,7 @@ decay and with a lower rate. Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import beit_base_cifar100
+from . import beit_base_cifar100
 
 
 def get_config() -> ConfigDict:

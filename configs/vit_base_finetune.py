@@ -10,7 +10,7 @@ The paper reports 83.97 % top-1 (Dosovitskiy et al., 2020, table 5), with the be
 
 from ml_collections import ConfigDict
 
-from configs import vit_base_in21k
+from . import vit_base_in21k
 
 
 def get_config() -> ConfigDict:

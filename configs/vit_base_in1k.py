@@ -8,7 +8,7 @@ Difference from table 3: no dropout (the paper has 0.1). Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import vit_base_in21k
+from . import vit_base_in21k
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ The row "supervised pre-training" of BEiT's table of CIFAR-100 (Bao et al., 2021
 
 from ml_collections import ConfigDict
 
-from configs import vit_base_cifar10
+from . import vit_base_cifar10
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ The paper reports 82.3 % top-1 (table 3). Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import mae_base_finetune
+from . import mae_base_finetune
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ The ViT gets the features of a ResNet-50 instead of patches (Dosovitskiy et al.,
 
 from ml_collections import ConfigDict
 
-from configs import vit_base_in21k
+from . import vit_base_in21k
 
 
 def get_config() -> ConfigDict:

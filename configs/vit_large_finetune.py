@@ -9,7 +9,7 @@ BEiT's table 1 reports 85.2 % top-1 for it (Bao et al., 2021). Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import vit_base_finetune
+from . import vit_base_finetune
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import vit_base_in1k
+from . import vit_base_in1k
 
 
 def get_config() -> ConfigDict:

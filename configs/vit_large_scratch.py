@@ -7,7 +7,7 @@ The paper reports 82.6 % top-1 (table 3). Not yet run here.
 
 from ml_collections import ConfigDict
 
-from configs import vit_base_scratch
+from . import vit_base_scratch
 
 
 def get_config() -> ConfigDict:

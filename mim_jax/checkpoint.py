@@ -48,6 +48,7 @@ class Checkpoints:
         self.lock = lock(self.folder) if jax.process_index() == 0 else None
         self.latest = newest(self.folder, set_aside=True)
         self.unread = True  # no save of this process was read back yet
+        self.closed = False
         self.manager = manager_of(
             workdir,
             max_to_keep=keep,
@@ -96,7 +97,10 @@ class Checkpoints:
         return TrainState(**restored)
 
     def close(self) -> None:
-        """Waits until everything is written, and releases the folder."""
+        """Waits until everything is written, and releases the folder. May be called twice."""
+        if self.closed:
+            return
+        self.closed = True
         with disk_errors(self.folder):
             self.manager.wait_until_finished()
         self.manager.close()

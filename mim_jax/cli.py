@@ -3,13 +3,14 @@
     mim-jax train --config=configs/mae_emoji.py      the same as python -m mim_jax.main
     mim-jax evaluate --config=runs/mae_base_finetune
 
-Exit codes: 0 done, 1 failed, 2 a mistake of the user, reported in one sentence.
+Exit codes: 0 done, 1 failed, 2 a mistake of the user, reported in one sentence, 130 interrupted.
 """
 
 import argparse
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ COMMANDS = {  # name: module with main(argv), what it does
     "statistics": ("data.statistics", "compute the mean and std of a data set"),
     "convert": ("convert.__main__", "convert weights from and to PyTorch"),
     "inspect": ("inspect", "describe a run or a file of weights"),
+    "configs": ("list_configs", "list the configs that come with mim_jax"),
+    "keys": ("list_keys", "list the keys of a config and what they mean"),
 }
 NO_WRITE = (  # errors that mean: this path cannot be written
     *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPERM),
@@ -65,9 +68,10 @@ def parser_of(command: str, text: str) -> argparse.ArgumentParser:
     )
 
 
-def add_config(parser: argparse.ArgumentParser, text: str = "a config file") -> None:
+def add_config(parser: argparse.ArgumentParser, text: str = "", required: bool = True) -> None:
     """Adds --config and --trust-code to a parser."""
-    parser.add_argument("--config", required=True, help=text)
+    text = text or "a config file, a name that `mim-jax configs` lists, or a run directory"
+    parser.add_argument("--config", required=required, default="", help=text)
     parser.add_argument(
         "--trust-code",
         action="store_true",
@@ -77,14 +81,31 @@ def add_config(parser: argparse.ArgumentParser, text: str = "a config file") -> 
 
 
 def workdir_of(options: argparse.Namespace) -> str:
-    """Returns the run directory that --workdir names, by default runs/CONFIG."""
+    """Returns the run directory that --workdir names.
+
+    By default it is the run that --config names, or runs/NAME for a config NAME.
+    """
+    from mim_jax import workdir  # late, so that --help is fast
+
+    if not options.workdir and workdir.is_run(options.config):
+        return os.path.expanduser(options.config)
     return os.path.expanduser(options.workdir or f"runs/{Path(options.config).stem}")
 
 
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parses arguments -> options, and the overrides "key=value" of --config.key=value."""
+    """Parses arguments -> options, and the overrides "key=value" of --config.key=value.
+
+    With --help and --config, the keys of the config are listed too.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(argv) and any(word.startswith("--config") for word in argv):
+        parser.print_help()
+        print("\nkeys of the config:\n")
+        from mim_jax import list_keys
+
+        parser.exit(list_keys.main([word for word in argv if word.startswith("--config")]))
     options, rest = parser.parse_known_args(argv)
     overrides = []
     while rest:
@@ -102,6 +123,12 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
 
     try:
         return command()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # as in `mim-jax inspect RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -133,6 +160,12 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     """
     try:
         code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except Exception:
         traceback.print_exc()
         code = 1

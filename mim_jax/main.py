@@ -9,10 +9,14 @@ The run directory holds config.json, metrics.jsonl, checkpoints/ and pictures/. 
 saving.
 """
 
+import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         help="one of several processes; JAX finds the others on TPU pods, under Slurm and Open "
         "MPI; elsewhere pass ADDRESS:PORT,PROCESSES,PROCESS",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the config and the recipe's arithmetic"
+    )
     options, overrides = cli.parse(parser, argv)
     path = cli.workdir_of(options)
 
@@ -55,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         if options.distributed is not None:
             join(options.distributed)
         config = schema.load(options.config, overrides, options.smoke, options.trust_code)
+        if options.dry_run:
+            print(config, recipe.build(config).summary, f"run directory: {path}", sep="\n")
+            return 0
         return run_config(config, path, options.profile)
 
     return cli.exit_code(command, path)
@@ -81,6 +91,12 @@ def join(processes: str) -> None:
 
 def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
     """Trains from the newest checkpoint in the run directory, or from the start, to the end."""
+    with Stop() as stop:
+        return train_config(config, path, profile, stop)
+
+
+def train_config(config: ConfigDict, path: str, profile: str, stop: "Stop") -> int:
+    """Does what run_config describes, until a signal arrives. Returns the exit code."""
     run = recipe.build(config)
     run.require_labels(config.data.evaluation_split)
     start = Start(run, config)
@@ -133,9 +149,12 @@ def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
         log.say(f"continuing after step {first:,}")
     log.event("start", first, record["devices"])
     try:
-        return Training(run, config, path, log, checkpoints, probe).loop(state, first, trace)
+        training = Training(run, config, path, log, checkpoints, probe, stop)
+        return training.loop(state, first, trace)
     except Exception as error:
         log.event("failed", log.last_step, str(error) or type(error).__name__)
+        with contextlib.suppress(OSError):  # which would hide the first error
+            checkpoints.close()  # after the save in progress
         raise
 
 
@@ -165,6 +184,7 @@ def probe_of(run: Run, config: ConfigDict) -> Probe | None:
     return Probe(encoder, run.data, run.mesh, batch_size=rows, images=config.probe.images)
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ACTIONS = ("evaluate", "probe", "pictures", "save")  # blocks of the config with an interval
 
 
@@ -179,13 +199,14 @@ class Training:
         log: Log,
         checkpoints: Checkpoints,
         probe: Probe | None,
+        stop: "Stop",
     ):
         self.run, self.config, self.path = run, config, path
-        self.log, self.checkpoints, self.probe = log, checkpoints, probe
+        self.log, self.checkpoints, self.probe, self.stop = log, checkpoints, probe, stop
 
     def loop(self, state: TrainState, first: int, trace: "Trace") -> int:
         """Trains from step `first` to the end or to a signal. Returns the exit code."""
-        run, log = self.run, self.log
+        run, log, stop = self.run, self.log, self.stop
         steps = train(
             run.objective,
             run.optimizer,
@@ -198,7 +219,6 @@ class Training:
             ema=self.config.ema,
         )
         rates = np.asarray(run.schedule(np.arange(run.steps)))  # at once: a step never waits
-        stop = Stop()
         log.say("compiling the first step")
         trace.after(first)
         for step, state, metrics in log.timed(steps):
@@ -211,9 +231,12 @@ class Training:
                 lr=float(rates[step - 1]),
                 epoch=step / run.steps_per_epoch,
             )
-            stopping = stop.signal > 0  # a signal during the actions stops after the next step
-            self.act(step, state, metrics, stopping)
-            if stopping:
+            try:
+                self.act(step, state, metrics)
+            except StoppedError:
+                log.say(f"interrupted after step {step:,}")
+            self.save(step, state, metrics)
+            if stop.signal:
                 break
         trace.end(metrics)
         log.flush()
@@ -242,31 +265,40 @@ class Training:
         every = recipe.in_steps(block, "every", self.run.steps_per_epoch)
         return step == self.run.steps or (every > 0 and step % every == 0)
 
-    def act(self, step: int, state: TrainState, metrics: dict, stopping: bool) -> None:
-        """Performs the actions that are due after a step."""
+    def act(self, step: int, state: TrainState, metrics: dict) -> None:
+        """Evaluates, probes and draws, as far as it is due. Raises StoppedError after a signal."""
         run, config, log = self.run, self.config, self.log
         if self.is_due(config.evaluate, step):
             with log.pace.action("evaluate"):
                 batches = run.data.evaluation_batches(
                     run.rows, limit=config.evaluate.limit, on_bad=log.bad_file
                 )
+                batches = self.stop.guard(batches)
                 means = evaluate(run.objective, state, batches, mesh=run.mesh, seed=config.seed)
             log.flush()
             log.evaluation(step, means)
         if self.probe and self.is_due(config.probe, step):
             log.flush()
             with log.pace.action("probe"):
-                means = self.probe(state)
+                means = self.probe(state, self.stop.guard)
             log.evaluation(step, means)
         if self.is_due(config.pictures, step) and config.pictures.count:
             with log.pace.action("pictures"):
                 self.draw(step, state, metrics)
-        if self.is_due(config.save, step) or stopping:
-            log.flush()  # so that no record is missing if the process ends here
-            if not np.isfinite(metrics["loss"]):
-                raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}.")
-            with log.pace.action("save"):
-                self.checkpoints.save(state)
+
+    def save(self, step: int, state: TrainState, metrics: dict) -> None:
+        """Saves the state if that is due, or if the run stops here."""
+        if not self.is_due(self.config.save, step) and not self.stop.signal:
+            return
+        self.log.flush()  # so that no record is missing if the process ends here
+        if not np.isfinite(metrics["loss"]):
+            raise FloatingPointError(
+                f"the loss is {metrics['loss']} at step {step}: the newest checkpoint is from "
+                "before. Try a lower optimizer.lr or base_lr, a longer warm-up, or "
+                "optimizer.clip_norm=1."
+            )
+        with self.log.pace.action("save"):
+            self.checkpoints.save(state)
 
     def draw(self, step: int, state: TrainState, metrics: dict) -> None:
         """Draws a sheet of the objective's pictures of the first images of the evaluation split."""
@@ -290,8 +322,16 @@ class Training:
             )
 
 
+class StoppedError(Exception):
+    """A signal arrived during a periodic action."""
+
+
 class Stop:
-    """Records SIGINT or SIGTERM; a second one ends the process at once.
+    """A context in which SIGINT, SIGTERM and SIGHUP stop a run after the step at hand.
+
+    Until a step is done there is nothing to save: the process exits at once, even while it
+    compiles. A second signal ends it at once too. In a notebook, where the process must go on,
+    KeyboardInterrupt is raised instead. The previous handlers are restored at the end.
 
     SIGTERM may reach any of several processes: JAX notifies the others, and all stop after the
     same step.
@@ -299,18 +339,57 @@ class Stop:
 
     def __init__(self):
         self.signal = 0
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.handle)
+        self.unsaved = False  # whether a step was done
+        self.previous: dict[int, Any] = {}
+        self.exits = "ipykernel" not in sys.modules
 
-    def handle(self, number: int, frame) -> None:
+    def __enter__(self) -> "Stop":
+        if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+            return self
+        for number in SIGNALS:
+            self.previous[number] = signal.signal(number, self.record)
+        if self.exits:  # Python's handlers wait until a compilation ends; this thread does not
+            reader, self.writer = os.pipe()
+            os.set_blocking(self.writer, False)
+            self.wakeup = signal.set_wakeup_fd(self.writer)
+            threading.Thread(target=self.watch, args=[reader], daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.previous and self.exits:
+            signal.set_wakeup_fd(self.wakeup)
+            os.close(self.writer)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def record(self, number: int, frame) -> None:
+        """Handles a signal in the main thread."""
+        if not self.exits and (self.signal or not self.unsaved):
+            raise KeyboardInterrupt
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+
+    def watch(self, reader: int) -> None:
+        """Ends the process at the first signal if there is nothing to save, and at the second."""
+        seen = 0
+        while number := os.read(reader, 1):
+            seen += number[0] in SIGNALS
+            if number[0] in SIGNALS and (seen > 1 or not self.unsaved):
+                print("stopped: nothing new was saved", file=sys.stderr, flush=True)
+                os._exit(128 + number[0])
+        os.close(reader)
 
     def after(self, step: int) -> None:
-        """Asks the other processes, if there are any."""
+        """Notes that a step is done. Asks the other processes, if there are any."""
+        self.unsaved = True
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
+
+    def guard(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """Yields the batches of a periodic action. Raises StoppedError after a signal."""
+        for batch in batches:
+            if self.signal and jax.process_count() == 1:  # several must do the same
+                raise StoppedError
+            yield batch
 
 
 class Trace:

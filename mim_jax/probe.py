@@ -38,12 +38,15 @@ class Probe:
 
         self.batch_features = jax.jit(features, out_shardings=replicated(mesh))
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """Returns "probe_rank", and with labels "probe_knn" and "probe_linear"."""
+    def __call__(self, state: TrainState, guard: Callable = iter) -> dict[str, float]:
+        """Returns "probe_rank", and with labels "probe_knn" and "probe_linear".
+
+        guard(batches) -> batches: may end the probe with an exception.
+        """
         # Frozen parameters of a classifier's encoder are buffers.
         parts = (flatten_dict(x.get("encoder", {})) for x in (state.buffers, state.averaged))
         params = whole(unflatten_dict({k: x for part in parts for k, x in part.items()}), self.mesh)
-        train, test = (self.features(params, of_training) for of_training in (True, False))
+        train, test = (self.features(params, x, guard) for x in (True, False))
         metrics = {"probe_rank": rank(train["features"])}
         if all("label" in x and x["label"].min() >= 0 for x in (train, test)):  # -1: no label
             for name, predict in (("knn", neighbors), ("linear", linear)):
@@ -51,7 +54,9 @@ class Probe:
                 metrics[f"probe_{name}"] = np.mean(predicted == test["label"])
         return metrics
 
-    def features(self, params: dict, of_training: bool) -> dict[str, np.ndarray]:
+    def features(
+        self, params: dict, of_training: bool, guard: Callable = iter
+    ) -> dict[str, np.ndarray]:
         """Returns {"features": (n, d), "label": (n,)} of the images of all processes."""
         rows, names = [], ("image", "label", "valid")
         batches = self.data.evaluation_batches(

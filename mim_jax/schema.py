@@ -8,9 +8,6 @@ import ast
 import copy
 import difflib
 import inspect
-import runpy
-import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -19,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mim_jax import UserError, data, objectives, optim, workdir
+from mim_jax import UserError, config_files, data, objectives, optim, workdir
 from mim_jax.keys import (
     BELOW_ONE,
     FREE,
@@ -160,30 +157,38 @@ def functions(config: Mapping) -> dict[str, tuple[Callable, ...]]:
 
 
 def keys_of(config: Mapping) -> dict[str, Key]:
-    """Returns all keys of a config by their full names, as "optimizer.b2".
-
-    Keys are the annotated arguments of the functions that a block configures. Of an objective,
-    which may be a user's, all keyword arguments are keys that are not supplied by the builder.
-    """
+    """Returns all keys of a config by their full names, as "optimizer.b2"."""
     required = inspect.Parameter.empty
     keys = {f"{block}.name": Key(str, required, Range(), "", None, ()) for block in CHOICES}
     for block, configured in functions(config).items():
         for function in configured:
-            hints = get_type_hints(function, include_extras=True)
-            for name, parameter in inspect.signature(function).parameters.items():
-                hint = hints.get(name, type(parameter.default))
-                annotated = get_origin(hint) is Annotated
-                if annotated or (block == "objective" and name not in SUPPLIED):
-                    keys[f"{block}.{name}".lstrip(".")] = key_of(hint, parameter.default)
+            own = keys_of_function(function, every=block == "objective")
+            keys |= {f"{block}.{name}".lstrip("."): key for name, key in own.items()}
     for block in NETWORKS.keys() & functions(config):
         keys[f"{block}.dtype"] = keys[f"{block}.dtype"]._replace(default="auto")
+    return keys
+
+
+def keys_of_function(function: Callable, every: bool = False) -> dict[str, Key]:
+    """Returns the keys among the arguments of a function or NamedTuple: those with annotations.
+
+    With `every`, as of an objective, which may be a user's: all that the builder does not supply.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    keys = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = hints.get(name, type(parameter.default))
+        if get_origin(hint) is Annotated or (every and name not in SUPPLIED):
+            keys[name] = key_of(hint, parameter.default)
     return keys
 
 
 def choose(key: str, name: str, options: Iterable[str]) -> str:
     """Returns `name` if it is one of the options, otherwise raises a UserError that lists them."""
     if name not in (options := sorted(options)):
-        raise UserError(f"{key} = {name!r} is unknown; choose one of {', '.join(options)}.")
+        near = difflib.get_close_matches(name, options, 1)
+        hint = f"did you mean {near[0]}? Choose" if near else "choose"
+        raise UserError(f"{key} = {name!r} is unknown; {hint} one of {', '.join(options)}.")
     return name
 
 
@@ -250,51 +255,20 @@ def load_objective(given: dict, path: str, named_by_user: bool, trust_code: bool
     except UserError:
         raise
     except Exception as error:  # of any kind: it is the user's code
-        raise UserError(f"objective.name = {name!r}: {explain(error, '')}.") from error
+        raise UserError(f"objective.name = {name!r}: {config_files.explain(error, '')}.") from error
 
 
 def read(path: str) -> dict:
-    """Returns the dict of get_config() of a Python file, or the config of a run directory.
-
-    A file may import its neighbours, as configs.x.
-    """
-    if workdir.is_run(path):
-        record = workdir.read(path)
-        if workdir.is_converted(record):
-            raise UserError(
-                f"{path} holds converted weights and names no data: pass a config file and "
-                f"--config.init_from.encoder={path} (or tokenizer)."
-            )
-        return record["config"]
-    file = Path(path)
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.py")], 1)
-        hint = f": did you mean {file.parent / near[0]}?" if near else "."
-        raise UserError(f"there is no config file {path}{hint}")
-    sys.path.insert(0, str(file.absolute().parent.parent))
-    try:
-        get_config = runpy.run_path(str(file)).get("get_config", lambda: None)
-        config = get_config()
-    except UserError:
-        raise
-    except Exception as error:  # of any kind: it is the user's code
+    """Returns the config of a run directory, or what the get_config() of a config file returns."""
+    if not workdir.is_run(path):
+        return config_files.load(path)
+    record = workdir.read(path)
+    if workdir.is_converted(record):
         raise UserError(
-            f"{path}, {explain(error, str(file))}: a config is a Python file with get_config()."
-        ) from error
-    finally:
-        sys.path.pop(0)
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"{path} needs a function get_config() that returns a ConfigDict.")
-    return config.to_dict()
-
-
-def explain(error: Exception, file: str) -> str:
-    """Returns the line in `file` where an error arose, or in the last file, and its message."""
-    if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if file in ("", frame.filename)]
-    return f"line {lines[-1] if lines else 1}: {type(error).__name__}: {error}"
+            f"{path} holds converted weights and names no data: pass a config file and "
+            f"--config.init_from.encoder={path} (or tokenizer)."
+        )
+    return record["config"]
 
 
 def complete(given: Mapping) -> ConfigDict:
@@ -359,9 +333,10 @@ def parse(text: str, kind: Any) -> Any:
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+    return int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax import objectives, recipe, schema
+from mim_jax import config_files, objectives, recipe, schema
 from mim_jax.sharding import make_mesh, to_global
 from mim_jax.start import Start
 from mim_jax.train import evaluate, train
@@ -30,9 +30,8 @@ MESHES = {  # devices, devices that share a copy of the state, parts of a batch
 
 def config_of(name: str) -> str:
     """Returns the path of a config of an objective."""
-    paths = sorted(Path("configs").glob("*.py"), key=lambda path: ("emoji" not in path.stem, path))
-    paths = (str(p) for p in paths if schema.read(str(p))["objective"]["name"] == name)
-    return next(paths)
+    names = sorted(config_files.names(), key=lambda config: ("emoji" not in config, config))
+    return next(x for x in names if schema.read(x)["objective"]["name"] == name)
 
 
 def pytest_generate_tests(metafunc):

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from benchmarks.pod import collectives
-from mim_jax import objectives, recipe, schema
+from mim_jax import config_files, objectives, recipe, schema
 from mim_jax.start import Start
 from mim_jax.train import train
 from tests.conftest import ROOT, environment
@@ -116,7 +116,7 @@ def test_every_published_recipe_is_in_the_table_of_the_papers():
     """Variants that the table names by a pattern, and small examples, need no row of their own."""
     text = (ROOT / "docs" / "papers.md").read_text()
     small = ("emoji", "cifar10_", "_cifar10", "camvid", "ade20k")
-    for path in (ROOT / "configs").glob("*.py"):
+    for path in config_files.files():
         if not any(word in path.stem for word in small):
             assert f"configs/{path.name}" in text, path
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from mim_jax import config_files
 from tests.conftest import ROOT, environment
 
 SMOKE = ["--config=configs/mae_base.py", "--smoke", "--config.log.every_steps=1"]
@@ -50,9 +51,9 @@ def test_a_run_goes_on_anywhere(tmp_path, command):
     stopped_after(3)
     said = local(tmp_path / "moved", *arguments, "--config.fsdp=2")
     assert "batch = 2 devices" in said
-    assert "going on after step 3" in said
+    assert "continuing after step 3" in said
     stopped_after(6)
-    assert "going on after step 6" in train("moved", 4, "--config.accumulate=2")
+    assert "continuing after step 6" in train("moved", 4, "--config.accumulate=2")
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert (tmp_path / "moved" / "pictures" / "step_0000009.png").exists()
 
@@ -132,8 +133,8 @@ def test_the_benchmark_of_a_step(command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "configs").glob("*.py")))
-def test_every_config_has_a_smoke_run(path, tmp_path, command):
-    done = command("mim_jax.main", f"--config=configs/{path}", "--smoke", f"--workdir={tmp_path}")
+@pytest.mark.parametrize("name", config_files.names())
+def test_every_config_has_a_smoke_run(name, tmp_path, command):
+    done = command("mim_jax.main", f"--config={name}", "--smoke", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "done:" in done.stdout

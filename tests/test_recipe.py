@@ -1,16 +1,15 @@
 """Building runs: every config at full size, and configs that cannot be run."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from mim_jax import UserError, recipe, schema
+from mim_jax import UserError, config_files, recipe, schema
 from mim_jax.train import initialize
 
-CONFIGS = sorted(Path("configs").glob("*.py"))
+CONFIGS = config_files.files()
 EMOJI = "configs/mae_emoji.py"
 PARAMETERS = {  # at full size: of the reference where it has the model
     "ade20k_beit_base": 163_277_612,

@@ -1,0 +1,1 @@
+"""Configs: one file for each recipe. Installed as `mim_jax.configs`."""

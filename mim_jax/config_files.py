@@ -1,0 +1,103 @@
+"""Config files: where they are, what they are about, and the config that each returns."""
+
+import ast
+import difflib
+import hashlib
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from ml_collections import ConfigDict
+
+from mim_jax import UserError
+
+
+def folder() -> Path:
+    """Returns the folder of the configs that come with the package.
+
+    A wheel has them inside the package, a checkout beside it.
+    """
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def files() -> list[Path]:
+    """Returns the configs that come with the package."""
+    return sorted(file for file in folder().glob("*.py") if file.stem != "__init__")
+
+
+def names() -> list[str]:
+    """Returns the names of these configs: "beit_base", ..."""
+    return [file.stem for file in files()]
+
+
+def find(path: str) -> Path:
+    """Returns the file of a config, given its path or the name of one that comes with the package.
+
+    Raises UserError, with similar names, if there is none.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    if path in names():
+        return folder() / f"{path}.py"
+    beside = {str(x): x.name for x in file.parent.glob("*.py")} if file.parent.is_dir() else {}
+    near = difflib.get_close_matches(file.name, beside.values(), 1)
+    hints = [hint for hint, name in beside.items() if name in near]
+    hints += difflib.get_close_matches(file.stem, names(), 1)
+    hint = f"did you mean {hints[0]}?" if hints else "`mim-jax configs` lists those there are."
+    raise UserError(f"there is no config {path}: {hint}")
+
+
+def load(path: str) -> dict:
+    """Returns the dict of a config file's get_config().
+
+    The file may import its neighbors: `from . import mae_base`, and the configs that come with the
+    package: `from mim_jax.configs import mae_base`.
+
+    Raises UserError if there is no such file or its code fails.
+    """
+    file = find(path).absolute()
+    try:
+        get_config = getattr(module_of(file), "get_config", lambda: None)
+        config = get_config()
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: it is the user's code
+        raise UserError(
+            f"{path}, {explain(error, str(file))}: a config is a Python file with get_config()."
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path} needs a function get_config() that returns a ConfigDict.")
+    return config.to_dict()
+
+
+def module_of(file: Path) -> ModuleType:
+    """Executes a config file as a member of a package made of its folder."""
+    package = "mim_jax_configs_" + hashlib.sha256(str(file.parent).encode()).hexdigest()[:12]
+    for name in [name for name in sys.modules if name.startswith(package)]:
+        del sys.modules[name]  # a notebook's user may have edited the files
+    parent = ModuleType(package)
+    parent.__path__ = [str(file.parent)]
+    sys.modules[package] = parent
+    module = ModuleType(f"{package}.{file.stem}")
+    module.__package__, module.__file__ = package, str(file)
+    exec(compile(file.read_bytes(), file, "exec"), module.__dict__)
+    return module
+
+
+def explain(error: Exception, file: str) -> str:
+    """Returns the line in `file` where an error arose, or in the last file, and its message."""
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if file in ("", frame.filename)]
+    return f"line {lines[-1] if lines else 1}: {type(error).__name__}: {error}"
+
+
+def summary(file: Path) -> str:
+    """Returns the first line of a config's docstring, without executing the file."""
+    text = ast.get_docstring(ast.parse(file.read_text())) or ""
+    return text.split("\n\n")[0].replace("\n", " ")

@@ -1,0 +1,94 @@
+"""The command `mim-jax`, and the lists of configs and keys."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mim_jax import UserError, cli, config_files, list_keys, main, schema
+from tests.conftest import ROOT, environment
+
+
+def test_configs_are_listed_by_paper(capsys):
+    assert cli.main(["configs"]) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", text, re.M) for name in config_files.names())
+    assert text.index("Bao et al., 2021:") < text.index("He et al., 2021:")
+    assert cli.main(["configs", "ade20k"]) == 0
+    assert "mae_emoji" not in capsys.readouterr().out
+    assert cli.main(["configs", "qqq"]) == 2
+
+
+def test_keys_are_listed_with_values_and_meanings(capsys):
+    arguments = ["keys", "--config=mae_emoji", "--config.objective.mask_ratio=0.5"]
+    assert cli.main([*arguments, "mask_ratio"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "objective.mask_ratio = 0.5"
+    assert lines[1].endswith("(float, at least 0 and at most 1, default 0.75)")
+    assert cli.main(arguments) == 0
+    keys = schema.keys_of(schema.load("mae_emoji"))
+    assert len(capsys.readouterr().out.splitlines()) == 2 * len(keys)
+    assert cli.main([*arguments, "qqq"]) == 2
+
+
+def test_help_with_a_config_lists_its_keys(capsys):
+    with pytest.raises(SystemExit) as done:
+        main.main(["--config=mae_emoji", "--help"])
+    assert done.value.code == 0
+    assert "objective.mask_ratio = 0.75" in capsys.readouterr().out
+
+
+def test_the_page_of_keys_is_current():
+    page = (ROOT / "docs" / "keys.md").read_text()
+    assert page == list_keys.markdown() + "\n", "run `mim-jax keys --markdown > docs/keys.md`"
+
+
+def test_a_dry_run_prints_the_config_and_the_arithmetic(capsys, tmp_path):
+    arguments = ["train", "--config=mae_emoji", "--dry-run", f"--workdir={tmp_path / 'run'}"]
+    assert cli.main([*arguments, "--config.steps=1e3"]) == 0
+    text = capsys.readouterr().out
+    assert "mask_ratio: 0.75" in text
+    assert "= 1,000, of them" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UserError("a is wrong."), 2, "error: a is wrong.\n"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "cannot write to /x: Permission"),
+        (FloatingPointError("the loss is nan."), 1, "failed: the loss is nan.\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_expected_errors_are_one_sentence(capsys, error, code, text):
+    def command():
+        raise error
+
+    assert cli.exit_code(command, "runs/x") == code
+    assert text in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_error():
+    words = [sys.executable, "-m", "mim_jax", "keys", "--markdown"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(1), **pipes)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) in (0, 128 + signal.SIGPIPE)
+
+
+def test_a_run_is_continued_where_it_is(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {}}')
+    parser = cli.parser_of("train", "")
+    parser.add_argument("--workdir", default="")
+    cli.add_config(parser)
+    for words, expected in [
+        ([f"--config={tmp_path}"], str(tmp_path)),
+        (["--config=configs/mae_emoji.py"], "runs/mae_emoji"),
+        (["--config=mae_emoji"], "runs/mae_emoji"),
+        (["--config=mae_emoji", "--workdir=x"], "x"),
+    ]:
+        assert cli.workdir_of(cli.parse(parser, words)[0]) == expected
