@@ -65,8 +65,12 @@ def type_text(kind: Any) -> str:
 
 def markdown() -> str:
     """Returns tables of the keys of every block, objective and optimizer."""
-    first = {"objective": {"name": "mae"}, "optimizer": {"name": "adamw"}, "data": {}}
-    blocks = schema.functions(first) | schema.functions(first | {"objective": {"name": "dvae"}})
+    blocks: dict[str, tuple] = {}
+    for name in objectives.names():
+        choices = {"objective": {"name": name}, "optimizer": {"name": "adamw"}, "data": {}}
+        for block, functions in schema.functions(choices).items():
+            known = blocks.get(block, ())
+            blocks[block] = (*known, *(x for x in functions if x not in known))
     sections = [
         "# Config keys\n",
         "This page is written by `mim-jax keys --markdown`. `mim-jax keys --config=NAME` prints",

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mim_jax import config_files
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "mim_jax").rglob("*.py"))
 MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itself
@@ -27,14 +29,17 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "checkpoint": {"train"},
     "transfer": {"checkpoint", "models", "train", "workdir"},
     "data": {"cli", "data", "keys"},
-    "schema": {"data", "keys", "models", "objectives", "optim", "workdir"},
+    "schema": {"config_files", "data", "keys", "models", "objectives", "optim", "workdir"},
     "recipe": {"data", "models", "objectives", "optim", "schema", "sharding"},
     "start": {"checkpoint", "recipe", "schema", "sharding", "train", "transfer", "workdir"},
     "probe": {"data", "sharding", "train"},
     "convert": {
         *("checkpoint", "cli", "convert", "masking", "models", "objectives", "train", "workdir"),
     },
-    "cli": set(),
+    "cli": {"list_keys", "workdir"},
+    "config_files": set(),
+    "list_configs": {"cli", "config_files"},
+    "list_keys": {"cli", "keys", "objectives", "optim", "schema"},
     "__main__": {"cli"},
     "inspect": {"cli", "convert"},
     "main": {
@@ -88,7 +93,8 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            module = "." * node.level + (node.module or "")
+            names |= {f"{module}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -104,8 +110,8 @@ def test_import_rules(path):
 
 def test_configs_import_only_configs():
     for path in config_files.files():
-        assert {name.split(".")[0] for name in imports(path)} <= {"ml_collections", "configs"}
-        assert len(path.read_text().splitlines()) <= 60
+        assert {name.split(".")[0] for name in imports(path)} <= {"ml_collections", ""}
+        assert len(path.read_text().splitlines()) <= 70
 
 
 def test_shared_code_names_no_objective():
@@ -144,7 +150,7 @@ def test_names_and_docstrings():
     for path in FILES:
         assert not re.search(r"util|common|misc|helper|base|registry|types|constants", path.stem)
         text = path.read_text()
-        assert not re.search(r"config\.get\(|cfg|\.pmap\(|flax\.training|import clu", text), path
+        assert not re.search(r"cfg|\.pmap\(|flax\.training|import clu", text), path
         assert "fmt: skip" not in text, path
         assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
 

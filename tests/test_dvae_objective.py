@@ -209,7 +209,7 @@ def test_what_is_called_a_collapse():
     healthy = dict(entropy=0.5, perplexity=0.3 * V)
     assert warn(1000, healthy) == ""
     assert "is close to collapse" in warn(1000, healthy | dict(perplexity=0.1 * V))
-    assert "has collapsed: the tokens are few" in warn(1000, healthy | dict(perplexity=0.02 * V))
+    assert "has collapsed: few codes are in use" in warn(1000, healthy | dict(perplexity=0.02 * V))
     assert "Raise objective.balance" in warn(1000, healthy | dict(perplexity=0.02 * V))
     assert "Lower objective.kl_weight" in warn(1000, healthy | dict(entropy=0.96 * math.log(V)))
     assert warn(999, healthy | dict(perplexity=0.1 * V)) == ""
@@ -223,7 +223,7 @@ def test_a_kl_weight_out_of_all_measure_is_called_a_collapse(tmp_path, capsys):
     arguments = ["--config=configs/dvae_emoji.py", "--smoke", f"--workdir={tmp_path}", *overrides]
     assert main.main(arguments) == 0
     said = capsys.readouterr().out
-    collapse = "warning: the codebook has collapsed: all codes are as likely everywhere, and say"
+    collapse = "warning: the codebook has collapsed: all codes are equally likely and say nothing"
     assert said.count(collapse) == 1
     assert "Lower objective.kl_weight" in said
 
@@ -248,8 +248,8 @@ def test_pictures_are_the_tokens():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (dict(min_temperature=0.0), "objective.min_temperature = 0.0 must lie above 0"),
-        (dict(min_temperature=2.0), "not above objective.temperature = 1.0"),
+        (dict(min_temperature=0.0), "objective.min_temperature = 0.0 must be greater than 0"),
+        (dict(min_temperature=2.0), "at most objective.temperature = 1.0"),
     ],
 )
 def test_what_cannot_be(settings, sentence):

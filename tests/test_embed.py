@@ -1,6 +1,7 @@
 """What is done with a finished run: evaluated again, its features written, its encoder loaded."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -93,13 +94,12 @@ def test_a_converted_classifier_is_evaluated(runs, tmp_path, capsys):
 
 def test_evaluation_needs_the_labels_of_training(runs, monkeypatch, capsys):
     make = recipe.data.make
-    config = schema.load(str(runs / "mae_base_finetune"))
-    found = schema.functions(config)
-    monkeypatch.setattr(recipe, "load", lambda *_: config)
-    monkeypatch.setattr(
-        recipe.data, "make", lambda **how: dataclasses.replace(make(**how), num_labels=5)
-    )
-    monkeypatch.setattr(recipe, "functions", lambda _: found)
+
+    @functools.wraps(make)
+    def of_five_labels(**settings):
+        return dataclasses.replace(make(**settings), num_labels=5)
+
+    monkeypatch.setattr(recipe.data, "make", of_five_labels)
     assert evaluate.main([f"--config={runs / 'mae_base_finetune'}"]) == 2
     assert "params/head/bias differs" in capsys.readouterr().err
 

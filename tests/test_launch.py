@@ -85,7 +85,7 @@ def test_one_of_two_processes_gets_a_signal(number, tmp_path):
             process.kill()
     if number == signal.SIGKILL:
         assert first.returncode == 1
-        assert "failed: process 0 lost another of 2" in error
+        assert "failed: process 0 of 2 lost another process" in error
         assert "the same command goes on from the newest checkpoint" in error
         assert "Traceback" not in error
     else:

@@ -1,6 +1,7 @@
 """The command as a user types it: a run from start to end, its files, its exit codes."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -103,7 +104,7 @@ def test_a_run_from_before_a_key_was_there_goes_on(finished, tmp_path, capsys):
             keys.pop(key, None)
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert main.main(smoke(tmp_path)[1:]) == 0
-    assert "is done" in capsys.readouterr().out
+    assert "is complete" in capsys.readouterr().out
     assert main.main(smoke(tmp_path, "--config.optimizer.schedule=beit")[1:]) == 2
     assert "optimizer.schedule is 'beit', was 'mae'" in capsys.readouterr().err
 
@@ -219,7 +220,7 @@ def test_training_imports_neither_tensorflow_nor_torch(tmp_path, command):
         ([MAE, "--smoke", "--config.init_from.encoder=configs"], "is not a run directory"),
         (
             ["--config=configs/beit_emoji.py", "--config.init_from.tokenizer=nowhere"],
-            "init_from.tokenizer = nowhere is not a run directory: train it first, as by",
+            "init_from.tokenizer = nowhere is not a run directory: train one first, or",
         ),
     ],
 )
@@ -319,6 +320,7 @@ def test_a_trace_ends_with_its_last_step_or_with_the_run(steps, ends, monkeypatc
 
 
 def test_labels_to_evaluate_by_are_asked_for_at_the_start(monkeypatch, capsys):
+    @functools.wraps(recipe.data.make)
     def unlabelled(**settings):
         made = make(**settings)
         examples = [made.evaluation.examples[0] | {"label": -1}]

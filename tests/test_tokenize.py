@@ -30,9 +30,12 @@ def test_the_tokens_of_a_split(trained, tmp_path, capsys):
 
 def test_what_is_no_run_of_it(trained, tmp_path, capsys):
     for run, sentence in [
-        ("configs/mae_emoji.py", "configs/mae_emoji.py is no run of the dVAE, but of mae"),
+        (
+            "configs/mae_emoji.py",
+            "configs/mae_emoji.py did not train a tokenizer: it is a run of mae",
+        ),
         ("configs/dvae_emoji.py", "is not a run: set --config.init_from.tokenizer=RUN"),
-        ("nowhere", "there is no config file nowhere"),
+        ("nowhere", "there is no config nowhere"),
     ]:
         assert tokenize.main([f"--config={run}", f"--to={tmp_path / 'x'}"]) == 2
         assert sentence in capsys.readouterr().err
