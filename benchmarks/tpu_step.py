@@ -98,10 +98,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--topology", default="v5e:1x1", help="as v5e:4x4")
     parser.add_argument("--images", type=int, default=64, help="per chip")
     parser.add_argument("--text", help="also write the compiled program to this file")
-    parser.add_argument("--kernel", help=argparse.SUPPRESS)  # used by kernel_cycles
+    for name, count in dict(kernels="*", dump=None).items():  # used by kernel_cycles
+        parser.add_argument(f"--{name}", nargs=count, help=argparse.SUPPRESS)
     options, overrides = cli.parse(parser, argv)
-    if options.kernel:
-        return compile_kernel(Kernel(*map(int, options.kernel.split(","))))
+    if options.kernels:
+        kernels = [Kernel(*map(int, words.split(","))) for words in options.kernels]
+        return print_bundles(kernels, options.dump)
     if not options.config:
         parser.error("--config is required")
     return cli.exit_code(lambda: report(options, overrides), "")
@@ -207,33 +209,50 @@ def kernel_of(instruction: Instruction, found: dict[str, Instruction]) -> Kernel
 
 
 def kernel_cycles(kernels: set[Kernel]) -> dict[Kernel, int]:
-    """Returns how many cycles each kernel is scheduled for: those of a step times its steps.
+    """Returns how many cycles each kernel is scheduled for: those of a grid step times its steps.
 
-    The compiler dumps its schedules only if it is told so before it is loaded: hence a process for
-    each kernel.
+    The compiler dumps its schedules only if it is told so before it is loaded: hence the process.
     """
-    cycles = {}
+    ordered = sorted(kernels)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["dump_to=" + folder, "dump_llo_text=true", "dump_llo_static_gaps=true"]
+        arguments = " ".join(f"--xla_jf_{flag}" for flag in flags)
+        words = [",".join(str(int(x)) for x in kernel) for kernel in ordered]
+        process = subprocess.run(
+            [sys.executable, "-m", "benchmarks.tpu_step", f"--dump={folder}", "--kernels", *words],
+            env=os.environ | dict(LIBTPU_INIT_ARGS=arguments),
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    bundles = map(int, process.stdout.split())
+    return {
+        kernel: count * steps_of(kernel) for kernel, count in zip(ordered, bundles, strict=True)
+    }
+
+
+def steps_of(kernel: Kernel) -> int:
+    """Returns how many steps the grid of a kernel has."""
+    qkv = jax.ShapeDtypeStruct((kernel.images, kernel.tokens, 1), jnp.bfloat16)
+    return kernel.images // attention_tpu.rows_of(qkv)
+
+
+def print_bundles(kernels: list[Kernel], folder: str) -> int:
+    """Compiles each kernel alone, and prints the bundles of a grid step from the dumped schedule.
+
+    Schedules of single operations are of one custom call; `TLP` is the program around them.
+    """
     for kernel in kernels:
-        with tempfile.TemporaryDirectory() as folder:
-            flags = ["dump_to=" + folder, "dump_llo_text=true", "dump_llo_static_gaps=true"]
-            arguments = " ".join(f"--xla_jf_{flag}" for flag in flags)
-            description = ",".join(str(int(x)) for x in kernel)
-            subprocess.run(
-                [sys.executable, "-m", "benchmarks.tpu_step", f"--kernel={description}"],
-                env=os.environ | dict(LIBTPU_INIT_ARGS=arguments),
-                check=True,
-                capture_output=True,
-            )
-            for path in glob.glob(f"{folder}/*-schedule-analysis_final_bundles.txt"):
-                schedule = Path(path).read_text()
-                if "tpu_custom_call" in schedule and "late-finalization" not in path:
-                    bundles = int(re.search(r"total scheduled bundles:\s+(\d+)", schedule)[1])
-        qkv = jax.ShapeDtypeStruct((kernel.images, kernel.tokens, 1), jnp.bfloat16)
-        cycles[kernel] = bundles * kernel.images // attention_tpu.rows_of(qkv)
-    return cycles
+        before = set(glob.glob(f"{folder}/*"))
+        compile_kernel(kernel)
+        for path in set(glob.glob(f"{folder}/*-schedule-analysis_final_bundles.txt")) - before:
+            schedule = Path(path).read_text()
+            if "tpu_custom_call" in schedule and "-TLP-" not in path:
+                print(re.search(r"total scheduled bundles:\s+(\d+)", schedule)[1])
+    return 0
 
 
-def compile_kernel(kernel: Kernel) -> int:
+def compile_kernel(kernel: Kernel) -> None:
     """Compiles a kernel alone."""
     backward, b, n, heads, width, last, biased = kernel
     qkv = jax.ShapeDtypeStruct((b, n, 3 * heads * width), jnp.bfloat16)
@@ -250,7 +269,6 @@ def compile_kernel(kernel: Kernel) -> int:
     mesh = Mesh(chips("v5e:2x2")[:1], "chip")
     everywhere = NamedSharding(mesh, PartitionSpec())
     jax.jit(function, in_shardings=everywhere).lower(qkv, bias, y, sums).compile()
-    return 0
 
 
 def flops(step: Step) -> int:

@@ -8,6 +8,7 @@ Shapes: b images, n tokens on a grid (h, w), v vocabulary, d width, (p, q) patch
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import einops
@@ -18,13 +19,42 @@ import numpy as np
 
 from mim_jax import UserError
 from mim_jax.keys import NOT_NEGATIVE, POSITIVE, Dtype, Smoke
+from mim_jax.models.layers import add_bias, at_least_float32
 
-# OpenAI's convolution: zero biases, and kernels that keep the variance.
-Conv = functools.partial(
-    nn.Conv, kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-)
-# Next to the tokens: whatever the rest is computed in, and on any device, float32 or better.
-Exact = functools.partial(Conv, kernel_size=(1, 1), precision="highest")
+
+class Conv(nn.Module):
+    """A convolution that keeps the resolution, or changes it by a factor of `stride`.
+
+    Without a dtype it computes in float32 or better; a product is then three bfloat16 products on a
+    TPU, and one in TF32 on a GPU. The default initialization is OpenAI's: zero biases, and kernels
+    that keep the variance.
+    """
+
+    width: int
+    side: int  # of the kernel
+    dtype: str | None
+    stride: int = 1
+    enlarge: bool = False  # a transposed convolution
+    kernel_init: Callable = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (b, h, w, c) -> (b, h/stride, w/stride, width), or h*stride and w*stride."""
+        shape = (self.side, self.side, x.shape[-1], self.width)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", self.bias_init, (self.width,))
+        dtype = self.dtype or at_least_float32(x.dtype)
+        convolve = jax.lax.conv_transpose if self.enlarge else jax.lax.conv_general_dilated
+        y = convolve(
+            x.astype(dtype),
+            kernel.astype(dtype),
+            (self.stride, self.stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=None if self.dtype else "high",
+        )
+        return add_bias(y, bias)
 
 
 def space_to_depth(images: jax.Array, side: int) -> jax.Array:
@@ -37,12 +67,24 @@ def depth_to_space(x: jax.Array, side: int) -> jax.Array:
     return einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=side, q=side)
 
 
-def at_least_float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def max_pool(x: jax.Array) -> jax.Array:
+    """x (b, h, w, d) -> the largest of each 2 x 2 pixels (b, h/2, w/2, d).
+
+    On a TPU the axes that the default splits would be copied into another layout.
+    """
+    by_axes = functools.partial(
+        einops.reduce, pattern="b (h p) (w q) d -> b h w d", reduction="max", p=2, q=2
+    )
+    windows = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
+    return jax.lax.platform_dependent(x, tpu=windows, default=by_axes)
 
 
 class Block(nn.Module):
-    """A residual block of four convolutions after ReLUs, with a quarter of the width inside."""
+    """A residual block of four convolutions after ReLUs, with a quarter of the width inside.
+
+    The residual stream, and the convolution that widens it, are in float32 or better: rounding
+    them to bfloat16 would change tokens. The branch, which the gain scales down, is in `dtype`.
+    """
 
     width: int
     sides: tuple[int, int, int, int]  # of the kernels
@@ -54,10 +96,10 @@ class Block(nn.Module):
         y = x
         for i, side in enumerate(self.sides, 1):
             width = self.width if i == len(self.sides) else self.width // 4
-            y = Conv(width, (side, side), dtype=self.dtype, name=f"conv_{i}")(nn.relu(y))
+            y = Conv(width, side, self.dtype, name=f"conv_{i}")(nn.relu(y))
         if x.shape[-1] != self.width:
-            x = Conv(self.width, (1, 1), dtype=self.dtype, name="id_path")(x)
-        return x + self.gain * y
+            x = Conv(self.width, 1, None, name="id_path")(x)
+        return x + self.gain * y.astype(x.dtype)
 
 
 class DalleEncoder(nn.Module):
@@ -76,14 +118,14 @@ class DalleEncoder(nn.Module):
         gain = ((self.layers + 1) * self.blocks) ** -2
         x = space_to_depth(images, self.stem)
         side = 7 if self.stem == 1 else 3  # a stem widens what a kernel sees
-        x = Conv(self.width, (side, side), dtype=self.dtype, name="input")(x)
+        x = Conv(self.width, side, None, name="input")(x)
         for group in range(self.layers + 1):
             if group:
-                x = einops.reduce(x, "b (h p) (w q) d -> b h w d", "max", p=2, q=2)
+                x = max_pool(x)
             for i in range(self.blocks):
                 name = f"group_{group + 1}_block_{i + 1}"
                 x = Block(self.width << group, (3, 3, 3, 1), gain, self.dtype, name=name)(x)
-        return Exact(self.vocabulary, name="output")(at_least_float32(nn.relu(x)))
+        return Conv(self.vocabulary, 1, None, name="output")(nn.relu(x))
 
 
 class DalleDecoder(nn.Module):
@@ -101,7 +143,7 @@ class DalleDecoder(nn.Module):
     def __call__(self, codes: jax.Array) -> jax.Array:
         """codes (b, h, w, v), of each token a distribution -> values of pixels (b, H, W, ...)."""
         gain = ((self.layers + 1) * self.blocks) ** -2
-        x = Exact(self.codebook, name="input")(at_least_float32(codes)).astype(self.dtype)
+        x = Conv(self.codebook, 1, None, name="input")(codes)
         for group in range(self.layers + 1):
             if group:
                 x = einops.repeat(x, "b h w d -> b (h p) (w q) d", p=2, q=2)
@@ -110,37 +152,36 @@ class DalleDecoder(nn.Module):
                 name = f"group_{group + 1}_block_{i + 1}"
                 x = Block(width, (1, 3, 3, 3), gain, self.dtype, name=name)(x)
         values = self.values * self.stem**2
-        x = Conv(values, (1, 1), dtype=self.dtype, name="output")(nn.relu(x))
+        x = Conv(values, 1, self.dtype, name="output")(nn.relu(x))
         return depth_to_space(x, self.stem)
 
 
-def small_conv(
-    width: int, side: int, fan_in: int, *, module=nn.Conv, stride: int = 1, **settings
-) -> nn.Module:
-    """Returns a convolution with torch's default initialization and the given stride."""
+def small_conv(width: int, side: int, dtype: str | None, fan_in: int, **settings) -> Conv:
+    """Returns a convolution with torch's default initialization."""
     bound = fan_in**-0.5
     init = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
-    shape = dict(kernel_size=(side, side), strides=(stride, stride))
-    return module(width, **shape, kernel_init=init, bias_init=init, **settings)
+    return Conv(width, side, dtype, kernel_init=init, bias_init=init, **settings)
 
 
 class SmallBlock(nn.Module):
     """A residual block of three convolutions with ReLUs between them."""
 
-    dtype: str
+    dtype: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y, width = x, x.shape[-1]
         for i, side in enumerate((3, 3, 1), 1):
-            fan_in = width * side**2
-            y = small_conv(width, side, fan_in, dtype=self.dtype, name=f"conv_{i}")(y)
+            y = small_conv(width, side, self.dtype, width * side**2, name=f"conv_{i}")(y)
             y = y if i == 3 else nn.relu(y)
         return x + y
 
 
 class SmallEncoder(nn.Module):
-    """Convolutions of stride two, each followed by residual blocks."""
+    """Convolutions of stride two, each followed by residual blocks.
+
+    All are in float32 or better, whatever the dtype, because no branch is scaled down.
+    """
 
     vocabulary: int
     width: int
@@ -154,19 +195,11 @@ class SmallEncoder(nn.Module):
         """images (b, H, W, c), mapped -> logits (b, h, w, v)."""
         x = space_to_depth(images, self.stem)
         for layer in range(1, self.layers + 1):
-            down = small_conv(
-                self.width,
-                4,
-                16 * x.shape[-1],
-                stride=2,
-                dtype=self.dtype,
-                name=f"layer_{layer}",
-            )
-            x = nn.relu(down(x))
+            name, fan_in = f"layer_{layer}", 16 * x.shape[-1]
+            x = nn.relu(small_conv(self.width, 4, None, fan_in, stride=2, name=name)(x))
             for i in range(1, self.blocks + 1):
-                x = SmallBlock(self.dtype, name=f"layer_{layer}_block_{i}")(x)
-        output = small_conv(self.vocabulary, 1, self.width, precision="highest", name="output")
-        return output(at_least_float32(x))
+                x = SmallBlock(None, name=f"layer_{layer}_block_{i}")(x)
+        return small_conv(self.vocabulary, 1, None, self.width, name="output")(x)
 
 
 class SmallDecoder(nn.Module):
@@ -185,22 +218,16 @@ class SmallDecoder(nn.Module):
         """codes (b, h, w, v), of each token a distribution -> values of pixels (b, H, W, ...)."""
         shape = codes.shape[-1], self.codebook
         codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
-        x = jnp.matmul(at_least_float32(codes), codebook, precision="highest").astype(self.dtype)
+        codes = codes.astype(at_least_float32(codes.dtype))
+        x = jnp.matmul(codes, codebook, precision="high")
         for layer in range(1, self.layers + 1):
-            up = small_conv(
-                self.width,
-                4,
-                16 * self.width,  # torch counts the outputs of a transposed convolution
-                module=nn.ConvTranspose,
-                stride=2,
-                dtype=self.dtype,
-                name=f"layer_{layer}",
-            )
-            x = nn.relu(up(x))
+            fan_in = 16 * self.width  # torch counts the outputs of a transposed convolution
+            settings = dict(stride=2, enlarge=True, name=f"layer_{layer}")
+            x = nn.relu(small_conv(self.width, 4, self.dtype, fan_in, **settings)(x))
             for i in range(1, self.blocks + 1):
                 x = SmallBlock(self.dtype, name=f"layer_{layer}_block_{i}")(x)
         values = self.values * self.stem**2
-        x = small_conv(values, 1, self.width, dtype=self.dtype, name="output")(x)
+        x = small_conv(values, 1, self.dtype, self.width, name="output")(x)
         return depth_to_space(x, self.stem)
 
 
@@ -274,7 +301,8 @@ class DVAE(NamedTuple):
 
         For logit_laplace (b, H, W, 2c), locations and logarithms of scales, else (b, H, W, c).
         """
-        return at_least_float32(self.decoder.apply({"params": decoder}, codes))
+        painted = self.decoder.apply({"params": decoder}, codes)
+        return painted.astype(at_least_float32(painted.dtype))
 
     def to_images(self, painted: jax.Array) -> jax.Array:
         """Converts the result of `paint` to images (b, H, W, c) in [0, 1]."""
