@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -142,6 +143,48 @@ def test_headers_of_arrays_do_not_allocate():
     ):
         with pytest.raises(BadImageError, match="is too large"):
             read()
+
+
+def blank_png(side, bits, color_type):
+    """A PNG of zeros, compressed to about a thousandth."""
+    channels = {0: 1, 2: 3}[color_type]
+    compress = zlib.compressobj(9)
+    row = bytes(1 + side * channels * bits // 8)
+    pixels = b"".join(compress.compress(row) for _ in range(side)) + compress.flush()
+    shape = struct.pack(">IIBBBBB", side, side, bits, color_type, 0, 0, 0)
+    chunks = ((b"IHDR", shape), (b"IDAT", pixels), (b"IEND", b""))
+    checked = (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(checked)
+
+
+def test_large_arrays_are_refused_before_they_are_decoded(monkeypatch):
+    """Of 16 bits; images of 8 bits are halved instead."""
+    monkeypatch.setattr("mim_jax.data.arrays.LARGEST", 2**20)
+    content = blank_png(600, 16, 0)
+    assert header(io.BytesIO(content)) == (600, 600, "I;16")
+    assert decode(content, 1, "uint16").shape == (600, 600, 1)
+    for read in (
+        lambda: decode(content, 3, "uint16"),
+        lambda: decode(blank_png(800, 16, 0), 1, "uint16"),
+        lambda: decode(npy(np.zeros((600, 600), np.uint16)), 3, "uint16"),
+    ):
+        with pytest.raises(BadImageError, match="too large: cut it into tiles"):
+            read()
+
+
+def test_more_pages_than_any_image_has():
+    stack = io.BytesIO()
+    with tifffile.TiffWriter(stack) as file:
+        for _ in range(tiff.PAGES + 1):
+            file.write(np.zeros((4, 4), np.uint8), metadata=None)
+    with pytest.raises(BadImageError, match="more than 1,024 pages"):
+        header(stack)
 
 
 # --- Channels and their axis. ---

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mim_jax import UserError, data
 from mim_jax.data.folder import Folder
+from mim_jax.data.sources import BUILTIN
 from mim_jax.main import main
 from mim_jax.sheets import MARGIN, draw_sheet
 from tests.images import BAD, GOOD, PIXEL, UNREAD, encoded, npy, open_tree, pixels, plant
@@ -198,6 +199,50 @@ def test_sources_that_are_refused(tmp_path):
         data.make(name=f"tfds:{tmp_path}", size=16)
     with pytest.raises(UserError, match=r"is for data.name=folder:PATH"):
         data.make(name="emoji", size=16, labels="folder")
+
+
+NESTED = json.dumps({"image": {"type": "evil_features.Evil", "content": {}}})
+EVIL = {  # ways to name a class in features.json
+    "proto": {"pythonClassName": "evil_features.Evil", "text": {}},
+    "field of a proto": {"python_class_name": "evil_features.Evil", "text": {}},
+    "legacy": {"type": "evil_features.Evil", "content": {}},
+    "nested": {
+        "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+        "jsonFeature": {"json": NESTED},
+    },
+}
+
+
+@pytest.mark.parametrize("feature", EVIL.values(), ids=EVIL)
+def test_a_data_set_imports_no_code(feature, tmp_path, monkeypatch):
+    """TFDS imports the module of each class that features.json names."""
+    module = tmp_path / "modules" / "evil_features.py"
+    made = tmp_path / "made"
+    plant(tmp_path, {"modules/evil_features.py": f"open({str(made)!r}, 'w')".encode()})
+    monkeypatch.syspath_prepend(str(module.parent))
+    folder = shutil.copytree(BUILTIN["emoji"], tmp_path / "set")
+    path = folder / "features.json"
+    content = json.loads(path.read_text())
+    content["featuresDict"]["features"]["image"] = feature
+    path.write_text(json.dumps(feature if "type" in feature else content))
+    with pytest.raises(UserError, match="evil_features.Evil, which is not a feature of TFDS"):
+        data.make(name=f"tfds:{folder}", size=16)
+    assert not made.exists()
+    assert data.make(name="emoji", size=16).num_labels == 9
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"type": 1, "content": 2}'])
+def test_damaged_metadata(content, tmp_path):
+    folder = shutil.copytree(BUILTIN["emoji"], tmp_path / "set")
+    (folder / "features.json").write_text(content)
+    with pytest.raises(UserError, match="cannot be read|is not a feature of TFDS"):
+        data.make(name=f"tfds:{folder}", size=16)
+
+
+@pytest.mark.parametrize("name", ["kaggle:set", "huggingface:mnist", "someone:set"])
+def test_names_with_a_namespace_are_refused(name):
+    with pytest.raises(UserError, match="names no data set: set emoji, folder:PATH"):
+        data.make(name=name, size=16)
 
 
 # --- Worker processes. ---

@@ -3,12 +3,14 @@
 Axes: h height, w width, c channels.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 DTYPES = ("uint8", "uint16", "float32")  # types of decoded pixels; all others become one of these
+LARGEST = 2**29  # bytes of the largest array that is read
 BLOCK = 2**22  # values that are converted at once, to bound memory
 
 
@@ -65,6 +67,15 @@ def named_axes(shape: tuple[int, ...], axes: str, channels: int) -> str:
                 "the file does not say which one holds the channels"
             )
     raise BadImageError(f"its shape, {shape}, has no axis of length data.channels = {channels}")
+
+
+def require_size(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Raises BadImageError if an array of this shape and type takes more than LARGEST bytes."""
+    if math.prod(shape) * np.dtype(dtype).itemsize > LARGEST:
+        raise BadImageError(
+            f"its shape, {shape}, of {dtype} is too large: cut it into tiles (mim-jax prepare "
+            "folder:PATH --tile=SIDE)"
+        )
 
 
 def decoded_type(dtype: np.dtype) -> str:

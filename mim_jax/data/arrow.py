@@ -29,6 +29,7 @@ SUFFIXES = (".parquet", ".arrow")
 PARTS = re.compile(r"[-_.]?\d{5,}-of-\d{5,}(-[0-9a-f]+)?$")  # "train-00000-of-00002-<digest>"
 SAMPLE = 32  # images whose headers tell the mode
 GROUPS = 64  # row groups of Parquet files that are kept in memory
+LARGEST = 2**31  # bytes of a row group that is read
 
 
 class Columns(NamedTuple):
@@ -238,6 +239,9 @@ def read_row(path: str, row: int, *columns: str) -> dict:
             return {name: opened(path)[name][row].as_py() for name in names}
         starts = group_starts(path)
         group = int(np.searchsorted(starts, row, side="right")) - 1
+        size = opened(path).metadata.row_group(group).total_byte_size
+        if size > LARGEST:
+            raise BadImageError(f"its row group has {size:,} bytes: write smaller row groups")
         table = read_group(path, group, tuple(names))
         return {name: table[name][row - int(starts[group])].as_py() for name in names}
     except (OSError, ValueError) as error:  # pyarrow's errors are among these

@@ -28,11 +28,14 @@ from mim_jax.data.arrays import (
     in_type,
     named_axes,
     on_white,
+    require_size,
 )
-from mim_jax.data.tiff import STARTS, VALUES, open_tiff
+from mim_jax.data.tiff import STARTS, open_tiff
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
-LARGE = 2**26  # pixels; a larger image is halved (Pillow refuses more than 2.7 times as many)
+# Pixels or values of an array. Larger images are decoded one at a time, and those of 8 bits at half
+# their size; Pillow refuses more than 2.7 times as many.
+LARGE = 2**26
 BOXES = 2**16  # bytes of a JPEG 2000 file that hold what describes its channels
 STRIP = 2**22  # pixels of a large image that are converted at once, to bound memory
 
@@ -102,11 +105,14 @@ def decode(encoded: bytes, channels: int, dtype: str = "uint8") -> Image.Image |
     """
     with reasons():
         image = opened(io.BytesIO(encoded))
-        if isinstance(image, Pixels):
-            array = in_type(image.load(channels), dtype)
-            return in_channels(array, channels, rgb=image.rgb, alpha=image.alpha)
-        large = image.width * image.height > LARGE
+        arrays = isinstance(image, Pixels)
+        large = (math.prod(image.shape) if arrays else image.width * image.height) > LARGE
         with one_large_image if large else contextlib.nullcontext():
+            if isinstance(image, Pixels):
+                array = in_type(image.load(channels), dtype)
+                return in_channels(array, channels, rgb=image.rgb, alpha=image.alpha)
+            if type_of(mode_of(image)) != "uint8":  # is not halved
+                require_size((image.height, image.width, channels), np.dtype(dtype))
             image = upright(image)
             if type_of(mode_of(image)) != "uint8":
                 return in_channels(in_type(to_array(image), dtype), channels)
@@ -172,8 +178,7 @@ def declares_alpha(file: BinaryIO) -> bool:
 def bands_of(image: Image.Image) -> Pixels:
     """Returns an 8-bit image of Pillow as an array, its last channel no alpha."""
     shape = (image.height, image.width, len(image.getbands()))
-    if math.prod(shape) > VALUES:
-        raise BadImageError(f"its shape, {shape}, is too large")
+    require_size(shape, np.dtype(np.uint8))
     return Pixels(shape, np.dtype(np.uint8), "YXC", lambda: np.asarray(image))
 
 
@@ -183,8 +188,7 @@ def open_npy(file: BinaryIO) -> Pixels:
     read = np.lib.format.read_array_header_1_0
     read = read if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
-    if math.prod(shape) > VALUES:
-        raise BadImageError(f"its shape, {shape}, is too large")
+    require_size(shape, dtype)
     file.seek(0)
     axes = "YX" if len(shape) == 2 and all(shape) else ""
     return Pixels(shape, dtype, axes, lambda: np.load(file, allow_pickle=False))
@@ -277,6 +281,7 @@ def in_channels(
         array = on_white(array)
     count = array.shape[2]
     if count == 1 and channels == 3:
+        require_size((*array.shape[:2], 3), array.dtype)
         array = array.repeat(3, axis=2)
     elif rgb and array.dtype == np.uint8 and channels == 1:
         return Image.fromarray(np.ascontiguousarray(array)).convert("L")

@@ -1,12 +1,15 @@
 """What images there are. A source gives random access to encoded images and their labels."""
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
 
 from mim_jax import UserError
 from mim_jax.data.arrow import Rows, Table
@@ -15,6 +18,7 @@ from mim_jax.data.folder import Folder, select
 from mim_jax.data.manifest import printable
 
 BUILTIN = {"emoji": Path(__file__).parent / "builtin" / "emoji" / "1.0.0"}
+ONE_AT_A_TIME = threading.Lock()
 
 
 class Source(NamedTuple):
@@ -43,7 +47,7 @@ def open_sources(
     labels: of a folder: "folder", or the path of a CSV file, or "" for none.
     """
     if name in ("", "folder:", "tfds:", "hf:"):
-        raise UserError(f"data.name = {name!r} has no path: say folder:PATH or tfds:PATH.")
+        raise UserError(f"data.name = {name!r} has no path: set folder:PATH, tfds:PATH or hf:PATH.")
     if name.startswith("folder:"):
         folder = Folder(name.removeprefix("folder:"), labels)
         return [of_folder(folder, split) for split in splits]
@@ -145,35 +149,70 @@ def mode_of(image: tfds.features.Image) -> str:
     return MODES[channels] if dtype == "uint8" and channels in MODES else f"{dtype} x {channels}"
 
 
+@contextlib.contextmanager
+def only_features_of_tfds() -> Iterator[None]:
+    """Makes TFDS refuse features that are not its own.
+
+    The file features.json of a data set names the classes of its features, and TFDS imports the
+    modules that it names: a data set of a stranger could execute code.
+    """
+    connector = tfds.features.FeatureConnector
+    find = connector.__dict__["cls_from_name"]
+
+    def find_known(cls: type, name: str) -> type:
+        if not str(name).startswith("tensorflow_datasets.core.features."):
+            raise UserError(
+                f"features.json of the data set names the class {printable(str(name))}, which is "
+                "not a feature of TFDS; it is not imported."
+            )
+        return find.__get__(None, cls)(name)
+
+    with ONE_AT_A_TIME:
+        connector.cls_from_name = classmethod(find_known)
+        try:
+            yield
+        finally:
+            connector.cls_from_name = find
+
+
 def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """The TFDS builder of a prepared data set."""
     path = BUILTIN.get(name) or (name.startswith("tfds:") and name.removeprefix("tfds:"))
     if path:
         try:
-            return tfds.builder_from_directory(os.path.expanduser(path))  # or gs://
+            with only_features_of_tfds():
+                return tfds.builder_from_directory(os.path.expanduser(path))  # or gs://
         except (tfds.core.dataset_info.DatasetInfoFileError, FileNotFoundError) as error:
             raise UserError(
-                f"{path} is no folder that TFDS or mim_jax.data.prepare finished: say one with a "
+                f"{path} is no folder that TFDS or mim_jax.data.prepare finished: set one with a "
                 "dataset_info.json, as tfds:/data/my_images."
             ) from error
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, ParseError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the metadata of {path} cannot be read: {reason}.") from error
     how = f"python -m mim_jax.data.prepare {name} --data_dir=FOLDER"
     there = f"{', '.join(BUILTIN)}, folder:PATH, tfds:PATH, or a data set of TFDS"
     if Path(name).expanduser().exists():
         there = f"folder:{name}, if this path is meant, {there}"
+    if ":" in name:  # for TFDS a namespace, whose code it would download
+        raise UserError(f"data.name = {name!r} names no data set: set {there}.")
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        with only_features_of_tfds():
+            builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"there is no data set {name!r}: say {there}.") from error
+        raise UserError(f"there is no data set {name!r}: set {there}.") from error
     except ValueError as error:
         if "File format is already set" not in str(error):
-            raise UserError(f"data.name = {name!r} names no data set: say {there}.") from error
+            raise UserError(f"data.name = {name!r} names no data set: set {there}.") from error
         raise UserError(
             f"data set {name!r} is prepared in a file format without random access: prepare it "
             f"again in another folder, by {how}."
         ) from error
     if not builder.is_prepared():
         raise UserError(
-            f"data set {name!r} is not prepared in {builder.data_path}: say where it is with "
+            f"data set {name!r} is not prepared in {builder.data_path}: set its folder with "
             f"--config.data.data_dir, or prepare it by {how}."
         )
     return builder

@@ -19,11 +19,10 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from mim_jax.data.arrays import BadImageError, Pixels
+from mim_jax.data.arrays import BadImageError, Pixels, require_size
 
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PAGES = 1024  # of a file with more, nothing is read
-VALUES = 2**28  # in the largest array that is read
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR = 0, 1, 2, 3, 5, 6  # photometrics
 JPEGS = (6, 7)  # compressions
@@ -60,8 +59,7 @@ def open_tiff(file: BinaryIO) -> Image.Image | Pixels:
     known = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) and page.dtype is not None
     if not known or (page.bitspersample < 8 and page.samplesperpixel > 1):
         raise BadImageError(f"{describe(page)}; convert it to RGB or grey of 8 or more bits")
-    if math.prod(shape) > VALUES:
-        raise BadImageError(f"its shape, {shape}, is too large")
+    require_size(shape, page.dtype)
     shape, axes = squeezed(shape, axes)
     return Pixels(
         shape,
