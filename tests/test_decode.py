@@ -184,7 +184,7 @@ def test_more_pages_than_any_image_has():
         for _ in range(tiff.PAGES + 1):
             file.write(np.zeros((4, 4), np.uint8), metadata=None)
     with pytest.raises(BadImageError, match="more than 1,024 pages"):
-        header(stack)
+        header(io.BytesIO(stack.getvalue()))
 
 
 # --- Channels and their axis. ---

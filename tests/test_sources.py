@@ -225,7 +225,7 @@ def test_a_data_set_imports_no_code(feature, tmp_path, monkeypatch):
     content = json.loads(path.read_text())
     content["featuresDict"]["features"]["image"] = feature
     path.write_text(json.dumps(feature if "type" in feature else content))
-    with pytest.raises(UserError, match="evil_features.Evil, which is not a feature of TFDS"):
+    with pytest.raises(UserError, match=r"evil_features.Evil, which is not a feature of TFDS"):
         data.make(name=f"tfds:{folder}", size=16)
     assert not made.exists()
     assert data.make(name="emoji", size=16).num_labels == 9
@@ -235,7 +235,7 @@ def test_a_data_set_imports_no_code(feature, tmp_path, monkeypatch):
 def test_damaged_metadata(content, tmp_path):
     folder = shutil.copytree(BUILTIN["emoji"], tmp_path / "set")
     (folder / "features.json").write_text(content)
-    with pytest.raises(UserError, match="cannot be read|is not a feature of TFDS"):
+    with pytest.raises(UserError, match=r"cannot be read|is not a feature of TFDS"):
         data.make(name=f"tfds:{folder}", size=16)
 
 
