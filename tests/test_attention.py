@@ -35,7 +35,7 @@ def test_padding_to_even_lengths_changes_nothing(monkeypatch, queries, keys):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_last_queries_alone(biased):
+def test_only_the_last_queries(biased):
     rng = np.random.default_rng(0)
     qkv = rng.normal(size=(2, 9, 3 * 16)).astype(np.float32)
     bias = rng.normal(size=(4, 9, 9)).astype(np.float32) if biased else None
@@ -53,7 +53,7 @@ def test_the_last_queries_alone(biased):
         ("bfloat16", 2, True, False),
     ],
 )
-def test_a_gpu_gets_flash_attention_where_cudnn_has_it(monkeypatch, dtype, heads, biased, flash):
+def test_a_gpu_uses_cudnn_where_it_is_supported(monkeypatch, dtype, heads, biased, flash):
     def by_cudnn(qkv, *, heads, last):
         calls.append(qkv.shape)
         return jnp.zeros((len(qkv), last, qkv.shape[2] // 3), qkv.dtype)
@@ -71,7 +71,7 @@ def test_there_is_no_cudnn_on_a_cpu():
 
 
 @pytest.mark.parametrize("platform, kernels", [("cpu", 0), ("tpu", 2), ("cuda", 0)])
-def test_the_platform_that_is_compiled_for_decides(platform, kernels):
+def test_the_target_platform_decides(platform, kernels):
     """Of programs lowered on this machine, whatever it is: forward and backward."""
     gradient = jax.jit(jax.grad(lambda qkv: attention(qkv, 2).astype(jnp.float32).sum()))
     traced = gradient.trace(jnp.ones((2, 16, 3 * 2 * 16), jnp.bfloat16))

@@ -44,7 +44,7 @@ TIMMS = {  # where timm calls an operation otherwise
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_timms(name, mode, monkeypatch):
+def test_an_operation_equals_timm(name, mode, monkeypatch):
     timm, image = of_timm("auto_augment"), photograph(mode)
     fill = (124, 116, 104)[: len(image.getbands())]
     assert len(OPERATIONS) == len(timm._RAND_INCREASING_TRANSFORMS)
@@ -58,7 +58,7 @@ def test_an_operation_is_timms(name, mode, monkeypatch):
             np.testing.assert_array_equal(np.asarray(ours), np.asarray(operation(image)))
 
 
-def test_at_full_magnitude_no_bit_is_left():
+def test_posterize_at_full_magnitude_leaves_no_bit():
     """As of timm with the PIL of its time; PIL's posterize now raises."""
     assert not np.asarray(OPERATIONS["Posterize"](photograph(), 1.0, 1.0, ())).any()
 
@@ -105,7 +105,7 @@ def deciles(values):
     return np.quantile(values, np.linspace(0.1, 0.9, 9))
 
 
-def test_a_quarter_of_the_images_is_erased_in_one_box_by_noise():
+def test_erasing_fills_one_box_in_a_quarter_of_the_images():
     images = np.full((4000, 24, 20, 2), 9.0, np.float32)
     erased = np.asarray(jax.jit(augment.erase)(images, keys(4000), 0.25))
     changed = erased != 9
@@ -120,7 +120,7 @@ def test_a_quarter_of_the_images_is_erased_in_one_box_by_noise():
     assert bfloat16.dtype == jnp.bfloat16
 
 
-def test_the_erased_boxes_are_timms():
+def test_erased_boxes_equal_timm():
     torch, size = pytest.importorskip("torch"), (48, 40)
     draw = jax.vmap(lambda rng: augment.random_box(rng, size, 1.0))
     random.seed(0)
@@ -137,7 +137,7 @@ def test_the_erased_boxes_are_timms():
 
 @pytest.mark.parametrize("share", [0.0, 0.13, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("center", [None, (0, 31), (23, 5), (11, 16)])
-def test_mixing_is_timms(share, center, monkeypatch):
+def test_mixing_equals_timm(share, center, monkeypatch):
     """Pixels and targets, also where the box is cut off by the border."""
     torch, timm = pytest.importorskip("torch"), of_timm("mixup")
     rng, size = np.random.default_rng(0), (24, 32)
@@ -181,7 +181,7 @@ def test_shares_are_drawn_from_their_distributions():
     assert (np.ptp(both, (1, 2)) == 0).mean() == pytest.approx(0.5, abs=0.04)
 
 
-def test_each_group_of_rows_is_mixed_by_itself_wherever_it_lies():
+def test_groups_are_mixed_independently_of_their_place():
     rng, index = jax.random.key(1), jnp.arange(24)
     images = jax.random.normal(jax.random.key(2), (24, 8, 8, 3))
     targets = augment.smooth(jnp.arange(24) % 5, 5, 0.0)

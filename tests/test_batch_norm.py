@@ -15,7 +15,7 @@ from tests.test_upernet import float64, nchw, nhwc  # noqa: E402, F401
 B, WIDTH = 4, 8
 
 
-def test_groups_are_normalized_alone():
+def test_groups_are_normalized_independently():
     """Each group as PyTorch's module normalizes it; the running statistics are their mean."""
     x = np.random.default_rng(0).normal(size=(B, 3, 5, WIDTH))
     module = BatchNorm(2)

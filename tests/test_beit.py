@@ -251,7 +251,7 @@ def test_hugging_face(monkeypatch, options, dtype):
 # --- The encoder's options. ---
 
 
-def test_relative_index_is_the_reference_s():
+def test_relative_index_equals_the_reference():
     square = relative_index((14, 14))
     assert square.max() + 1 == 732
     assert square.sum() == 14_270_119
@@ -278,7 +278,7 @@ def test_relative_index_is_the_reference_s():
         ("B", dict(positions="learned"), 92_089_856),
     ],
 )
-def test_parameters_are_as_many_as_in_the_reference(size, options, count):
+def test_parameter_counts_equal_the_reference(size, options, count):
     model = dict(size=size, key_bias=False, initializer="beit") | options
     objective = beit.objective(vit(**model), dvae(vocabulary=8192))
     batch = {"image": np.zeros((1, 224, 224, 3), np.uint8), "index": np.zeros(1, np.int32)}
@@ -326,7 +326,7 @@ def test_hidden_pixels_do_not_reach_the_encoder():
         np.testing.assert_array_equal(reach, ~masked)
 
 
-def test_drop_path_grows_by_block_and_is_of_the_image_alone():
+def test_drop_path_grows_with_depth_and_depends_only_on_the_image():
     keys = jax.random.split(RNG, 20_000)
     factors = drop_paths(keys, 0.3, 4)
     assert factors.shape == (4, 2, 20_000)
@@ -337,7 +337,7 @@ def test_drop_path_grows_by_block_and_is_of_the_image_alone():
     np.testing.assert_allclose((both[0] & both[1]).mean(), 0.49, atol=0.012)  # each for itself
 
 
-def test_drop_path_is_for_training_alone():
+def test_drop_path_is_off_in_evaluation():
     encoder = vit(**MODEL, drop_path=0.9)
     images = jax.random.normal(RNG, (2, 32, 32, 3))
     params = encoder.init(RNG, images)
@@ -346,7 +346,7 @@ def test_drop_path_is_for_training_alone():
     assert (encoder.apply(params, images, drop_keys=jax.random.split(RNG, 2)) != still).any()
 
 
-def test_layers_are_what_blocks_give_and_the_norm_is_left_out():
+def test_layers_are_outputs_of_blocks_without_the_norm():
     encoder = vit(**MODEL, **ABSOLUTE)
     images = jax.random.normal(RNG, (2, 32, 32, 3))
     params = encoder.init(RNG, images, layers=(0, 1))["params"]
@@ -443,7 +443,7 @@ def test_tokens_are_those_of_the_frozen_tokenizer_on_its_own_view():
         (dict(corruption=(0.8, 0.1, 0.2)), "must be three shares with a sum of 1"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(settings, sentence):
+def test_mistakes_are_reported_in_one_sentence(settings, sentence):
     def begin():
         objective = beit.objective(
             vit(**MODEL | ABSOLUTE), dvae(**TOKENIZER), **dict(num_masked=7) | settings
@@ -454,7 +454,7 @@ def test_mistakes_are_told_in_a_sentence(settings, sentence):
         begin()
 
 
-def test_views_that_do_not_fit_are_told_in_a_sentence():
+def test_views_that_do_not_fit_are_reported():
     objective = beit.objective(vit(**MODEL | ABSOLUTE), dvae(**TOKENIZER), num_masked=7)
     batch = one_batch()
     small = batch | {"tokenizer_image": batch["tokenizer_image"][:, :16, :16]}

@@ -55,7 +55,7 @@ def test_a_run_that_would_start(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("most", "code"), [(0.04, 1), (0.2, 0)])
-def test_bad_images_are_named(folder, tmp_path, capsys, most, code):
+def test_bad_images_are_reported_by_name(folder, tmp_path, capsys, most, code):
     bad = f"--config.data.max_bad_fraction={most}"
     data = [f"--config.data.name=folder:{folder}", "--config.data.split=all", bad]
     assert check.main([*TINY, *data, "--all", f"--workdir={tmp_path}"]) == code
@@ -67,7 +67,7 @@ def test_bad_images_are_named(folder, tmp_path, capsys, most, code):
     assert ("2 of 40 images of all cannot be used" in said) == (code == 1)
 
 
-def test_a_run_that_does_not_fit_would_fail(tmp_path, capsys, monkeypatch):
+def test_a_run_that_does_not_fit_in_memory_would_fail(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(check, "free_memory", lambda: 1000)
     assert check.main([*TINY, f"--workdir={tmp_path}"]) == 1
     assert "of memory; 0.00 GiB are free" in capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_a_run_that_does_not_fit_would_fail(tmp_path, capsys, monkeypatch):
     assert "no space for 4 checkpoints" in check.check_disk(size, 3, str(tmp_path))[0]
 
 
-def test_a_mistake_ends_with_code_2_and_a_sentence(tmp_path, capsys):
+def test_user_errors_exit_with_code_2_and_one_sentence(tmp_path, capsys):
     assert check.main([*TINY, "--config.data.size=100", f"--workdir={tmp_path}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -97,7 +97,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
     assert (tmp_path / "config.json").read_text() == run
 
 
-def test_the_step_is_looked_at_in_its_full_size(tmp_path, capsys):
+def test_the_step_is_traced_at_full_size(tmp_path, capsys):
     """A mixup_group that does not divide the run's batch, though it may the few images tried."""
     config = ["--config=configs/emoji_scratch.py", "--config.batch_size=32"]
     group = ["--config.objective.mixup_group=24", f"--workdir={tmp_path}"]
@@ -106,7 +106,7 @@ def test_the_step_is_looked_at_in_its_full_size(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["emoji_scratch", "emoji_linear"])
-def test_fewer_images_are_tried_in_groups_that_fit(name, tmp_path, capsys, monkeypatch):
+def test_a_reduced_batch_has_groups_that_fit(name, tmp_path, capsys, monkeypatch):
     """Of mixup, and of a linear probe's normalisation: its encoder, too, takes time."""
     config = [f"--config=configs/{name}.py", "--config.init_from.encoder=", *TINY[1:6]]
     monkeypatch.setattr(check, "CPU_LIMIT", 1e5)
@@ -114,7 +114,7 @@ def test_fewer_images_are_tried_in_groups_that_fit(name, tmp_path, capsys, monke
     assert "of 16 images (the run has 256)" in capsys.readouterr().out  # two on each of 8 devices
 
 
-def test_what_gets_no_gradient_is_noticed():
+def test_parameters_without_a_gradient_are_listed():
     optimizer = optax.chain(check.watch(), optax.sgd(1.0))
     params = {"idle": jnp.ones(3), "late": jnp.ones(3), "busy": jnp.ones(3)}
     zero, grads = jnp.zeros(3), jnp.array([0.0, 1.0, 0.0])
@@ -125,7 +125,7 @@ def test_what_gets_no_gradient_is_noticed():
     np.testing.assert_array_equal(updates["late"], -grads)
 
 
-def test_a_run_keeps_its_schedule_while_few_images_are_tried(tmp_path, monkeypatch, capsys):
+def test_a_reduced_batch_keeps_the_schedule(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check, "CPU_LIMIT", 1e5)
     long = ["--config.batch_size=256", "--config.steps=100", "--config.optimizer.warmup_steps=0"]
     long += ["--config.optimizer.warmup_epochs=2", f"--workdir={tmp_path}"]
@@ -133,7 +133,7 @@ def test_a_run_keeps_its_schedule_while_few_images_are_tried(tmp_path, monkeypat
     assert "100, of them 10 warm-up" in capsys.readouterr().out
 
 
-def test_what_a_run_began_with_may_be_gone(tmp_path, capsys):
+def test_the_source_of_a_run_may_be_deleted(tmp_path, capsys):
     run = [*TINY[1:6], "--config=configs/emoji_finetune.py", f"--workdir={tmp_path}"]
     run += ["--config.objective.mixup_group=2"]
     gone = "--config.init_from.encoder=gone"
@@ -143,7 +143,7 @@ def test_what_a_run_began_with_may_be_gone(tmp_path, capsys):
     assert check.main([*run, gone]) == 0
 
 
-def test_a_head_of_zeros_hides_no_parameter(tmp_path, capsys):
+def test_a_zero_head_does_not_hide_gradients_of_the_encoder(tmp_path, capsys):
     """The encoder has a gradient only after the head has moved, at the first rate above 0."""
     run = [*TINY[1:6], "--config=configs/emoji_scratch.py", "--config.objective.head_std=0"]
     small = ["--config.batch_size=16", "--config.objective.mixup_group=2"]
@@ -151,7 +151,7 @@ def test_a_head_of_zeros_hides_no_parameter(tmp_path, capsys):
     assert "none: all of them learn" in capsys.readouterr().out
 
 
-def test_values_that_mean_and_std_do_not_describe(tmp_path, capsys):
+def test_values_that_do_not_match_mean_and_std(tmp_path, capsys):
     """Floats in 0 to 255: check and train report the range and refuse the images."""
     for i in range(24):
         array = np.random.default_rng(i).uniform(0, 255, (32, 32, 3)).astype(np.float32)

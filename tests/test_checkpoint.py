@@ -77,7 +77,7 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_a_checkpoint_says_what_it_is(saved):
+def test_a_checkpoint_describes_itself(saved):
     about = json.loads((saved / "checkpoints" / "2" / "metadata" / "metadata").read_text())
     assert about["config"] == {"seed": 7}
     assert about["parts"]["params"]["encoder/block_0/qkv/kernel"] == [16, 48]
@@ -95,7 +95,7 @@ def cut(path, rng):
 
 
 @pytest.mark.parametrize("harm", [flip, cut, lambda path, rng: path.unlink()])
-def test_a_harmed_file_is_never_restored(saved, harm, tmp_path, capsys):
+def test_a_corrupt_file_is_never_restored(saved, harm, tmp_path, capsys):
     """One bit of any file of the newest checkpoint, or more: the one before is used, unharmed."""
     folder, rng = tmp_path / "checkpoints", np.random.default_rng(0)
     harmed = 0

@@ -82,7 +82,7 @@ PROBE = dict(batch_norm=0, head_std=0.01)
 
 
 @pytest.mark.parametrize(("pooling", "theirs"), [("mean", "avg"), ("cls", "token")])
-def test_logits_are_timms(pooling, theirs):
+def test_logits_equal_timm(pooling, theirs):
     torch, models = pytest.importorskip("torch"), timm_models()
     network = models.vision_transformer.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=CLASSES,
@@ -96,7 +96,7 @@ def test_logits_are_timms(pooling, theirs):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
 
 
-def test_logits_are_beits():
+def test_logits_equal_beit():
     torch, models = pytest.importorskip("torch"), timm_models()
     network = models.beit.Beit(
         img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=CLASSES,
@@ -111,7 +111,7 @@ def test_logits_are_beits():
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
 
 
-def test_a_stem_sees_what_is_hidden():
+def test_a_stem_cannot_hide_patches():
     model = dict(MODEL, patch=16, stem="resnet50")
     for objective in (
         mae.objective(vit(**model)),
@@ -123,7 +123,7 @@ def test_a_stem_sees_what_is_hidden():
         classify.objective(vit(**MODEL, stem="resnet50"), CLASSES)
 
 
-def test_logits_are_hugging_faces():
+def test_logits_equal_hugging_face():
     """Its ViT, with the weights of timm's: it has a head on the class token alone."""
     torch, models = pytest.importorskip("torch"), timm_models()
     transformers = pytest.importorskip("transformers")
@@ -166,7 +166,7 @@ def test_logits_are_hugging_faces():
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
 
 
-def test_batch_norm_is_pytorchs():
+def test_batch_norm_equals_pytorch():
     """Of two groups of rows, that of two devices, whose running statistics are averaged."""
     torch = pytest.importorskip("torch")
     theirs = [torch.nn.BatchNorm1d(5, affine=False, eps=1e-6).double() for _ in range(2)]
@@ -189,7 +189,7 @@ def test_batch_norm_is_pytorchs():
         np.testing.assert_allclose(norm.apply(variables, x, False), expected, atol=1e-12)
 
 
-def test_the_loss_is_pytorchs_with_smoothed_labels():
+def test_the_loss_with_smoothed_labels_equals_pytorch():
     torch = pytest.importorskip("torch")
     objective = classify.objective(vit(**MODEL), CLASSES, smoothing=0.1, head_std=1.0, **PLAIN)
     batch = a_batch()
@@ -215,7 +215,7 @@ def test_the_loss_is_pytorchs_with_smoothed_labels():
         (0.75, {"embed": 0.023757264, "cls_token": 0.023757264, "block_11": 0.75}),
     ],
 )
-def test_rates_by_layer_are_the_references(decay, expected):
+def test_layer_rates_equal_the_reference(decay, expected):
     objective = classify.objective(vit(size="B", positions="learned"), 1000, pooling="cls")
     example = {"image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8)}
     params, _ = jax.eval_shape(objective.init, jax.random.key(0), example)
@@ -248,7 +248,7 @@ def test_layer_decay_scales_the_whole_step():
     assert ratio == {"encoder": {"block_0": 0.5, "embed": 0.25}, "head": 1.0}
 
 
-def test_lars_is_maes_while_the_rate_changes():
+def test_lars_equals_mae_with_a_changing_rate():
     """Against its rule written in PyTorch: trust, then momentum, then the rate of the moment."""
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
@@ -359,7 +359,7 @@ def test_partial_fine_tuning_moves_exactly_the_last_blocks(blocks, expected):
     assert not any(name.startswith("buffers") for name in changed)
 
 
-def test_a_frozen_part_changes_no_number():
+def test_freezing_changes_no_value():
     """Frozen or not, the network is the same: so is its loss."""
     batch, losses = a_batch(), []
     for blocks in (-1.0, 0.0, 1.5):
@@ -411,7 +411,7 @@ def assert_same_on_one_and_eight(objective, optimizer):
 
 
 @pytest.mark.parametrize("options", [dict(pooling="mean"), dict(pooling="layers")])
-def test_accuracies_are_over_each_example_once(options):
+def test_accuracy_counts_each_example_once(options):
     objective = classify.objective(vit(**MODEL), CLASSES, head_std=1.0, **options)
     batch = a_batch(16) | {"valid": (np.arange(16) < 13).astype(np.float32)}
     params, buffers = objective.init(jax.random.key(3), batch)
@@ -439,7 +439,7 @@ def test_accuracies_are_over_each_example_once(options):
         assert accuracy == pytest.approx(right[label == k].mean() if (label == k).any() else 0)
 
 
-def test_labels_that_cannot_be_are_told():
+def test_invalid_labels_are_reported():
     """As those of ImageNet's test split, which are all -1."""
     objective = classify.objective(vit(**MODEL), CLASSES)
     batch = a_batch(16) | {"valid": np.ones(16, np.float32)}
@@ -462,7 +462,7 @@ def test_labels_that_cannot_be_are_told():
         (dict(batch_norm=1), "batch_norm = 1 must be 0 or at least 2"),
     ],
 )
-def test_settings_that_cannot_be(options, sentence):
+def test_invalid_settings(options, sentence):
     with pytest.raises(UserError) as error:
         classify.objective(vit(**MODEL), **(dict(num_labels=CLASSES) | options))
     assert sentence in str(error.value)

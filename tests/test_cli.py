@@ -71,7 +71,7 @@ def test_expected_errors_are_one_sentence(capsys, error, code, text):
     assert text in capsys.readouterr().err
 
 
-def test_a_closed_pipe_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     words = [sys.executable, "-m", "mim_jax", "keys", "--markdown"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(words, cwd=ROOT, env=environment(1), **pipes)

@@ -400,7 +400,7 @@ def test_wrong_arrays_are_listed():
         ("mae", "tensorflow", "there is no layout 'tensorflow'; choose one of mae, beit, timm, hf"),
     ],
 )
-def test_layouts_that_cannot_hold_a_network(name, layout, sentence):
+def test_layouts_that_do_not_support_a_network(name, layout, sentence):
     params, network = from_torch(hugging_face(name).state_dict(), heads=4, decoder_heads=2)
     with pytest.raises(UserError, match=sentence):
         to_torch(params, network, layout=layout)
@@ -549,7 +549,7 @@ def test_images_of_another_size(tmp_path, capsys):
     assert table.shape == (11 * 11 + 3, 4)
 
 
-def test_a_hybrid_begins_a_run(tmp_path, capsys):
+def test_a_run_starts_from_a_hybrid(tmp_path, capsys):
     """A file of timm becomes a run for init_from.encoder; no other library has its stem."""
     kind, settings = TIMMS["hybrid"]
     module = attrgetter(kind)(timm_models())(**TIMM | settings | dict(img_size=32))
@@ -726,7 +726,7 @@ def test_segmentation_refused(settings, to, words):
         (dict(out_indices=[1, 3, 4, 5]), "decode the embeddings of patches"),
     ],
 )
-def test_a_decoder_that_computes_something_else_is_refused(change, words, tmp_path):
+def test_an_incompatible_decoder_is_refused(change, words, tmp_path):
     segmenter("BeitForSemanticSegmentation").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))

@@ -90,7 +90,7 @@ def test_an_epoch_sees_each_image_once_and_epochs_differ():
     assert (epochs[0] != epochs[1]).any()
 
 
-def test_other_seeds_are_other_streams():
+def test_other_seeds_give_other_streams():
     one, other = (next(emoji().training_batches(8, seed=seed, start=0, stop=1)) for seed in (1, 2))
     assert (one["label"] != other["label"]).any()
 
@@ -111,7 +111,7 @@ def test_evaluation_sees_each_example_once(processes, limit):
     assert len(valid) == -(-count // 64) * 64
 
 
-def test_evaluation_is_bicubic_whatever_training_is():
+def test_evaluation_is_bicubic_by_default():
     """As in BEiT's linear probe, unless another is asked for."""
 
     def first(**settings):
@@ -122,7 +122,7 @@ def test_evaluation_is_bicubic_whatever_training_is():
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_labels_that_there_are_none_of_end_training_by_labels_alone(labelled, monkeypatch):
+def test_labels_out_of_range_end_training_that_needs_them(labelled, monkeypatch):
     sources = data.open_sources
     fewer = lambda *given, **how: [x._replace(num_labels=5) for x in sources(*given, **how)]  # noqa: E731
     monkeypatch.setattr(data, "open_sources", fewer)
@@ -231,7 +231,7 @@ class Fixed:
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_a_training_view_is_pils_crop_and_bicubic_resize(flip):
+def test_a_training_view_equals_pil(flip):
     view = training_view(size=(20, 24))
     rng = Fixed(0.25, 0.0, 7, 3, 0.3 if flip else 0.7)  # area, log aspect, left, top, flip
     ours = view({"image": png()}, rng)["image"]
@@ -241,7 +241,7 @@ def test_a_training_view_is_pils_crop_and_bicubic_resize(flip):
     np.testing.assert_array_equal(ours, theirs[:, ::-1] if flip else theirs)
 
 
-def test_the_tokenizer_sees_the_same_crop_in_the_same_colours():
+def test_the_tokenizer_gets_the_same_crop_and_colors():
     """BEiT's two views: jitter of the whole image, one crop, bicubic and Lanczos, one flip."""
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     factors = (0.7, 1.3, 0.8)
@@ -262,7 +262,7 @@ def test_the_tokenizer_sees_the_same_crop_in_the_same_colours():
         assert abs(ours[name] - theirs).mean() <= 0.2
 
 
-def test_colour_jitter_changes_by_up_to_its_strength():
+def test_color_jitter_changes_by_up_to_its_strength():
     rng, grey = np.random.default_rng(0), Image.new("L", (1, 1), 100)  # only brightness is seen
     drawn = [color_jitter(grey, 0.4, rng).getpixel((0, 0)) for _ in range(2000)]
     assert (min(drawn), max(drawn)) == (60, 139)  # PIL cuts decimals off
@@ -290,7 +290,7 @@ def test_batches_of_two_views(processes):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_the_faster_resizer_is_pillows_but_for_single_pixels(interpolation, mode):
+def test_the_faster_resizer_equals_pillow_up_to_single_pixels(interpolation, mode):
     pytest.importorskip("cykooz_resizer")
     with Image.open(io.BytesIO(png(16, 12))) as image:
         image = image.convert(mode).resize((350, 270), Image.Resampling.BICUBIC)  # smooth
@@ -306,7 +306,7 @@ def test_the_faster_resizer_is_pillows_but_for_single_pixels(interpolation, mode
 
 @pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="took the width first always")
 @pytest.mark.parametrize("shape", [(605, 179), (588, 417), (400, 300), (179, 605), (100, 90)])
-def test_the_faster_resizer_takes_pillows_side_first(shape):
+def test_the_faster_resizer_starts_with_the_same_side_as_pillow(shape):
     """Of noise, where the other side first would differ by 0.3 in the mean."""
     pytest.importorskip("cykooz_resizer")
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
@@ -335,7 +335,7 @@ def test_four_channels_are_resized_independently(shape):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_arrays_of_any_type_are_seen_as_pil_sees_them(dtype):
+def test_arrays_of_any_type_equal_pil(dtype):
     """Channel by channel, in the array's own type; overshoots of integers are clipped."""
     rng = np.random.default_rng(0)
     top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
@@ -349,7 +349,7 @@ def test_arrays_of_any_type_are_seen_as_pil_sees_them(dtype):
         np.testing.assert_allclose(seen[..., c], theirs, rtol=0, atol=0.5 if top > 255 else 0)
 
 
-def test_crops_are_torchvisions():
+def test_crops_equal_torchvision():
     """Shares of the area and aspects are spread as drawn; what cannot fit falls to the centre."""
     rng = np.random.default_rng(0)
     boxes = np.array([random_crop_box((500, 400), rng, (0.2, 1.0)) for _ in range(4000)])
@@ -369,7 +369,7 @@ def test_crops_are_torchvisions():
     assert random_crop_box((1, 1), rng, (0.2, 1.0)) == (0, 0, 1, 1)
 
 
-def test_a_crop_for_linear_probing_is_cut_instead_of_drawn_again():
+def test_crops_for_linear_probing_are_clipped():
     """Four times as wide as the image is high: MAE's crop takes all of the height."""
     rng = Fixed(0.9, np.log(4 / 3), 11, 0)  # area, log aspect, left, top: no second try
     assert random_crop_box((60, 15), rng, (0.08, 1), clip=True) == (11, 0, 11 + 33, 15)
@@ -392,7 +392,7 @@ def test_randaugment_comes_last(monkeypatch):
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 40), (32, 32), (500, 375)])
-def test_an_evaluation_view_is_torchvisions_resize_and_central_crop(width, height):
+def test_an_evaluation_view_equals_torchvision(width, height):
     encoded = png(width, height)
     ours = evaluation_view((28, 28), crop_fraction=0.875)({"image": encoded})["image"]
     image = Image.open(io.BytesIO(encoded))
@@ -403,7 +403,7 @@ def test_an_evaluation_view_is_torchvisions_resize_and_central_crop(width, heigh
     np.testing.assert_array_equal(ours, np.asarray(theirs))
 
 
-def test_an_evaluation_view_may_be_oblong():
+def test_an_evaluation_view_that_is_not_square():
     view = evaluation_view((16, 48))({"image": png(60, 60)})["image"]
     assert view.shape == (16, 48, 3)
     assert view.std() > 10

@@ -214,7 +214,7 @@ def test_thirteen_channels_as_tiff_and_npy(dtype, first):
     "shape, channels",
     [((36, 36, 239), 239), ((224, 32, 32), 224), ((58, 48, 48), 58), ((200, 64, 32), 200)],
 )
-def test_the_channel_axis_is_the_one_of_that_length(shape, channels):
+def test_the_channel_axis_is_found_by_its_length(shape, channels):
     array = np.random.default_rng(0).integers(0, 65536, shape).astype(np.uint16)
     expected = array if shape[2] == channels else array.transpose(1, 2, 0)
     for content in (npy(array), npy(np.asfortranarray(array)), tif(array)):
@@ -223,7 +223,7 @@ def test_the_channel_axis_is_the_one_of_that_length(shape, channels):
             decode(content, 13, "uint16")
 
 
-def test_the_channel_axis_that_the_file_names_counts():
+def test_the_channel_axis_that_a_file_declares_is_used():
     """Of (24, 24, 24) no length tells the axis."""
     array = np.random.default_rng(0).integers(0, 65536, (24, 24, 24)).astype(np.uint16)
     for content in (npy(array), tif(array)):

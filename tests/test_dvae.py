@@ -18,7 +18,7 @@ def sizes(tree) -> dict[str, tuple[int, int]]:
     return {part: (sum(x.size for x in xs), len(xs)) for part, xs in leaves.items()}
 
 
-def test_parameters_are_as_many_as_the_originals():
+def test_parameter_counts_equal_the_originals():
     images = jax.ShapeDtypeStruct((1, 112, 112, 3), jnp.float32)
     original = jax.eval_shape(dvae().init, jax.random.key(0), images)
     assert sizes(original) == {"tokenizer": (53_786_240, 74), "decoder": (43_829_766, 76)}
@@ -189,7 +189,7 @@ def test_tokens_are_decided_in_float32():
         (dict(channels=1, layers=1), "2 x 2 pixels with 1 channels: images of 8 x 8 x 3"),
     ],
 )
-def test_what_cannot_be(settings, sentence):
+def test_invalid_requests(settings, sentence):
     with pytest.raises(UserError) as error:
         dvae(**(TINY | settings)).logits({}, jnp.zeros((1, 8, 8, 3)))
     assert sentence in str(error.value)

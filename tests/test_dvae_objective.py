@@ -41,7 +41,7 @@ def test_logit_laplace_at_golden_values():
             np.testing.assert_allclose(found, ln_f, atol=5e-9)
 
 
-def test_a_logit_laplace_is_a_density():
+def test_logit_laplace_is_a_density():
     """Over (0, 1) it integrates to one."""
     x = (np.arange(200_000) + 0.5) / 200_000
     painted = np.broadcast_to([0.7, -0.3], (len(x), 2))
@@ -50,7 +50,7 @@ def test_a_logit_laplace_is_a_density():
         assert float(density.mean()) == pytest.approx(1, abs=1e-6)
 
 
-def test_smooth_l1_is_torchs():
+def test_smooth_l1_equals_torch():
     torch = pytest.importorskip("torch")
     x, painted = np.random.default_rng(0).normal(size=(2, 50)) * 2
     theirs = torch.nn.functional.smooth_l1_loss(
@@ -69,7 +69,7 @@ def test_schedules_of_the_paper():
     assert float(dvae.cosine(0.0, 6.6, 0, 0)) == pytest.approx(6.6)
 
 
-def test_the_loss_is_the_bound_a_value():
+def test_the_loss_is_the_bound_per_value():
     """-(sum ln f - beta * sum KL) / (H * W * c), for one sample: all by hand, in float64."""
     with jax.enable_x64(True):
         objective = dvae.objective(network_of(**TOKENIZER, dtype="float64"), kl_warmup_steps=10)
@@ -119,7 +119,7 @@ def test_samples_soft_and_straight_through():
     np.testing.assert_allclose(hard_grad, by_hand, atol=1e-9)
 
 
-def test_straight_through_begins_after_soft_steps():
+def test_straight_through_starts_after_soft_steps():
     objective = dvae.objective(network_of(**TOKENIZER), straight_through=True, soft_steps=5)
     soft = dvae.objective(network_of(**TOKENIZER))
     params, buffers = objective.init(jax.random.key(0), batch_of())
@@ -162,7 +162,7 @@ def test_devices_and_parts_change_nothing(devices, accumulate):
         np.testing.assert_allclose(eight.buffers[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_how_codes_are_used():
+def test_usage_of_codes():
     """Over a split: perplexity of busy cells and of all, and the share of codes in use."""
     objective = dvae.objective(network_of(**TOKENIZER))
     params, buffers = objective.init(jax.random.key(0), batch_of())
@@ -204,7 +204,7 @@ def test_balance_weighs_codes_by_their_use():
     assert float(totals[1] - totals[0]) == pytest.approx(added, rel=1e-3)
 
 
-def test_what_is_called_a_collapse():
+def test_when_a_collapse_is_reported():
     warn = dvae.objective(network_of(**TOKENIZER)).warn
     healthy = dict(entropy=0.5, perplexity=0.3 * V)
     assert warn(1000, healthy) == ""
@@ -215,7 +215,7 @@ def test_what_is_called_a_collapse():
     assert warn(999, healthy | dict(perplexity=0.1 * V)) == ""
 
 
-def test_a_kl_weight_out_of_all_measure_is_called_a_collapse(tmp_path, capsys):
+def test_an_excessive_kl_weight_is_reported_as_collapse(tmp_path, capsys):
     """By the run itself, once."""
     settings = dict(kl_weight=1e5, kl_warmup_steps=1, window=2)
     overrides = [f"--config.objective.{name}={value}" for name, value in settings.items()]
@@ -252,7 +252,7 @@ def test_pictures_are_the_tokens():
         (dict(min_temperature=2.0), "at most objective.temperature = 1.0"),
     ],
 )
-def test_what_cannot_be(settings, sentence):
+def test_invalid_requests(settings, sentence):
     with pytest.raises(UserError) as error:
         dvae.objective(network_of(**TOKENIZER), **settings)
     assert sentence in str(error.value)

@@ -45,7 +45,7 @@ def test_a_run_is_evaluated_again(runs, tmp_path, capsys):
     assert "class  of all  accuracy" in said
 
 
-def test_a_part_of_a_batch_is_evaluated_at_once(runs, monkeypatch, capsys):
+def test_evaluation_processes_a_part_of_a_batch_at_once(runs, monkeypatch, capsys):
     """As many images as a step takes at once: there may be no memory for more."""
     rows = []
 
@@ -105,7 +105,7 @@ def test_evaluation_needs_the_labels_of_training(runs, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["mae_base_finetune", "mae_base"])
-def test_features_are_of_whole_clean_images(runs, name, tmp_path):
+def test_features_are_of_unmasked_images(runs, name, tmp_path):
     run, to = runs / name, tmp_path / "features.npz"
     assert embed.main([f"--config={run}", f"--to={to}"]) == 0
     features = np.load(to)
@@ -169,7 +169,7 @@ def test_an_encoder_for_images_of_another_size(runs):
     np.testing.assert_allclose(params["positions"], expected, atol=1e-6)
 
 
-def test_images_that_are_none(runs):
+def test_files_that_are_not_images(runs):
     encoder, params = mim_jax.load(runs / "mae_base")
     for shape in ((2, 3, 64, 64), (64, 64, 3)):
         with pytest.raises(UserError, match=r"images must have the shape \(b, H, W, 3\), not"):
@@ -186,7 +186,7 @@ def test_features_of_images_of_another_size(runs, tmp_path):
     np.testing.assert_allclose(np.load(to)["cls"], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_config_says_what_weights_do_not(runs, tmp_path, capsys):
+def test_the_config_provides_what_weights_lack(runs, tmp_path, capsys):
     """As their images' mean and deviation, and how many heads there are."""
     safetensors = pytest.importorskip("safetensors.numpy")
     run, bare = runs / "mae_base", tmp_path / "bare.safetensors"
@@ -206,7 +206,7 @@ def test_a_config_says_what_weights_do_not(runs, tmp_path, capsys):
     np.testing.assert_array_equal(a, b)
 
 
-def test_another_model_is_not_evaluated(runs, capsys):
+def test_evaluating_another_model_is_refused(runs, capsys):
     """Though all arrays have its shapes."""
     run = runs / "mae_base_finetune"
     assert evaluate.main([f"--config={run}", "--config.model.heads=4"]) == 2
@@ -214,7 +214,7 @@ def test_another_model_is_not_evaluated(runs, capsys):
 
 
 @pytest.mark.parametrize("command", [evaluate, embed])
-def test_a_run_is_measured_on_devices_that_it_does_not_divide(command, runs, tmp_path):
+def test_evaluation_on_devices_that_do_not_divide_the_batch(command, runs, tmp_path):
     path, run = tmp_path / "x.json", tmp_path / "run"
     shutil.copytree(runs / "mae_base_finetune", run)
     saved = json.loads((run / "config.json").read_text())
@@ -225,7 +225,7 @@ def test_a_run_is_measured_on_devices_that_it_does_not_divide(command, runs, tmp
 
 
 @pytest.mark.parametrize("command", [evaluate, embed])
-def test_where_nothing_can_be_written(command, runs, tmp_path, capsys):
+def test_directories_that_cannot_be_written(command, runs, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     to = tmp_path if command is evaluate else tmp_path / "file"
     assert command.main([f"--config={runs / 'mae_base_finetune'}", f"--to={to}"]) == 2
@@ -233,6 +233,6 @@ def test_where_nothing_can_be_written(command, runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", [evaluate, embed])
-def test_folders_that_are_no_runs(command, tmp_path, capsys):
+def test_folders_that_are_not_runs(command, tmp_path, capsys):
     assert command.main([f"--config={tmp_path}", f"--to={tmp_path / 'x'}"]) == 2
     assert capsys.readouterr().err.startswith("error: ")

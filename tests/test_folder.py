@@ -74,7 +74,7 @@ def test_folders_are_splits(tmp_path, validation):
         ("train", "holdout", "holdout"),  # told by the same folders below
     ],
 )
-def test_folders_of_splits_in_any_spelling_are_no_labels(tmp_path, train, other, split):
+def test_folders_of_splits_in_any_spelling_are_not_labels(tmp_path, train, other, split):
     names = [f"{top}/{kind}/{i}.png" for top in (train, other) for kind in "ab" for i in "12"]
     folder = Folder(tree(tmp_path, *names), "folder")
     assert folder.label_names == ["a", "b"]
@@ -146,7 +146,7 @@ def test_one_split_has_one_folder(tmp_path):
 
 @pytest.mark.parametrize("masks", ["masks", "annotations"])
 @pytest.mark.parametrize("root", ["", "set/"])
-def test_masks_are_no_images(tmp_path, root, masks):
+def test_masks_are_not_images(tmp_path, root, masks):
     """Those of an image, in folders beside images/, whatever else lies there."""
     images = [f"{root}images/{name}.jpg" for name in ("train/a", "train/b/c", "val/d")]
     others = [f"{root}{masks}/{name}.png" for name in ("train/a", "train/b/c", "val/d")]
@@ -162,7 +162,7 @@ def test_masks_are_no_images(tmp_path, root, masks):
     assert len(Folder(classes).rows("all")) == 2
 
 
-def test_words_of_splits():
+def test_names_of_splits():
     words = {"train": "train", "Val2017": "val", "test-images": "test", "DEV": "dev", "tst": "tst"}
     for name, word in words.items():
         assert split_of(name) == word
@@ -192,7 +192,7 @@ def test_an_empty_tree_has_a_layout():
     assert layout([]).splits == layout([""]).splits == []
 
 
-def test_a_twentieth_is_held_out_the_same_everywhere_and_as_the_set_grows(tmp_path):
+def test_the_held_out_twentieth_is_stable_as_the_set_grows(tmp_path):
     def held_out(count, root):
         folder = Folder(tree(root, *(f"{i}.png" for i in range(count))))
         train, validation = (splits_of(folder)[split] for split in ("train", "validation"))
@@ -232,7 +232,7 @@ def samples(shard, labels=True, count=6):
 
 
 @pytest.mark.parametrize("names", ["data-{:06d}", "{:05d}", "x_{}", "part-{:05d}-of-00002"])
-def test_shards_are_no_labels(tmp_path, names):
+def test_shards_are_not_labels(tmp_path, names):
     for shard in range(2):
         tar(tmp_path / "set" / f"{names.format(shard)}.tar", samples(shard, labels=False))
         plant(tmp_path / "tree" / f"shard_{shard}", samples(shard, labels=False))

@@ -29,7 +29,7 @@ def local(workdir, *arguments):
     return pair.stdout
 
 
-def test_a_run_goes_on_anywhere(tmp_path, command):
+def test_a_run_continues_on_other_devices(tmp_path, command):
     """Begun on 8 devices that share the state, then two processes, then 4 devices: as on one."""
     arguments = [*SMOKE, "--config.steps=9", "--config.save.every_steps=3"]
 

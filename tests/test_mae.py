@@ -189,7 +189,7 @@ def test_patches_run_over_rows_columns_channels():
     assert first == [0, 16, 32, 1, 17, 33, 4, 20, 36, 5, 21, 37]
 
 
-def test_unpatchify_undoes_patchify():
+def test_unpatchify_inverts_patchify():
     images = batch_of(2, 12, 20, 5)["image"]
     assert (unpatchify(patchify(images, (4, 10)), (4, 10), 12) == images).all()
 
@@ -212,12 +212,12 @@ def test_the_count_of_visible_patches_is_truncated(n, ratio, visible):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.99, 1.0])
-def test_a_mask_of_all_or_nothing_is_refused(ratio):
+def test_masking_all_or_no_patches_is_refused(ratio):
     with pytest.raises(UserError, match="at least one must be visible"):
         hide(jax.random.split(RNG, 2), (2, 5), ratio)
 
 
-def test_masks_are_of_the_example_alone():
+def test_masks_depend_only_on_the_example():
     """Each image has a mask of its own, which neither its neighbours nor its place decide."""
     keys = per_example(RNG, jnp.arange(8))
     visible, hidden = hide(keys, (4, 4), 0.75)
@@ -296,7 +296,7 @@ def test_hidden_pixels_do_not_reach_the_encoder():
     assert not seen[rows, hidden].any()
 
 
-def test_the_loss_asks_for_hidden_patches_alone():
+def test_the_loss_depends_only_on_hidden_patches():
     """What is painted depends on visible patches; the target of the loss is the hidden ones'."""
     batch = batch_of(2, 32, 32, 3)
     objective = tiny(target="pixels")
@@ -308,7 +308,7 @@ def test_the_loss_asks_for_hidden_patches_alone():
     assert total / weight == pytest.approx(float((target**2).mean()), rel=1e-6)
 
 
-def test_painting_all_paints_the_hidden_the_same():
+def test_decoding_all_patches_gives_the_same_hidden_ones():
     batch = batch_of(2, 32, 32, 3)
     visible, hidden = mask_of(batch, 16)
     net = network("float32")
@@ -319,7 +319,7 @@ def test_painting_all_paints_the_hidden_the_same():
 
 
 @pytest.mark.parametrize("remat", ["full", "dots_with_no_batch_dims_saveable"])
-def test_rematerialization_changes_memory_alone(remat):
+def test_rematerialization_changes_only_memory(remat):
     batch = batch_of(2, 32, 32, 3)
 
     def gradient(remat):
@@ -347,7 +347,7 @@ def test_bfloat16_computes_in_bfloat16_and_compares_in_float32():
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def test_pictures_show_what_was_hidden_and_painted():
+def test_pictures_show_masked_and_reconstructed_images():
     batch = {"image": jnp.full((2, 32, 32, 3), 64, jnp.uint8), "index": jnp.arange(2)}
     batch["image"] = batch["image"].at[:, ::3].set(200)
     objective = tiny(mean=(0.5,), std=(0.25,))
@@ -383,7 +383,7 @@ def test_pictures_show_what_was_hidden_and_painted():
         (dict(mean=(0.1, 0.2)), "objective.mean has 2 values"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(settings, sentence):
+def test_mistakes_are_reported_in_one_sentence(settings, sentence):
     with pytest.raises(UserError, match=sentence):
         jax.eval_shape(tiny(**settings).init, RNG, batch_of(2, 32, 32, 3))
 

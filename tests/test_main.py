@@ -79,7 +79,7 @@ def test_a_run_leaves_its_files(finished):
     assert "ETA" in said
 
 
-def test_the_same_command_says_that_it_is_done(finished, command):
+def test_the_same_command_reports_that_the_run_is_complete(finished, command):
     workdir, _ = finished
     again = command(*smoke(workdir))
     assert again.returncode == 0
@@ -96,7 +96,7 @@ def test_another_trajectory_is_refused(finished, command):
     assert "Traceback" not in other.stderr
 
 
-def test_a_run_from_before_a_key_was_there_goes_on(finished, tmp_path, capsys):
+def test_a_run_older_than_a_key_continues(finished, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     record = json.loads((tmp_path / "config.json").read_text())
     for keys in (record["trajectory"], record["config"]["optimizer"]):
@@ -109,7 +109,7 @@ def test_a_run_from_before_a_key_was_there_goes_on(finished, tmp_path, capsys):
     assert "optimizer.schedule is 'beit', was 'mae'" in capsys.readouterr().err
 
 
-def test_a_run_that_is_killed_goes_on_to_the_last_bit(finished, tmp_path):
+def test_a_killed_run_continues_exactly(finished, tmp_path):
     """SIGKILL between two checkpoints: the log's tail goes, and the losses are the same numbers."""
     call = [sys.executable, "-m", *smoke(tmp_path, "--config.save.every_steps=4")]
     first = subprocess.Popen(call, cwd=ROOT, env=environment(1), stdout=subprocess.DEVNULL)
@@ -127,7 +127,7 @@ def test_a_run_that_is_killed_goes_on_to_the_last_bit(finished, tmp_path):
     assert losses(tmp_path) == losses(finished[0])
 
 
-def test_a_broken_checkpoint_is_told_and_the_one_before_used(finished, tmp_path):
+def test_a_corrupt_checkpoint_is_reported_and_the_previous_one_used(finished, tmp_path):
     """One bit of the newest: what was logged after the one before goes, and comes again."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     largest = max((tmp_path / "checkpoints" / "20").rglob("d/*"), key=lambda p: p.stat().st_size)
@@ -143,7 +143,7 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_used(finished, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path, number):
+def test_a_signal_saves_and_the_run_continues(finished, tmp_path, number):
     call = [sys.executable, "-m", *smoke(tmp_path)]
     first = subprocess.Popen(
         call,
@@ -178,7 +178,7 @@ def test_init_from_a_run(finished, tmp_path, command):
     assert losses(tmp_path)[1] != losses(finished[0])[1]
 
 
-def test_a_run_that_could_not_begin_leaves_its_folder_free(finished, tmp_path, capsys):
+def test_a_run_that_could_not_start_leaves_its_folder_free(finished, tmp_path, capsys):
     """Where something else must be said, another folder need not be."""
     arguments = ["--config.steps=3", f"--config.init_from.encoder={finished[0]}"]
     heads = ["--config.model.heads=4"]
@@ -224,7 +224,7 @@ def test_training_imports_neither_tensorflow_nor_torch(tmp_path, command):
         ),
     ],
 )
-def test_mistakes_end_with_code_2_and_a_sentence(arguments, sentence, tmp_path, capsys):
+def test_mistakes_exit_with_code_2_and_one_sentence(arguments, sentence, tmp_path, capsys):
     if not any(argument.startswith("--workdir") for argument in arguments):
         arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
     assert main.main(arguments) == 2
@@ -242,13 +242,13 @@ def test_unknown_arguments_end_with_code_2(arguments, capsys):
     assert "usage:" in capsys.readouterr().err
 
 
-def test_a_disk_without_room_is_noticed_at_the_start(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_noticed_at_the_start(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 2**20}))
     assert main.main([MAE, "--smoke", f"--workdir={tmp_path}"]) == 2
     assert "has 0.0 GiB free, but two checkpoints need" in capsys.readouterr().err
 
 
-def test_a_disk_that_fills_up_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_in_one_sentence(tmp_path, monkeypatch, capsys):
     def save(*args, **kwargs):
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write 3 bytes: No space left on device")
 
@@ -258,7 +258,7 @@ def test_a_disk_that_fills_up_is_told_in_a_sentence(tmp_path, monkeypatch, capsy
     assert error == f"error: cannot write to {tmp_path}/checkpoints: No space left on device."
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, capsys):
+def test_a_nan_loss_ends_the_run(tmp_path, capsys):
     arguments = smoke(tmp_path, "--config.optimizer.base_lr=1e30", "--config.batch_size=8")[1:]
     assert main.main(arguments) == 1
     assert "failed: the loss is nan at step" in capsys.readouterr().err
@@ -290,7 +290,7 @@ class StandIn:
     ("package", "override"),
     [("tensorboardX", "log.tensorboard=true"), ("wandb", "log.wandb=my_project")],
 )
-def test_other_logs_are_told_the_same(package, override, tmp_path, monkeypatch, capsys):
+def test_other_sinks_get_the_same_records(package, override, tmp_path, monkeypatch, capsys):
     arguments = smoke(tmp_path, f"--config.{override}", "--config.steps=3")[1:]
     monkeypatch.setitem(sys.modules, package, None)
     assert main.main(arguments) == 2
@@ -319,7 +319,7 @@ def test_a_trace_ends_with_its_last_step_or_with_the_run(steps, ends, monkeypatc
     assert told == [("start", 1), ("stop", ends)]
 
 
-def test_labels_to_evaluate_by_are_asked_for_at_the_start(monkeypatch, capsys):
+def test_missing_evaluation_labels_are_reported_at_the_start(monkeypatch, capsys):
     @functools.wraps(recipe.data.make)
     def unlabelled(**settings):
         made = make(**settings)

@@ -50,7 +50,7 @@ def names_of(root):
 # --- Trees. ---
 
 
-def test_images_are_told_by_their_content_and_all_other_files_are_listed(tree):
+def test_images_are_recognized_by_content_and_other_files_listed(tree):
     assert sorted(names_of(tree)) == sorted(GOOD | BAD)
     unread = dict(scan(tree).unread)
     assert set(unread) == set(UNREAD)
@@ -83,7 +83,7 @@ def test_broken_links_and_special_files_are_listed(tmp_path):
     assert "link.png" in names_of(tmp_path)
 
 
-def test_a_broken_link_that_is_mended_elsewhere_is_seen(tmp_path):
+def test_a_broken_link_that_is_repaired_elsewhere_is_seen(tmp_path):
     plant(tmp_path / "set", {"a.png": PIXEL})
     (tmp_path / "set/link.png").symlink_to("../fetched.png")
     assert names_of(tmp_path / "set") == ["a.png"]
@@ -330,7 +330,7 @@ def test_links_in_tars_are_followed_or_listed(tmp_path):
     assert dict(folder.unread)["b/pipe"] == "not a regular file"
 
 
-def test_of_members_of_one_name_the_last_counts(tmp_path):
+def test_the_last_of_members_with_one_name_counts(tmp_path):
     path = tar(tmp_path / "x.tar", {"a/0.png": PIXEL})
     with tarfile.open(path, "a") as file:
         member = tarfile.TarInfo("a/0.png")
@@ -357,7 +357,7 @@ def test_a_large_tiff_in_a_tar_is_read_to_its_end(tmp_path):
     assert scan(tmp_path / "set").modes == ["uint8 x 5"]
 
 
-def test_what_is_no_folder_is_refused(tmp_path):
+def test_paths_that_are_not_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
         scan(tmp_path / "nowhere")
     (tmp_path / "set.tar.gz").write_bytes(b"x")

@@ -19,7 +19,7 @@ def draw(count, grid, number, sampling, **settings):
     return np.asarray(masks).reshape(-1, *grid)
 
 
-def test_blocks_are_distributed_as_by_the_reference_generator():
+def test_blocks_have_the_statistics_of_the_reference():
     """50,000 masks of BEiT's own generator: counts, and how often a place is hidden."""
     masks = draw(50_000, (14, 14), 75, "blockwise", min_block=16)
     counts = masks.sum((1, 2))
@@ -59,7 +59,7 @@ def test_blocks_are_rectangles_that_leave_a_row_and_a_column():
     assert masks.sum((1, 2)).max() == 32
 
 
-def test_a_mask_is_of_its_key_alone():
+def test_a_mask_depends_only_on_its_key():
     keys = jax.random.split(RNG, 8)
     for sampling in ("random", "blockwise", "span"):
         masks = sample(keys, (6, 6), 14, sampling, min_block=4)
@@ -68,7 +68,7 @@ def test_a_mask_is_of_its_key_alone():
         assert len(np.unique(masks, axis=0)) == 8
 
 
-def test_random_hides_exactly_so_many_everywhere_alike():
+def test_random_masking_is_exact_and_uniform():
     masks = draw(20_000, (6, 8), 20, "random")
     assert (masks.sum((1, 2)) == 20).all()
     np.testing.assert_allclose(masks.mean(0), 20 / 48, atol=0.015)
@@ -104,13 +104,13 @@ def test_spans_lie_in_rows():
     assert across.sum() > 1.5 * down.sum()
 
 
-def test_grid_shows_one_of_four():
+def test_grid_keeps_one_of_four_patches():
     masks = draw(2, (4, 6), 18, "grid")
     assert np.argwhere(~masks[0]).tolist() == [[y, x] for y in (0, 2) for x in (0, 2, 4)]
     np.testing.assert_array_equal(masks[0], masks[1])
 
 
-def test_what_is_corrupted_is_hidden_and_in_these_shares():
+def test_corruption_has_the_given_shares_of_masked_patches():
     keys = jax.random.split(RNG, 2_000)
     masks = sample(keys, (6, 6), 14, "random")
     masked, source = corrupt(keys, masks, (0.8, 0.1, 0.1))

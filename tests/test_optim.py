@@ -11,7 +11,7 @@ from mim_jax.models.vit import vit
 from mim_jax.objectives import mae
 
 
-def test_learning_rates_are_the_recipes():
+def test_learning_rates_equal_the_recipe():
     """The golden values of the reference at 312 steps an epoch, 800 epochs, 40 of warm-up."""
     schedule = optim.warmup_and_decay(
         2.4e-3, min_lr=0.0, warmup_steps=40 * 312, steps=800 * 312, code="mae"
@@ -47,7 +47,7 @@ def test_schedule_of_mmsegmentation():
     assert float(constant(0)) == float(constant(8)) == pytest.approx(lr)
 
 
-def test_learning_rates_are_beit_s():
+def test_learning_rates_equal_beit():
     """The golden values of the reference's table: 100 steps, 20 of warm-up."""
     schedule = optim.warmup_and_decay(1.5e-3, min_lr=1e-5, warmup_steps=20, steps=100, code="beit")
     golden = {0: 0.0, 1: 7.8947e-5, 19: 0.0015, 20: 0.0015, 21: 0.00149943, 99: 1.05744e-5}
@@ -55,7 +55,7 @@ def test_learning_rates_are_beit_s():
         assert float(schedule(step)) == pytest.approx(lr, rel=1e-5)
 
 
-def test_what_decays():
+def test_which_parameters_decay():
     """ViT-B: of the reference's 252 trainable tensors 85 decay, class and mask token among them."""
     objective = mae.objective(vit(size="B"))
     example = {

@@ -36,7 +36,7 @@ def test_the_temperature_weighs_neighbors():
         assert probe.neighbors(train, np.array([0, 1, 1]), test, k=3)[0] == winner
 
 
-def test_a_linear_classifier_finds_what_is_linear_whatever_its_scale():
+def test_the_linear_classifier_is_independent_of_scale():
     train, test = RNG.normal(size=(400, 6)), RNG.normal(size=(300, 6))
     weights = RNG.normal(size=(6, 3))
     labels, asked = (train @ weights).argmax(1), (test @ weights).argmax(1)
@@ -54,7 +54,7 @@ def test_rank_counts_directions():
 
 
 @pytest.mark.parametrize("config", ["mae_emoji", "emoji_linear"])  # all trained; all frozen
-def test_a_run_is_probed_on_clean_images(config, tmp_path):
+def test_probes_use_unmasked_images(config, tmp_path):
     """The figures of a run are those of the features that `embed` writes of its last state."""
     run = str(tmp_path / "run")
     small = ["--config.probe.images=96", "--config.probe.every_steps=20", "--config.data.size=32"]
@@ -81,14 +81,14 @@ def test_a_run_is_probed_on_clean_images(config, tmp_path):
     assert said["evaluate/probe_rank"] == pytest.approx(probe.rank(train["mean"]), rel=1e-3)
 
 
-def test_a_tokenizer_has_no_encoder_to_ask():
+def test_embedding_with_a_tokenizer_is_refused():
     config = schema.load("configs/dvae_emoji.py", ["probe.images=10"])
     with pytest.raises(UserError, match="dvae has no encoder"):
         recipe.encoder_of(recipe.build(config), config)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_without_labels_only_the_rank_is_told(split):
+def test_without_labels_only_the_rank_is_reported(split):
     def batches(batch_size, *, limit, of_training):
         label = np.arange(8) % 3
         if split == ("train" if of_training else "validation"):

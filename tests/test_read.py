@@ -86,7 +86,7 @@ def test_a_pickle_that_calls_anything_is_refused(tmp_path, number):
         (struct.pack("<Q", 9) + b'{"a": 1}', "is damaged or cut off"),
     ],
 )
-def test_files_that_are_no_weights(tmp_path, content, sentence):
+def test_files_that_are_not_weights(tmp_path, content, sentence):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError) as error:
         read(tmp_path / "file")

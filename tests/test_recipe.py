@@ -167,13 +167,13 @@ def test_the_recipe_of_dalles_tokenizer():
         ("data.crop_scale=1,", "data.crop_scale = (1,)"),
     ],
 )
-def test_configs_that_cannot_be_run(override, sentence):
+def test_invalid_configs(override, sentence):
     with pytest.raises(UserError) as error:
         recipe.build(schema.load(EMOJI, [override]))
     assert sentence in str(error.value)
 
 
-def test_a_tokenizer_is_asked_for():
+def test_a_missing_tokenizer_is_reported():
     with pytest.raises(UserError, match=r"beit needs a trained tokenizer: set --config\.init_from"):
         recipe.build(schema.load("configs/beit_emoji.py", ["init_from.tokenizer="]))
     recipe.build(schema.load("configs/beit_base_ablation_pixels.py", ["data.name=emoji"]))

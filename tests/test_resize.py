@@ -31,7 +31,7 @@ def test_positions_are_resized_by_pytorchs_bicubic(side, first_row):
         (32, 3972, {1000: 0.963668}),
     ],
 )
-def test_relative_bias_is_resized_as_beits(side, rows, expected):
+def test_resized_relative_bias_equals_beit(side, rows, expected):
     """The reference's numbers: 14 x 14 patches to the grids of images of 384 and 512 pixels."""
     table = np.stack([np.sin(0.01 * np.arange(732)), np.zeros(732)], axis=1).astype(np.float32)
     resized = resize_relative(table, (14, 14), (side, side))
@@ -58,7 +58,7 @@ def test_positions_of_images_that_are_not_square(before, after):
     assert (fitted["positions"] == resized).all()
 
 
-def test_each_side_of_a_relative_bias_is_resized_for_itself():
+def test_sides_of_a_relative_bias_are_resized_independently():
     """What depends on the rows alone is, on any grid, what it is on a square one."""
     profile = np.random.default_rng(0).normal(size=27)
     table = np.append(np.repeat(profile, 27), [7.0, 8.0, 9.0])[:, None]

@@ -10,7 +10,7 @@ CONFIGS = config_files.files()
 EMOJI = "configs/mae_emoji.py"
 
 
-def test_overrides_have_the_last_word():
+def test_overrides_take_precedence():
     config = schema.load(EMOJI, ["optimizer.b2=0.99", "data.size=(32,64)", "data.flip=false"])
     assert config.optimizer.b2 == 0.99
     assert config.data.size == (32, 64)
@@ -28,7 +28,7 @@ def test_a_rehearsal_keeps_as_many_tokens_as_patches():
     assert example["tokenizer_image"].shape == (1, 16, 16, 3)
 
 
-def test_a_whole_number_is_a_float_where_one_is_asked_for():
+def test_integers_are_accepted_as_floats():
     assert schema.load(EMOJI, ["optimizer.weight_decay=0"]).optimizer.weight_decay == 0.0
     assert schema.load(EMOJI, ["data.crop_scale=0.5,1"]).data.crop_scale == (0.5, 1)
     assert schema.load(EMOJI, ["log.wandb=2026"]).log.wandb == "2026"
@@ -55,13 +55,13 @@ def test_a_whole_number_is_a_float_where_one_is_asked_for():
         ("optimizer.name=adam", "'adam' is unknown; did you mean adamw? Choose one of adamw, "),
     ],
 )
-def test_overrides_that_cannot_be(override, sentence):
+def test_invalid_overrides(override, sentence):
     with pytest.raises(UserError) as error:
         schema.load(EMOJI, [override])
     assert sentence in str(error.value)
 
 
-def test_trajectories_differ_by_what_is_learned_alone():
+def test_trajectories_differ_only_by_what_is_learned():
     def trajectory(*overrides):
         config = schema.load(EMOJI, overrides)
         return schema.trajectory(config, recipe.build(config).data.fingerprint)
@@ -109,7 +109,7 @@ def test_trajectories_differ_by_what_is_learned_alone():
         ("optimizer.weight_decay=-1", "at least 0"),
     ],
 )
-def test_numbers_out_of_their_range(override, words):
+def test_values_out_of_range(override, words):
     key = override.split("=")[0]
     with pytest.raises(UserError, match=rf"^{re.escape(key)} = .* must be {re.escape(words)}\.$"):
         schema.load(EMOJI, [override])
@@ -139,7 +139,7 @@ def test_numbers_out_of_their_range(override, words):
         ("emoji_linear", "optimizer.momentum=1", "must be at least 0 and less than 1."),
     ],
 )
-def test_numbers_of_other_objectives_out_of_their_range(name, override, sentence):
+def test_values_of_other_objectives_out_of_range(name, override, sentence):
     with pytest.raises(UserError) as error:
         schema.load(f"configs/{name}.py", [override])
     assert str(error.value).endswith(sentence)
@@ -154,13 +154,13 @@ def test_every_key_has_a_meaning(path):
     assert silent == ["objective.name", "optimizer.name"]
 
 
-def test_a_mean_may_be_negative_and_blocks_be_all():
+def test_negative_means_and_all_blocks_are_accepted():
     config = schema.load("configs/emoji_finetune.py", ["objective.mean=(-0.5,0,1)"])
     assert config.objective.mean == (-0.5, 0, 1)
     assert config.objective.tuned_blocks == -1
 
 
-def test_a_run_whose_config_is_damaged(tmp_path):
+def test_a_damaged_config_of_a_run(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {')
     with pytest.raises(UserError, match=r"config\.json is damaged: "):
         schema.load(str(tmp_path))

@@ -68,7 +68,7 @@ def begin(ours) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("average", ["all", "labeled"])
-def test_loss_is_that_of_torch(average):
+def test_loss_equals_torch(average):
     torch = pytest.importorskip("torch")
     ours, batch = objective(average=average, dropout=0.0), training_batch()
     params, buffers = begin(ours)

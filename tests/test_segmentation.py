@@ -180,7 +180,7 @@ def test_next_side():
     assert sides == [1, 2, 3, 4, 6, 6, 8, 12, 512, 768, 768, 1024]
 
 
-def test_what_does_not_fit_is_cut():
+def test_images_that_do_not_fit_are_clipped():
     """As of an image that replaces a bad one, which is not counted."""
     ((_, view),) = evaluation().groups([(20, 20)], 1)
     views = view(example())

@@ -25,7 +25,7 @@ def source_of(root, arrays):
 
 
 @pytest.mark.parametrize("dtype, channels", [("uint8", 3), ("uint16", 13), ("float32", 2)])
-def test_statistics_are_numpys(tmp_path, dtype, channels):
+def test_statistics_equal_numpy(tmp_path, dtype, channels):
     arrays = [pixels(i, 20, 30, channels, np.dtype(dtype).type) // (i + 1) for i in range(9)]
     values = observe(source_of(tmp_path, arrays), channels)
     expected = np.concatenate(arrays).reshape(-1, channels).astype(float)
@@ -72,7 +72,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         (np.stack([NATURAL[..., 0], NATURAL[..., 1], 900 * NATURAL[..., 2]], -1), IMAGENET),
     ],
 )
-def test_values_that_mean_and_std_do_not_describe(tmp_path, values, mean_std):
+def test_values_that_do_not_match_mean_and_std(tmp_path, values, mean_std):
     values = values.astype(np.float32) if values.dtype == np.float64 else values
     observed = observe(source_of(tmp_path, values), 3)
     problem = range_problem(observed, *mean_std)

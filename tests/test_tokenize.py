@@ -28,7 +28,7 @@ def test_the_tokens_of_a_split(trained, tmp_path, capsys):
     assert found["label"].shape == (20,)
 
 
-def test_what_is_no_run_of_it(trained, tmp_path, capsys):
+def test_directories_of_other_runs(trained, tmp_path, capsys):
     for run, sentence in [
         (
             "configs/mae_emoji.py",

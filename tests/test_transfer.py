@@ -83,7 +83,7 @@ MAE = config_of("mae", **DECODER)
 HEAD = classify.Classification.head
 
 
-def test_an_encoder_is_taken_and_nothing_else(tmp_path, capsys):
+def test_only_the_encoder_is_taken(tmp_path, capsys):
     folder, source = run_of(tmp_path, MAE)
     state = begin(MAE)
     begun = start_from(state, "encoder", folder, MAE)
@@ -94,7 +94,7 @@ def test_an_encoder_is_taken_and_nothing_else(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("size", [16, 24, (16, 24)])
-def test_fine_tuning_begins_at_maes_positions(size, tmp_path, capsys):
+def test_fine_tuning_starts_from_the_positions_of_mae(size, tmp_path, capsys):
     folder, source = run_of(tmp_path, MAE)
     tuned = config_of("classify", dict(positions="learned"), size)
     begun = start_from(begin(tuned, ema=True), "encoder", folder, tuned)
@@ -147,7 +147,7 @@ def test_a_shared_bias_is_copied_to_each_block(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("blocks", [0.0, 1.0, 1.5])
-def test_a_frozen_part_is_loaded_too_and_goes_on(blocks, tmp_path):
+def test_frozen_parts_are_loaded_and_continue(blocks, tmp_path):
     """From MAE to a probe or partial fine-tuning, and from there to whatever comes next."""
     folder, source = run_of(tmp_path / "mae", MAE)
     probe = config_of("classify", pooling="cls", tuned_blocks=blocks)
@@ -165,7 +165,7 @@ def test_a_frozen_part_is_loaded_too_and_goes_on(blocks, tmp_path):
         (dict(pooling="cls"), 5, "new"),
     ],
 )
-def test_a_classifiers_head_comes_along(settings, labels, taken, tmp_path, capsys):
+def test_the_head_of_a_classifier_is_copied(settings, labels, taken, tmp_path, capsys):
     """As in BEiT's code: it is left where its shape differs, its norm never."""
     config = config_of("classify")
     state = begin(config, seed=1)
@@ -181,7 +181,7 @@ def test_a_classifiers_head_comes_along(settings, labels, taken, tmp_path, capsy
     assert ("head" in taken) == (begun.params["head"]["bias"] == 1).all()
 
 
-def test_a_probes_head_comes_with_its_statistics(tmp_path):
+def test_the_head_of_a_probe_is_copied_with_its_statistics(tmp_path):
     """A linear probe is whole, as it must be to be measured; what lacks anything is not."""
     probe = config_of("classify", pooling="cls", tuned_blocks=0.0, batch_norm=2, head_std=1.0)
     folder, source = run_of(tmp_path / "probe", probe)
@@ -232,7 +232,7 @@ def test_fixed_positions_are_for_one_grid(tmp_path):
         start_from(begin(config), "encoder", folder, config)
 
 
-def test_the_wrong_run_is_named(tmp_path):
+def test_a_wrong_source_is_named(tmp_path):
     tokenizer, _ = run_of(tmp_path / "dvae", config_of("dvae"))
     encoder, _ = run_of(tmp_path / "mae", MAE)
     with pytest.raises(
@@ -248,7 +248,7 @@ def test_the_wrong_run_is_named(tmp_path):
         start_from(begin(MAE), "encoder", tmp_path, MAE)
 
 
-def test_other_statistics_of_the_images_are_said(tmp_path, capsys):
+def test_different_image_statistics_are_reported(tmp_path, capsys):
     saw = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     folder, _ = run_of(tmp_path, MAE | {"objective": MAE["objective"] | saw})
     config = config_of("classify", dict(positions="learned"), **saw)
