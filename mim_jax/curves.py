@@ -207,13 +207,12 @@ def ticks_log(low: float, high: float) -> list[float]:
 
 def labels(values: Sequence[float]) -> list[str]:
     """Formats the ticks of an axis with as many digits as tell them apart."""
+    texts = [short(value, 1) for value in values]
+    spacing = min(np.diff(values), default=math.inf)
     for digits in range(1, 8):
         texts = [short(value, digits) for value in values]
-        exact = all(
-            abs(float(text.replace(",", "")) - value) <= 1e-3 * abs(value)
-            for text, value in zip(texts, values, strict=True)
-        )
-        if exact and len(set(texts)) == len(values):
+        shown = [float(text.replace(",", "")) for text in texts]
+        if all(abs(a - b) <= 0.01 * spacing for a, b in zip(shown, values, strict=True)):
             break
     return texts
 

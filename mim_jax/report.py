@@ -354,14 +354,15 @@ def problems(run: RecordedRun) -> list[tuple[str, str]]:
     for key in dict.fromkeys(name for record in run.metrics for name in record):
         bad = [x for x, y in run.series(key) if isinstance(y, float) and not math.isfinite(y)]
         if bad:
-            rows.append((f"step {bad[0]:,}", f"{key} is not finite in {len(bad):,} records."))
+            rows.append((f"step {bad[0]:,}", f"{key} is not finite in {len(bad):,} record(s)."))
     files = run.path / "bad_files.jsonl"
     bad_files = files.read_text().splitlines() if files.exists() else []
     if bad_files:
         first = ", ".join(
             str(json.loads(line).get("file", "")) for line in bad_files[:3] if line.startswith("{")
         )
-        rows.append(("data", f"{len(bad_files):,} files could not be used, first {first}."))
+        count = f"{len(bad_files):,} file{'s' if len(bad_files) > 1 else ''}"
+        rows.append(("data", f"{count} could not be used, first {first}."))
     for path in sorted((run.path / "checkpoints").glob("*.corrupt-*")):
         rows.append((f"step {path.name.split('.')[0]}", "A checkpoint was corrupt: set aside."))
     return rows

@@ -111,7 +111,7 @@ def test_a_run_with_one_metric(tmp_path):
 def test_not_finite_losses_are_reported(tmp_path):
     lines = [*training(3), dict(step=40, loss=float("nan"))]
     text, page = written(make(tmp_path / "run", lines))
-    assert "loss is not finite in 1 records" in text
+    assert "loss is not finite in 1 record" in text
     assert "1 values not finite" in charts_of(page)[0]["aria-label"]
 
 
