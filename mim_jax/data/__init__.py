@@ -196,7 +196,12 @@ def make(
         str, FREE, Smoke("validation"), "split for evaluations"
     ] = "validation",
     data_dir: Annotated[str, FREE, Smoke(""), "where TFDS prepared the data set"] = "",
-    labels: Annotated[str, FREE, Smoke(""), "of a folder: folder, or a CSV file; '': none"] = "",
+    labels: Annotated[
+        str,
+        FREE,
+        Smoke(""),
+        "folder, cls, json:KEY or a CSV file, or a column of hf:PATH; '': none",
+    ] = "",
     classes: Annotated[
         str, FREE, Smoke(""), "CSV file of the classes in masks; '': the one in the folder"
     ] = "",

@@ -28,8 +28,8 @@ from mim_jax.data.manifest import printable
 SUFFIXES = (".parquet", ".arrow")
 PARTS = re.compile(r"[-_.]?\d{5,}-of-\d{5,}(-[0-9a-f]+)?$")  # "train-00000-of-00002-<digest>"
 SAMPLE = 32  # images whose headers tell the mode
-GROUPS = 64  # row groups of Parquet files that are kept in memory
-LARGEST = 2**31  # bytes of a row group that is read
+GROUPS = 8  # row groups of Parquet files that are kept in memory
+LARGEST = 2**29  # bytes of a row group that is read
 
 
 class Columns(NamedTuple):
@@ -48,7 +48,7 @@ class Table:
 
     def __init__(self, root: str, labels: str = ""):
         if find_spec("pyarrow") is None:
-            raise UserError("data.name=hf:PATH needs pyarrow: pip install -e '.[parquet]'.")
+            raise UserError("data.name=hf:PATH needs pyarrow: pip install -e '.[arrow]'.")
         self.root = os.path.abspath(os.path.expanduser(root))
         self.files: dict[str, list[str]] = {}
         for path in sorted(list_files(self.root)):

@@ -50,7 +50,7 @@ JXL = "JPEG XL: convert it to PNG or pip install pillow-jxl-plugin"
 OTHER_FORMATS = {  # (offset, bytes): reason
     **{(4, b"ftyp" + kind): HEIC for kind in (b"heic", b"heix", b"mif1", b"msf1")},
     **{(0, start): JXL for start in (b"\xff\x0a", b"\0\0\0\x0cJXL ")},
-    (0, b"PAR1"): "a Parquet table; export its images to files",
+    (0, b"PAR1"): "a Parquet table: read its folder with data.name=hf:PATH",
     (128, b"DICM"): "DICOM; convert it to 16-bit PNG, TIFF or .npy",
     (344, b"n+1\0"): "NIfTI; convert its slices to TIFF or .npy",
 }
