@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.batch_size = 16  # as the papers' recipes for ADE20K
+    config.batch_size = 8
     config.steps = 200
     config.init_from = dict(encoder="runs/mae_camvid")
 
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
         decoder="upernet",
         channels=32,
         auxiliary_channels=32,
-        batch_norm=16,
+        batch_norm=8,
         average="labeled",
     )
     config.data = dict(
@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
         warmup_steps=20,
         schedule="mmseg",
     )
-    config.evaluate = dict(every_steps=50)
+    config.evaluate = dict(every_steps=100)
     config.pictures = dict(every_steps=100)
     config.save = dict(every_steps=100)
     return config

@@ -166,6 +166,10 @@ def broken(root, how):
         mask.write_bytes(mask.read_bytes()[:40])
     elif how == "image":
         (root / "images/train/a.jpg").write_bytes(b"no image")
+    elif how == "cut image":
+        (root / "images/train/a.jpg").unlink()
+        save(root / "images/train/a.png", RNG.integers(0, 256, (5, 7, 3)))
+        (root / "images/train/a.png").write_bytes((root / "images/train/a.png").read_bytes()[:60])
     elif how == "turned":
         exif = Image.Exif()
         exif[masks.ORIENTATION] = 6
@@ -183,6 +187,7 @@ def broken(root, how):
         ("jpeg", r"masks/train/a\.jpg: it is not a whole PNG"),
         ("cut", r"masks/train/a\.png: it is not a whole PNG"),
         ("image", r"images/train/a\.jpg"),
+        ("cut image", r"images/train/a\.png: image file is truncated"),
         ("turned", r"images/train/a\.jpg has an EXIF orientation"),
     ],
 )

@@ -1,14 +1,21 @@
 """The loss against PyTorch, mean IoU against a count in NumPy, on one device and on eight."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
-from mim_jax import UserError
+from mim_jax import UserError, check, main
+from mim_jax import evaluate as evaluate_command
+from mim_jax.data.masks import EMOJI
 from mim_jax.models.vit import vit
 from mim_jax.objectives import segment
+from mim_jax.optim import layer_scales
 from mim_jax.sharding import make_mesh
 from mim_jax.train import TrainState, evaluate
 
@@ -282,3 +289,93 @@ def test_default_layers(depth, expected):
 def test_refused(settings, words):
     with pytest.raises(UserError, match=words):
         objective(**settings)
+
+
+# --- Whole runs, from a config. ---
+
+CONFIG = "--config=configs/camvid_tiny.py"
+SMOKE = [CONFIG, "--smoke", "--config.steps=4", "--config.save.every_steps=2"]
+SMOKE += ["--config.data.evaluation_split=validation[:20]", "--config.log.every_steps=1"]
+
+
+def records(run) -> list[dict]:
+    """The records of a run, without times."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    keep = ("step", "loss", "evaluate/miou", "evaluate/loss")
+    return [{k: x for k, x in json.loads(line).items() if k in keep} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("segment") / "run"
+    assert main.main([*SMOKE, f"--workdir={folder}"]) == 0
+    return folder
+
+
+def test_a_run_continues_exactly(run, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / "4")
+    assert main.main([*SMOKE, f"--workdir={again}"]) == 0
+    assert records(again) == records(run)
+
+
+def test_table_by_class(run, tmp_path, capsys):
+    to = tmp_path / "found.json"
+    assert evaluate_command.main([f"--config={run}", f"--to={to}"]) == 0
+    said = capsys.readouterr().out
+    assert "class  of all  accuracy       IoU" in said
+    rows = [line.split() for line in said.splitlines() if "%" in line]
+    assert [row[0] for row in rows] == ["background", "gray", "red", "yellow", "green", "blue"]
+    found = json.loads(to.read_text())
+    assert found["miou"] == pytest.approx(records(run)[-1]["evaluate/miou"], rel=1e-6)
+    shares, _, iou = np.array(found["by_class"], float).T
+    assert shares.sum() == pytest.approx(1)
+    assert np.nanmean(iou) == pytest.approx(found["miou"])
+
+
+def test_sheets_have_a_legend(run):
+    """Each class's color occurs at the bottom of the sheet."""
+    sheet = np.asarray(Image.open(run / "pictures" / "step_0000004.png"))
+    bottom = {tuple(color) for color in sheet[-40:].reshape(-1, 3).tolist()}
+    assert bottom >= set(EMOJI.colors)
+
+
+def test_a_run_starts_from_a_pretrained_encoder(tmp_path, capsys):
+    """Of a smaller grid and another objective: positions are interpolated, biases begin at 0."""
+    mae = ["--config=configs/mae_emoji.py", "--smoke", "--config.steps=3"]
+    mae += ["--config.model.patch=16", f"--workdir={tmp_path / 'mae'}"]
+    assert main.main(mae) == 0
+    settings = [CONFIG, "--smoke", "--config.steps=3", f"--workdir={tmp_path / 'run'}"]
+    settings += ["--config.model.patch=16", "--config.data.size=96"]
+    settings += ["--config.model.relative_bias=own", "--config.optimizer.layer_decay=0.65"]
+    assert main.main([*settings, f"--config.init_from.encoder={tmp_path / 'mae'}"]) == 0
+    said = capsys.readouterr().out
+    assert "resized: positions" in said
+    assert "relative_position_bias/table" in said.partition("new: ")[2]
+
+
+def test_layers_decay_to_the_encoder():
+    """The decoder has the whole rate, the embedding the smallest (BEiT's optimizer)."""
+    params, _ = begin(objective())
+    scales = layer_scales(params, 0.5)
+    assert set(jax.tree.leaves({k: scales[k] for k in ("head", "pyramid", "auxiliary")})) == {1}
+    encoder = scales["encoder"]
+    assert set(jax.tree.leaves(encoder["block_3"])) == {0.5}
+    assert set(jax.tree.leaves(encoder["block_0"])) == {0.5**4}
+    assert encoder["embed"]["kernel"] == encoder["cls_token"] == 0.5**5
+
+
+def test_a_wrong_mask_is_named_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for folder in ("images", "masks"):
+        for split in ("train", "val"):
+            path = tmp_path / "set" / folder / split / "a.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(np.zeros((40, 40), np.uint8)).save(path)
+    (tmp_path / "set/classes.csv").write_text("1,a\n2,b\n")
+    settings = [CONFIG, f"--config.data.name=folder:{tmp_path / 'set'}"]
+    for command in (main.main, check.main):
+        assert command([*settings, f"--workdir={tmp_path / 'run'}"]) == 2
+        assert "masks/train/a.png has values that are no class: 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

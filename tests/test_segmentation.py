@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import UserError
+from mim_jax import UserError, data
 from mim_jax.data import segmentation
 from mim_jax.data.fields import fields_of
-from mim_jax.data.masks import Classes
+from mim_jax.data.masks import Classes, read_values
 
 CLASSES = Classes(("a", "b"), ((1, 2, 3), (4, 5, 6)), (0, 1), (9,))
 
@@ -208,3 +208,99 @@ def test_refused():
         training(dtype="uint16", distortion=True)
     with pytest.raises(UserError, match=r"data\.fill"):
         training(fill=(1, 2))
+
+
+# --- Batches of a data set. ---
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """A folder of images of many sizes with masks; the red channel is 20 times the class."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    random = rng()
+    for split, count in (("train", 12), ("val", 11)):
+        for i in range(count):
+            size = tuple(random.integers(20, 70, 2))
+            mask = random.integers(0, 3, size).astype(np.uint8)
+            image = np.stack([20 * mask, mask, mask], -1)
+            for folder, pixels in (("images", image), ("masks", mask)):
+                path = tmp_path / "set" / folder / split / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(png(pixels))
+    (tmp_path / "set/classes.csv").write_text("0,a\n1,b\n2,\n")
+    return tmp_path / "set"
+
+
+def opened(folder, **settings):
+    defaults = dict(size=32, segmented=True, evaluation_interpolation="bilinear")
+    return data.make(name=f"folder:{folder}", **defaults | settings)
+
+
+def test_fields(photographs):
+    """Of training batches, as declared; evaluation adds what is not padding."""
+    dataset = opened(photographs)
+    batch = next(dataset.training_batches(4, seed=0, start=0, stop=1))
+    declared = {field.name: (field.shape, field.dtype) for field in dataset.fields}
+    assert {name: (x.shape[1:], x.dtype.name) for name, x in batch.items()} == declared
+    assert [field.name for field in dataset.image_fields] == ["image"]
+    batch = next(dataset.evaluation_batches(4))
+    assert batch.keys() == declared.keys() | {"image_size", "segmentation_size"}
+    assert dataset.segmentation_classes == ("a", "b")
+    assert list(dataset.legend) == ["a", "b"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_batches_are_a_function_of_the_step(photographs, processes):
+    """A run that continues gets the batches that it would have had, on other processes too."""
+    whole = list(opened(photographs).training_batches(4, seed=3, start=0, stop=5))
+    parts = [
+        opened(photographs, process=i, processes=processes).training_batches(
+            4, seed=3, start=2, stop=5
+        )
+        for i in range(processes)
+    ]
+    for batch, *rows in zip(whole[2:], *parts, strict=True):
+        for name, x in batch.items():
+            np.testing.assert_array_equal(np.concatenate([row[name] for row in rows]), x)
+
+
+def test_each_image_is_evaluated_once(photographs):
+    """Each in its own size, in batches of one shape, and with all its labels."""
+    dataset = opened(photographs)
+    batches = list(dataset.evaluation_batches(4))
+    assert len({batch["image"].shape for batch in batches}) > 1
+    seen = [int(i) for batch in batches for i in batch["index"][batch["valid"] > 0]]
+    assert sorted(seen) == list(range(11))
+    assert sum(len(x["valid"]) for x in batches) > 11
+    for batch in batches:
+        for row in np.flatnonzero(batch["valid"]):
+            values = read_values(dataset.evaluation.examples[batch["index"][row]]["mask"])
+            height, width = batch["segmentation_size"][row]
+            labels = batch["segmentation"][row]
+            np.testing.assert_array_equal(
+                labels[:height, :width], np.where(values == 2, 255, values)
+            )
+            assert (labels[height:] == 255).all()
+            size = segmentation.fitted(values.shape, 32, 128)
+            assert tuple(batch["image_size"][row]) == size
+    first = list(dataset.evaluation_batches(4, limit=5))
+    assert sorted(int(i) for x in first for i in x["index"][x["valid"] > 0]) == list(range(5))
+
+
+def test_an_image_that_breaks_off_is_not_evaluated(photographs):
+    """The check of all files reads the headers of JPEGs only."""
+    path = photographs / "images/val/3.jpg"
+    pixels = Image.open(path.with_suffix(".png")).convert("RGB")
+    path.with_suffix(".png").unlink()
+    pixels.save(path)
+    path.write_bytes(path.read_bytes()[:700])
+    dataset, bad = opened(photographs, max_bad_fraction=0.5), []
+    batches = dataset.evaluation_batches(4, on_bad=lambda name, reason: bad.append(name))
+    assert sum(int(batch["valid"].sum()) for batch in batches) == 10
+    assert bad == ["images/val/3.jpg"]
+
+
+@pytest.mark.parametrize("key", ["labels", "tokenizer_size"])
+def test_masks_are_the_only_labels(photographs, key):
+    with pytest.raises(UserError, match=rf"data\.{key} = .* must not be set"):
+        opened(photographs, **{key: dict(labels="folder", tokenizer_size=16)[key]})

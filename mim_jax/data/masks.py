@@ -442,6 +442,19 @@ def in_threads(function: Callable, items: Sequence) -> Iterator:
         yield from pool.map(function, items, chunksize=16)
 
 
+def orientation(file: BinaryIO) -> int:
+    """Returns the EXIF orientation of an image, 1 if it has none.
+
+    Raises BadImageError for a file that breaks off before.
+    """
+    try:
+        return Image.open(file).getexif().get(ORIENTATION, 1)
+    except Image.UnidentifiedImageError:  # an array, as .npy
+        return 1
+    except Exception as error:
+        raise BadImageError(str(error) or type(error).__name__) from error
+
+
 def check_pair(tree: Tree, pair: Pair, classes: Classes) -> tuple[int, int] | str:
     """Height and width of an image and its mask, or what is wrong with them."""
     try:
@@ -449,7 +462,7 @@ def check_pair(tree: Tree, pair: Pair, classes: Classes) -> tuple[int, int] | st
         with tree.open(name) as file:
             width, height, _ = header(file)
             file.seek(0)
-            if not name.endswith(".npy") and Image.open(file).getexif().get(ORIENTATION, 1) != 1:
+            if orientation(file) != 1:
                 return (
                     f"{name} has an EXIF orientation, so that it is unclear how its mask lies: "
                     "store its pixels upright"
