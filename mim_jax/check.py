@@ -1,7 +1,7 @@
 """Checks in about a minute what a run would do and whether it would start.
 
-    python -m mim_jax.check --config=configs/mae_base.py --workdir=runs/mae_base
-    python -m mim_jax.check --config=configs/mae_base.py --all   # decodes every image
+    mim-jax check --config=configs/mae_base.py --workdir=runs/mae_base
+    mim-jax check --config=configs/mae_base.py --all   # decodes every image
 
 Prints the recipe's arithmetic, decodes a sample of the images, performs two steps of the real model
 (on a CPU with fewer images), and draws WORKDIR/check.png, training images as the model gets them.

@@ -1,7 +1,7 @@
 r"""Writes the features of a data set by a trained encoder.
 
-    python -m mim_jax.embed --config=runs/mae_base --to=features.npz
-    python -m mim_jax.embed --config=runs/mae_base --to=train --config.data.evaluation_split=train
+    mim-jax embed --config=runs/mae_base --to=features.npz
+    mim-jax embed --config=runs/mae_base --to=train --config.data.evaluation_split=train
 
 --config is a run directory, or a config file that describes the data, with
 --config.init_from.encoder=RUN. For the evaluation views of the evaluation split, with no patch

@@ -1,7 +1,7 @@
 r"""Evaluates a run on every example of its evaluation split, or of another split.
 
-    python -m mim_jax.evaluate --config=runs/mae_base_finetune
-    python -m mim_jax.evaluate --config=runs/mae_base_finetune --config.data.evaluation_split=test
+    mim-jax evaluate --config=runs/mae_base_finetune
+    mim-jax evaluate --config=runs/mae_base_finetune --config.data.evaluation_split=test
 
 --config is a run directory, or a config file with --config.init_from.encoder=RUN: a classifier as
 that config describes it, trained or converted. --to=FILE.json also writes the numbers. With

@@ -1,10 +1,9 @@
 """Prints the contents of a run, a file of weights or a folder of Hugging Face.
 
-python -m mim_jax.inspect runs/mae_base
-python -m mim_jax.inspect mae_pretrain_vit_base.pth
+mim-jax inspect runs/mae_base
+mim-jax inspect mae_pretrain_vit_base.pth
 """
 
-import argparse
 import json
 import math
 import signal
@@ -12,7 +11,7 @@ import sys
 
 from flax.traverse_util import flatten_dict
 
-from mim_jax.cli import exit_code
+from mim_jax import cli
 from mim_jax.convert.files import licence, load, story
 from mim_jax.convert.names import printable
 
@@ -21,14 +20,12 @@ HIDDEN = ("config", "parts", "trajectory")  # too long for the list of entries
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mim_jax.inspect", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = cli.parser_of("inspect", __doc__)
     parser.add_argument(
         "source", help="a run, a .pth or .safetensors file, or a folder of Hugging Face"
     )
     options = parser.parse_args(argv)
-    return exit_code(lambda: show(options.source), options.source)
+    return cli.exit_code(lambda: show(options.source), options.source)
 
 
 def show(source: str) -> int:

@@ -1,8 +1,8 @@
 """Trains a config, or continues a run that stopped.
 
-    python -m mim_jax.main --config=configs/mae_emoji.py --workdir=runs/emoji
-    python -m mim_jax.main --config=configs/mae_base.py --config.optimizer.base_lr=1e-4
-    python -m mim_jax.main --config=configs/mae_base.py --smoke
+    mim-jax train --config=configs/mae_emoji.py --workdir=runs/emoji
+    mim-jax train --config=configs/mae_base.py --config.optimizer.base_lr=1e-4
+    mim-jax train --config=configs/mae_base.py --smoke
 
 The run directory holds config.json, metrics.jsonl, checkpoints/ and pictures/. Exit codes: 0 done,
 1 failed, 2 a mistake of the user, reported in one sentence, 130 and 143 stopped by a signal after

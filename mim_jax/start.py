@@ -94,7 +94,7 @@ def how_to(key: str, source: str) -> str:
             return f"set --config.init_from.{key}={os.path.relpath(folder)}."
     weights = path.is_file() and path.suffix not in (".py", ".json")
     if weights or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
-        return f"convert it first: python -m mim_jax.convert {source} RUN --to=mim_jax."
+        return f"convert it first: mim-jax convert {source} RUN --to=mim_jax."
     return f"train one first, or set --config.init_from.{key}=RUN."
 
 

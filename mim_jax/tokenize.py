@@ -1,7 +1,7 @@
 r"""Writes the visual tokens of a data set, by a trained tokenizer.
 
-    python -m mim_jax.tokenize --config=runs/dvae_emoji --to=tokens.npz
-    python -m mim_jax.tokenize --config=runs/dvae_emoji --to=tokens.npz \
+    mim-jax tokenize --config=runs/dvae_emoji --to=tokens.npz
+    mim-jax tokenize --config=runs/dvae_emoji --to=tokens.npz \
         --config.data.evaluation_split=train
 
 --config is the directory of a run that trained a tokenizer. For the evaluation views of the

@@ -57,7 +57,7 @@ def test_features(tmp_path):
     text = texts(notebook)
     assert "images (4, 64, 64, 3) -> tokens (4, 65, 128)" in text
     assert "1340 training images, 566 validation images" in text
-    for line in ("features", "pixels", "most frequent"):
+    for line in ("features", "random", "pixels", "most frequent"):
         assert re.search(rf"^{line} +\d+\.\d%$", text, re.MULTILINE), line
     assert images(notebook) == 1
 

@@ -1,8 +1,8 @@
 """Converts weights between mim_jax and other libraries, and checks the result.
 
-    python -m mim_jax.convert runs/mae_base mae_hf --to=hf --check
-    python -m mim_jax.convert mae_pretrain_vit_base.pth runs/released --to=mim_jax
-    python -m mim_jax.main --config=... --config.init_from.encoder=runs/released
+    mim-jax convert runs/mae_base mae_hf --to=hf --check
+    mim-jax convert mae_pretrain_vit_base.pth runs/released --to=mim_jax
+    mim-jax train --config=... --config.init_from.encoder=runs/released
 
 Exit codes: 0 done, 1 the outputs differ, 2 user error, reported in one sentence.
 """

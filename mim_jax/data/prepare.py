@@ -1,7 +1,7 @@
 """Prepares a data set: converts a folder, or a set that TFDS knows, to files with random access.
 
-    python -m mim_jax.data.prepare folder:/photos --to=/data/photos
-    python -m mim_jax.data.prepare imagenet2012 --manual_dir=/tars --data_dir=/data/tfds
+    mim-jax prepare folder:/photos --to=/data/photos
+    mim-jax prepare imagenet2012 --manual_dir=/tars --data_dir=/data/tfds
 
 A folder or a tar file (see folder.py) is packed without decoding and without TensorFlow: many small
 files become a few large ones, for a bucket or a slow disk. Read them with

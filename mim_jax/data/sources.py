@@ -192,7 +192,7 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         except (ValueError, KeyError, TypeError, AttributeError, ParseError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the metadata of {path} cannot be read: {reason}.") from error
-    how = f"python -m mim_jax.data.prepare {name} --data_dir=FOLDER"
+    how = f"mim-jax prepare {name} --data_dir=FOLDER"
     there = f"{', '.join(BUILTIN)}, folder:PATH, tfds:PATH, or a data set of TFDS"
     if Path(name).expanduser().exists():
         there = f"folder:{name}, if this path is meant, {there}"

@@ -1,6 +1,6 @@
 """Computes mean and standard deviation of each channel of a data set, in the form configs take.
 
-    python -m mim_jax.data.statistics folder:/scenes --channels=13
+    mim-jax statistics folder:/scenes --channels=13
 
 The unit is that of objective.mean and objective.std: integers are divided by their type's maximum,
 floats are used as they are. Every image has the same weight, whatever its size. Exit codes: 0 done,
@@ -133,7 +133,7 @@ def range_problem(values: Values, mean: Sequence[float], std: Sequence[float]) -
     return (
         f"objective.mean = {tuple(mean)} and objective.std = {tuple(std)} do not describe the "
         f"images, which have {values}, mean {shown(values.mean)} and std {shown(values.std)} in "
-        "that unit: set both as python -m mim_jax.data.statistics computes them."
+        "that unit: set both to what `mim-jax statistics` computes."
     )
 
 
