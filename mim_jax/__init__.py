@@ -21,3 +21,14 @@ def load(source: Any, **options: Any) -> Any:
     from mim_jax import embed  # late, so that `import mim_jax` is fast
 
     return embed.load(source, **options)
+
+
+def build(config: Any, changes: Any = None, **top_level: Any) -> Any:
+    """Builds a run to train in Python: `mim_jax.build("mae_emoji", steps=100)`.
+
+    Returns a `mim_jax.experiment.Experiment`; the arguments are those of
+    `mim_jax.experiment.build`.
+    """
+    from mim_jax import experiment  # late, so that `import mim_jax` is fast
+
+    return experiment.build(config, changes, **top_level)

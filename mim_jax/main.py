@@ -25,10 +25,10 @@ from ml_collections import ConfigDict
 
 from mim_jax import UserError, cli, flops, objectives, recipe, schema, workdir
 from mim_jax.checkpoint import Checkpoints
+from mim_jax.experiment import pictures_of
 from mim_jax.log import Log, format_metrics
 from mim_jax.probe import Probe
 from mim_jax.recipe import Run
-from mim_jax.sharding import replicated, to_global, whole
 from mim_jax.sheets import draw_sheet
 from mim_jax.start import Start, claim_workdir
 from mim_jax.train import TrainState, evaluate, train
@@ -302,21 +302,13 @@ class Training:
 
     def draw(self, step: int, state: TrainState, metrics: dict) -> None:
         """Draws a sheet of the objective's pictures of the first images of the evaluation split."""
-        run, mesh, name = self.run, self.run.mesh, self.config.objective.name
-        count = -(-self.config.pictures.count // mesh.size) * mesh.size
-        batch = to_global(next(run.data.evaluation_batches(count, limit=count)), mesh)
-        pictures = jax.jit(run.objective.pictures, out_shardings=replicated(mesh))
-        params, buffers = whole((state.averaged, state.buffers), mesh)
-        columns = pictures(params, buffers, batch, jax.random.key(self.config.seed))
-        valid = np.asarray(whole(batch["valid"], mesh)) > 0
-        columns = {caption: np.asarray(images)[valid] for caption, images in columns.items()}
-        if jax.process_index() == 0 and valid.any():
-            path = Path(self.path) / "pictures" / f"step_{step:07d}.png"
-            title = f"{name}, step {step:,}  {format_metrics(metrics)}"
+        run, name = self.run, self.config.objective.name
+        columns = pictures_of(run, state, self.config.pictures.count, self.config.seed)
+        if jax.process_index() == 0 and all(len(images) for images in columns.values()):
             draw_sheet(
-                path,
+                Path(self.path) / "pictures" / f"step_{step:07d}.png",
                 columns,
-                title,
+                f"{name}, step {step:,}  {format_metrics(metrics)}",
                 stretch=run.data.image.dtype != "uint8",
                 legend=run.data.legend,
             )

@@ -135,7 +135,7 @@ def build_schedule(config, steps: int, steps_per_epoch: float) -> optax.Schedule
     return optim.warmup_and_decay(
         rate,
         min_lr=config.optimizer.min_lr,
-        warmup_steps=in_steps(config.optimizer, "warmup", steps_per_epoch),
+        warmup_steps=warmup_of(config, steps, steps_per_epoch),
         steps=in_steps(config.optimizer, "decay", steps_per_epoch) or steps,
         code=config.optimizer.schedule,
     )
@@ -157,6 +157,16 @@ def in_steps(block: Mapping, name: str, steps_per_epoch: float) -> int:
     return block[f"{name}_steps"] or round(block[f"{name}_epochs"] * steps_per_epoch)
 
 
+def warmup_of(config: ConfigDict, steps: int, steps_per_epoch: float) -> int:
+    """Returns the length of the warm-up in steps.
+
+    In a run that is too short for the recipe's, as a trial of a large recipe, it is a tenth of the
+    run; `describe` says so.
+    """
+    warmup = in_steps(config.optimizer, "warmup", steps_per_epoch)
+    return warmup if warmup < steps else steps // 10
+
+
 def learning_rate(config: ConfigDict) -> float:
     """Returns the learning rate after warm-up: `lr`, or `base_lr` for 256 images."""
     return config.optimizer.lr or config.optimizer.base_lr * config.batch_size / 256
@@ -166,7 +176,9 @@ def describe(run: Run, config: ConfigDict) -> str:
     """Returns the recipe's arithmetic as text."""
     image, size, steps = run.example["image"], config.batch_size, run.steps
     _, height, width, channels = image.shape
-    warmup = in_steps(config.optimizer, "warmup", run.steps_per_epoch)
+    warmup = warmup_of(config, steps, run.steps_per_epoch)
+    recipes = in_steps(config.optimizer, "warmup", run.steps_per_epoch)
+    shortened = f" (the recipe's {recipes:,} do not fit)" if recipes > warmup else ""
     base = f"base_lr x batch / 256 = {config.optimizer.base_lr:g} x {size} / 256 = "
     network: ViT | DVAE | Any = run.model or run.tokenizer
     device = run.mesh.devices.flat[0]
@@ -174,7 +186,7 @@ def describe(run: Run, config: ConfigDict) -> str:
         f"{run.data.examples:,} images, resized to {height} x {width} x {channels}, "
         f"{run.steps_per_epoch:.1f} batches of {size} per epoch",
         f"steps = {steps / run.steps_per_epoch:.1f} epochs x {run.data.examples:,} / {size} = "
-        f"{steps:,}, of them {warmup:,} warm-up",
+        f"{steps:,}, of them {warmup:,} warm-up{shortened}",
         f"lr = {'' if config.optimizer.lr else base}{learning_rate(config):g}",
         f"batch = {run.mesh.size} devices ({device.device_kind}) x {config.accumulate} parts x "
         f"{run.rows // run.mesh.size} images, computed in {network.dtype}",

@@ -42,8 +42,19 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "list_keys": {"cli", "keys", "objectives", "optim", "schema"},
     "__main__": {"cli"},
     "inspect": {"cli", "convert"},
+    "experiment": {"checkpoint", "recipe", "schema", "sharding", "start", "train", "workdir"},
     "main": {
-        *("checkpoint", "cli", "flops", "log", "objectives", "probe", "recipe", "schema"),
+        *(
+            "checkpoint",
+            "cli",
+            "experiment",
+            "flops",
+            "log",
+            "objectives",
+            "probe",
+            "recipe",
+            "schema",
+        ),
         *("sharding", "sheets", "start", "train", "workdir"),
     },
     "check": {
@@ -71,7 +82,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
         *("checkpoint", "normalize", "pictures", "recipe", "schema", "sharding", "start"),
     },
     "report": {"cli", "curves", "findings", "runs", "schema", "sheets", "workdir"},
-    "__init__": {"embed"},
+    "__init__": {"embed", "experiment"},
 }
 MUST_NOT_IMPORT = {  # packages, by module
     "models": {"ml_collections", "optax", "grain"},

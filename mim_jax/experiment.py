@@ -1,0 +1,126 @@
+"""Runs in Python: build one, train it step by step, evaluate it and look at its pictures."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mim_jax import recipe, schema, workdir
+from mim_jax.checkpoint import peek
+from mim_jax.recipe import Run
+from mim_jax.sharding import replicated, to_global, whole
+from mim_jax.start import Start
+from mim_jax.train import TrainState, evaluate, train
+
+
+class Experiment:
+    """A run that lives in memory: nothing is written to disk.
+
+        experiment = mim_jax.build("mae_emoji", steps=100)
+        for step, state, metrics in experiment.train():
+            print(step, float(metrics["loss"]))
+        experiment.evaluate(state)
+
+    Interrupting the loop ends it: `experiment.train(state)` continues from that state.
+
+    Attributes:
+        config: the complete config.
+        run: what it describes: networks, objective, optimizer, data and mesh.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.run = recipe.build(config)
+
+    def __repr__(self) -> str:
+        return f"Experiment: {self.config.objective.name}\n{self.run.summary}"
+
+    @functools.cached_property
+    def start(self) -> Start:
+        """The initial state: its shapes immediately, its values when requested."""
+        return Start(self.run, self.config)
+
+    def train(
+        self, state: TrainState | None = None
+    ) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
+        """Yields (step, state, metrics {name: ()}) after every update.
+
+        Args:
+            state: where to start; by default the initial state, with the parts that the config
+                takes from other runs. Its memory is reused: it is not valid afterwards.
+        """
+
+        def batches_from(step: int) -> Iterator[dict]:
+            return self.run.data.training_batches(
+                self.config.batch_size, seed=self.config.seed, start=step, stop=self.run.steps
+            )
+
+        yield from train(
+            self.run.objective,
+            self.run.optimizer,
+            batches_from,
+            state=self.start.state() if state is None else state,
+            mesh=self.run.mesh,
+            steps=self.run.steps,
+            seed=self.config.seed,
+            accumulate=self.config.accumulate,
+            ema=self.config.ema,
+        )
+
+    def evaluate(self, state: TrainState, limit: int = 0) -> dict[str, Any]:
+        """Returns the means over the first `limit` examples of the evaluation split (0: all)."""
+        self.run.require_labels(self.config.data.evaluation_split)
+        batches = self.run.data.evaluation_batches(self.run.rows, limit=limit)
+        return evaluate(
+            self.run.objective, state, batches, mesh=self.run.mesh, seed=self.config.seed
+        )
+
+    def pictures(self, state: TrainState, count: int = 8) -> dict[str, np.ndarray]:
+        """Returns {caption: images (n, H, W, c) in [0, 1]} of the first evaluation images."""
+        return pictures_of(self.run, state, count, self.config.seed)
+
+    def restore(self, path: str) -> TrainState:
+        """Returns the newest state of a run directory, for evaluation and pictures.
+
+        Raises UserError if the run has another network.
+        """
+        return peek(path, self.start.like)
+
+
+def build(
+    config: str | ConfigDict, changes: Mapping[str, Any] | None = None, **top_level: Any
+) -> Experiment:
+    """Builds a run: `mim_jax.build("mae_emoji", {"optimizer.base_lr": 1e-3}, steps=100)`.
+
+    Args:
+        config: the name of a config (`mim-jax configs` lists them), a config file, a run directory
+            or a complete config.
+        changes: values of keys by their full names.
+        top_level: values of keys outside any block, such as steps, batch_size and seed.
+
+    Raises:
+        UserError: if a key does not exist or has a wrong value, or the data cannot be read.
+    """
+    if isinstance(config, str):
+        is_run = workdir.is_run(config)
+        config = schema.load(config)
+        config = recipe.fit_to_devices(config) if is_run else config
+    config = config.copy_and_resolve_references()
+    keys = schema.keys_of(config)
+    for key, value in {**(changes or {}), **top_level}.items():
+        schema.set_key(config, keys, key, value)
+    return Experiment(config)
+
+
+def pictures_of(run: Run, state: TrainState, count: int, seed: int) -> dict[str, np.ndarray]:
+    """Returns the objective's pictures {caption: images} of the evaluation split's first images."""
+    count = -(-count // run.mesh.size) * run.mesh.size
+    batch = to_global(next(run.data.evaluation_batches(count, limit=count)), run.mesh)
+    pictures = jax.jit(run.objective.pictures, out_shardings=replicated(run.mesh))
+    params, buffers = whole((state.averaged, state.buffers), run.mesh)
+    columns = pictures(params, buffers, batch, jax.random.key(seed))
+    valid = np.asarray(whole(batch["valid"], run.mesh)) > 0
+    return {caption: np.asarray(images)[valid] for caption, images in columns.items()}

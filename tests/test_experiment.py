@@ -1,0 +1,65 @@
+"""Runs in Python."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+import mim_jax
+from mim_jax import UserError, main
+
+TINY = {
+    "model.size": "",
+    "model.width": 32,
+    "model.depth": 1,
+    "model.heads": 2,
+    "objective.decoder_width": 32,
+    "objective.decoder_depth": 1,
+    "objective.decoder_heads": 2,
+    "data.size": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return mim_jax.build("mae_emoji", TINY, steps=4, batch_size=16)
+
+
+def test_the_loop_is_that_of_the_command(experiment, tmp_path):
+    """Interrupted in Python after two steps and continued, and by the command: the same losses."""
+    history = list(itertools.islice(experiment.train(), 2))
+    history += experiment.train(history[-1][1])
+    assert [step for step, _, _ in history] == [1, 2, 3, 4]
+    state = history[-1][1]
+
+    overrides = [f"--config.{key}={value}" for key, value in TINY.items()]
+    overrides += ["--config.steps=4", "--config.batch_size=16"]
+    assert main.main(["--config=mae_emoji", *overrides, f"--workdir={tmp_path}"]) == 0
+    restored = experiment.restore(str(tmp_path))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        state.params,
+        restored.params,
+    )
+    means = experiment.evaluate(restored, limit=20)
+    assert means["loss"] == pytest.approx(experiment.evaluate(state, limit=20)["loss"], rel=1e-5)
+    again = mim_jax.build(str(tmp_path))
+    assert again.config.model.width == 32
+
+
+def test_pictures(experiment):
+    columns = experiment.pictures(experiment.start.state(), count=8)
+    assert set(columns) >= {"image", "masked"} or len(columns) >= 3
+    for images in columns.values():
+        assert images.shape == (8, 32, 32, 3)
+        assert np.isfinite(images).all()
+
+
+def test_mistakes():
+    with pytest.raises(UserError, match=r"no key optimizer\.rate"):
+        mim_jax.build("mae_emoji", {"optimizer.rate": 1.0})
+    with pytest.raises(UserError, match="steps = -1 must be at least 0"):
+        mim_jax.build("mae_emoji", steps=-1)
+    with pytest.raises(UserError, match="did you mean mae_emoji"):
+        mim_jax.build("mae_emojy")
