@@ -4,7 +4,6 @@ Shapes: b images, k classes, v codes, (h, w) a grid of tokens.
 """
 
 import heapq
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,14 +100,15 @@ def first_images(run: Run, count: int) -> np.ndarray:
     return batch["image"][batch["valid"] > 0]
 
 
-def attention_of(path: str, run: Run, images: Sequence[np.ndarray]) -> pictures.Columns | None:
+def attention_of(path: str, run: Run, images: np.ndarray) -> pictures.Columns | None:
     """Draws the attention of the class token and of the patch in the middle."""
     if run.model is None:
         return None
     if run.model.stem != "none":
         raise UserError("maps of encoders with a ResNet stem are not drawn")
     size = max(SMALLEST, *run.data.image.size)
-    middle = tuple(size // p // 2 for p in run.model.patch)
+    p, q = run.model.patch
+    middle = size // p // 2, size // q // 2
     return pictures.attend(path, list(images), queries=[middle], size=size)
 
 
@@ -135,7 +135,8 @@ def predictions_of(path: str, run: Run, config: ConfigDict) -> Predictions | Non
     params, buffers = whole((state.averaged, state.buffers), run.mesh)
     predict = jax.jit(run.objective.predict, out_shardings=replicated(run.mesh))
     k = run.data.num_labels
-    confusion, hardest = np.zeros((k, k), np.int64), []
+    confusion = np.zeros((k, k), np.int64)
+    hardest: list[tuple] = []
     for batch in run.data.evaluation_batches(run.rows, limit=PREDICTED):
         logits = np.asarray(predict(params, buffers, to_global(batch, run.mesh)), np.float64)
         odds = np.exp(logits - logits.max(1, keepdims=True))

@@ -27,7 +27,7 @@ from PIL import Image
 
 from mim_jax import UserError, __version__, cli, schema, workdir
 from mim_jax.curves import Reference, Series, chart
-from mim_jax.findings import Findings, examine
+from mim_jax.findings import Codebook, Findings, Predictions, examine
 from mim_jax.runs import RecordedRun, best, headline, is_better, read_run
 from mim_jax.sheets import to_rgb
 
@@ -237,8 +237,10 @@ def settings(run: RecordedRun) -> list[Setting]:
     rows = []
     for key, value in schema.flatten(run.config).items():
         entry = keys.get(key)
-        required = entry is None or entry.default is inspect.Parameter.empty
-        default = "" if required else plain(entry.default)
+        unset = inspect.Parameter.empty
+        default_value = unset if entry is None else entry.default
+        required = default_value is unset
+        default = "" if required else plain(default_value)
         changed = required or default != plain(value)
         rows.append(Setting(key, plain(value), default, changed, entry.meaning if entry else ""))
     return rows
@@ -275,8 +277,8 @@ def section(
         problems=problems(run),
         sheets=sheets(run, frames),
         attention=grid_of(found.attention) if found.attention else None,
-        codebook=codebook_of(found) if found.codebook else None,
-        predictions=predictions_of(found, names) if found.predictions else None,
+        codebook=codebook_of(found.codebook) if found.codebook else None,
+        predictions=predictions_of(found.predictions, names) if found.predictions else None,
         by_class=by_class(run, names),
         missing=found.missing,
         settings=settings(run),
@@ -441,7 +443,7 @@ def grid_of(columns: Mapping[str, np.ndarray], most: int = 14) -> Grid:
     """Returns columns of images as a table, of which at most `most` columns are shown."""
     captions = list(columns)[:most]
     side = min(176, max(112, 1080 // len(captions)))
-    rows = []
+    rows: list[list[Picture]] = []
     for images in zip(*(to_rgb(np.asarray(columns[name])) for name in captions), strict=True):
         rows.append([])
         for caption, image in zip(captions, images, strict=True):
@@ -460,9 +462,8 @@ def tile(image: np.ndarray, text: str, side: int) -> Picture:
 # --- Tokens and classes ---
 
 
-def codebook_of(found: Findings) -> dict[str, Any]:
+def codebook_of(book: Codebook) -> dict[str, Any]:
     """Returns the use of a codebook, and images with their tokens."""
-    book = found.codebook
     counts = np.sort(book.counts)[::-1]
     shares = counts / max(1, counts.sum())
     places = np.unique(np.linspace(0, len(shares) - 1, 400).round().astype(int))
@@ -483,9 +484,9 @@ def named(label: int, names: Sequence[str]) -> str:
     return names[label] if label < len(names) else str(label)
 
 
-def predictions_of(found: Findings, names: Sequence[str]) -> dict[str, Any]:
+def predictions_of(predictions: Predictions, names: Sequence[str]) -> dict[str, Any]:
     """Returns the confusion matrix, or the most frequent confusions, and the hardest images."""
-    confusion = found.predictions.confusion
+    confusion = predictions.confusion
     totals = np.maximum(1, confusion.sum(1, keepdims=True))
     k = len(confusion)
     labels = [named(i, names) for i in range(k)]
@@ -504,7 +505,7 @@ def predictions_of(found: Findings, names: Sequence[str]) -> dict[str, Any]:
             named(hard.guess, names),
             hard.probability,
         )
-        for hard in found.predictions.hardest
+        for hard in predictions.hardest
     ]
     return dict(
         accuracy=float(np.trace(confusion) / max(1, confusion.sum())),

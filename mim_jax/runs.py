@@ -72,7 +72,7 @@ class RecordedRun(NamedTuple):
 
     def series(self, metric: str) -> list[tuple[int, float]]:
         """Returns [(step, value), ...] of a metric, by increasing step."""
-        return [(x["step"], x[metric]) for x in self.metrics if metric in x]
+        return [(int(x["step"]), x[metric]) for x in self.metrics if metric in x]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -55,11 +55,16 @@ class Start:
                     f"init_from.{key} = {source} is not a run directory: {how_to(key, source)}"
                 )
         state = jax.jit(self.initialize, out_shardings=self.shardings)()
-        settings = dict(
-            head=self.run.objective.head, class_names=self.run.data.class_names, entire=entire
-        )
         for key, source in sources.items():
-            state = start_from(state, key, source, self.config.to_dict(), **settings)
+            state = start_from(
+                state,
+                key,
+                source,
+                self.config.to_dict(),
+                head=self.run.objective.head,
+                class_names=self.run.data.class_names,
+                entire=entire,
+            )
         return state
 
     def trace_step(self):
