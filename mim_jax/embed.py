@@ -6,9 +6,10 @@ r"""Writes the features of a data set by a trained encoder.
 --config is a run directory, or a config file that describes the data, with
 --config.init_from.encoder=RUN. For the evaluation views of the evaluation split, with no patch
 hidden, the output holds `cls` (images, d), the class token; `mean` (images, d), the mean of the
-patches; `index` (images,), their places in the split; and `label`, if there are labels. If
-data.size is not that of the encoder, positions are interpolated. Mean and std of the images are the
-config's if the weights do not say them. --to is an .npz file, or a folder for an array_record file,
+patches; `index` (images,), their places in the split; `file_name`, the name of the file or, without
+files, of the example; and `label` and `class_name`, if there are labels. If data.size is not that
+of the encoder, positions are interpolated. Mean and std of the images are the config's if the
+weights do not say them. --to is an .npz file, or a folder for an array_record file,
 which `tfds.builder_from_directory` reads. Exit codes: 0 done, 2 a mistake of the user.
 """
 
@@ -136,12 +137,23 @@ def write(path: str, config: ConfigDict, to: str) -> int:
             features = jax.tree.map(np.asarray, pooled(images))
             notes = {name: batch[name] for name in ("index", "label") if name in batch}
             valid = batch["valid"] > 0
+            notes |= names_of(run, batch)
             yield {name: x[valid] for name, x in (features | notes).items()}
 
     save = save_npz if to.endswith(".npz") else save_records
     count, width = save(Path(to), rows(), config.data.evaluation_split)
     print(f"{to}: {count:,} images, {width} numbers each")
     return 0
+
+
+def names_of(run: recipe.Run, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the name of the file of each image of a batch, and the name of its class."""
+    source, classes = run.data.evaluation, run.data.class_names
+    names = {"file_name": np.array([source.name_of(int(i)) for i in batch["index"]])}
+    if "label" in batch and classes:
+        labels = batch["label"].tolist()
+        names["class_name"] = np.array([classes[x] if x >= 0 else "" for x in labels])
+    return names
 
 
 def load_for(run: recipe.Run, config: ConfigDict, source: str) -> tuple[Callable, dict]:
@@ -172,7 +184,12 @@ def save_records(folder: Path, rows: Iterator[dict], split: str) -> tuple[int, i
         raise UserError(f"{folder} is not empty: choose another --to.")
     batch = next(rows)
     features = tfds.features.FeaturesDict(
-        {name: tfds.features.Tensor(shape=x.shape[1:], dtype=x.dtype) for name, x in batch.items()}
+        {
+            name: tfds.features.Text()
+            if x.dtype.kind == "U"
+            else tfds.features.Tensor(shape=x.shape[1:], dtype=x.dtype)
+            for name, x in batch.items()
+        }
     )
     split, count = "".join(c if c.isalnum() else "_" for c in split).strip("_"), 0
 

@@ -111,6 +111,54 @@ def test_evaluation_sees_each_example_once(processes, limit):
     assert len(valid) == -(-count // 64) * 64
 
 
+def numbered(root, count):
+    """Writes images of one color that is their number -> the numbers in the order of `all`."""
+    for i in range(count):
+        Image.new("L", (8, 8), i).save(root / f"{i}.png")
+    source = data.make(name=f"folder:{root}", size=8, split="all", evaluation_split="all").train
+    return [int(source.name_of(i).removesuffix(".png")) for i in range(count)]
+
+
+@pytest.mark.parametrize("limit", [0, 10, 7])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_reads_the_example_that_its_index_names(limit, workers, tmp_path):
+    """Pixels belong to the index: each of the first examples, and the last one, exactly once."""
+    order = numbered(tmp_path, 11)
+    settings = dict(size=8, split="all", evaluation_split="all", channels=1, workers=workers)
+    batches = data.make(name=f"folder:{tmp_path}", **settings).evaluation_batches(4, limit=limit)
+    rows = [
+        (int(index), int(image[0, 0, 0]))
+        for batch in batches
+        for index, image, valid in zip(batch["index"], batch["image"], batch["valid"], strict=True)
+        if valid
+    ]
+    assert rows == list(enumerate(order[: limit or 11]))
+
+
+def test_an_epoch_has_the_pixels_of_each_image_once(tmp_path):
+    numbered(tmp_path, 12)
+    settings = dict(size=8, split="all", evaluation_split="all", channels=1, crop_scale=(1.0, 1.0))
+    batches = data.make(name=f"folder:{tmp_path}", **settings).training_batches(
+        5, seed=0, start=0, stop=12
+    )
+    seen = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches]).reshape(5, 12)
+    assert (np.sort(seen) == np.arange(12)).all()
+    assert len({tuple(epoch) for epoch in seen.tolist()}) == 5
+
+
+@pytest.mark.parametrize(("flip", "share"), [(True, 0.5), (False, 0)])
+def test_half_of_the_images_are_flipped(flip, share):
+    """The share of 4000 draws lies within five standard deviations."""
+    rng, left = np.random.default_rng(0), Image.new("L", (8, 8), 0)
+    left.paste(255, (0, 0, 4, 8))
+    file = io.BytesIO()
+    left.save(file, "PNG")
+    view = training_view(size=(2, 2), channels=1, crop_scale=(1.0, 1.0), flip=flip)
+    views = [view({"image": file.getvalue()}, rng)["image"] for _ in range(4000)]
+    flipped = np.mean([x[0, 0, 0] < x[0, 1, 0] for x in views])
+    assert abs(flipped - share) <= 5 * (share * (1 - share) / 4000) ** 0.5
+
+
 def test_evaluation_is_bicubic_by_default():
     """As in BEiT's linear probe, unless another is asked for."""
 
@@ -401,6 +449,31 @@ def test_an_evaluation_view_equals_torchvision(width, height):
     left, top = round((image.width - 28) / 2), round((image.height - 28) / 2)
     theirs = image.crop((left, top, left + 28, top + 28))
     np.testing.assert_array_equal(ours, np.asarray(theirs))
+
+
+@pytest.mark.parametrize("excess", range(17))
+def test_the_corner_of_the_evaluation_crop_is_rounded_to_even(excess):
+    """As in torchvision's center crop, which uses Python's round: 0.5 becomes 0, 1.5 becomes 2."""
+    pixels = np.arange(28 * (28 + excess), dtype=np.uint16).reshape(28, -1)
+    file = io.BytesIO()
+    np.save(file, pixels)
+    declared = dict(size=28, tokenizer_size=0, channels=1, dtype="uint16", labelled=False)
+    fields = fields_of(**declared, interpolation="bicubic")
+    view = EvaluationView.configured(fields, dict(crop_fraction=1.0))
+    corner = (0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6, 7, 8, 8)[excess]
+    ours = view({"image": file.getvalue()})["image"][..., 0]
+    np.testing.assert_array_equal(ours, pixels[:, corner : corner + 28])
+
+
+def test_sides_of_evaluation_views_are_truncated():
+    """As in torchvision's Resize: 224 / 0.9 = 248.9 gives 248, not 249."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 431, 3), np.uint8))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    ours = evaluation_view((224, 224), crop_fraction=0.9)({"image": file.getvalue()})["image"]
+    resized = image.resize((int(248 * 431 / 300), 248), Image.Resampling.BICUBIC)
+    left = round((resized.width - 224) / 2)
+    np.testing.assert_array_equal(ours, np.asarray(resized.crop((left, 12, left + 224, 236))))
 
 
 def test_an_evaluation_view_that_is_not_square():

@@ -119,6 +119,10 @@ def test_features_are_of_unmasked_images(runs, name, tmp_path):
     assert tokens.shape == (30, 17, 64)
     np.testing.assert_allclose(features["cls"], tokens[:, 0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(features["mean"], tokens[:, 1:].mean(1), rtol=1e-4, atol=1e-5)
+    assert features["file_name"].tolist() == [dataset.evaluation.name_of(i) for i in range(30)]
+    classes = [dataset.class_names[label] for label in features["label"]]
+    assert features["class_name"].tolist() == classes
+    assert "Animals & Nature" in classes
     assert ("norm" in params) == (name == "mae_base")
     if "norm" in params:  # so each token is at mean 0 and variance 1
         np.testing.assert_allclose(tokens.std(-1), 1, atol=1e-2)
@@ -132,8 +136,9 @@ def test_features_as_a_data_set(runs, tmp_path, capsys):
     source = tfds.builder_from_directory(folder).as_data_source("validation__30")
     assert len(source) == 30
     for i, row in enumerate(source):
-        assert row.keys() == {"cls", "mean", "index", "label"}
+        assert row.keys() == {"cls", "mean", "index", "label", "file_name", "class_name"}
         for name, value in row.items():
+            value = value.decode() if isinstance(value, bytes) else value
             np.testing.assert_array_equal(value, expected[name][i])
     assert embed.main([f"--config={run}", f"--to={folder}"]) == 2
     assert "is not empty" in capsys.readouterr().err
