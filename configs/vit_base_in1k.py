@@ -16,5 +16,7 @@ def get_config() -> ConfigDict:
     config.epochs = 300.0  # table 3, row "ViT-*, ImageNet", like all values below
     config.data.name, config.data.labels = "imagenet2012", ""
     config.optimizer.lr = 3e-3
+    config.optimizer.min_lr = 0.0
+    config.optimizer.schedule = "mae"  # a cosine
     config.optimizer.weight_decay = 0.3
     return config
