@@ -10,6 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 DTYPES = ("uint8", "uint16", "float32")  # types of decoded pixels; all others become one of these
+# Pixels or values of an array. Larger images are decoded one at a time, and those of 8 bits at half
+# their size; Pillow refuses more than 2.7 times as many.
+LARGE = 2**26
 LARGEST = 2**29  # bytes of the largest array that is read
 BLOCK = 2**22  # values that are converted at once, to bound memory
 

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mim_jax.data.arrays import (
+    LARGE,
     BadImageError,
     Pixels,
     decoded_type,
@@ -33,9 +34,6 @@ from mim_jax.data.arrays import (
 from mim_jax.data.tiff import STARTS, open_tiff
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
-# Pixels or values of an array. Larger images are decoded one at a time, and those of 8 bits at half
-# their size; Pillow refuses more than 2.7 times as many.
-LARGE = 2**26
 BOXES = 2**16  # bytes of a JPEG 2000 file that hold what describes its channels
 STRIP = 2**22  # pixels of a large image that are converted at once, to bound memory
 
@@ -75,13 +73,14 @@ class Header(NamedTuple):
     mode: str
 
 
-def header(file: BinaryIO, channels: int = 0) -> Header:
+def header(file: BinaryIO, channels: int = 0, large: bool = False) -> Header:
     """Returns size and mode of the image in an open file. Raises BadImageError.
 
     channels: data.channels, which decides the axes of an array whose file does not name them.
+    large: allow TIFFs that are too large to be decoded whole.
     """
     with reasons():
-        image = opened(file)
+        image = opened(file, large)
         if isinstance(image, Image.Image):
             return Header(*image.size, mode_of(image))
         dtype = decoded_type(image.dtype)
@@ -94,12 +93,15 @@ def header(file: BinaryIO, channels: int = 0) -> Header:
         return Header(length["X"], length["Y"], mode)
 
 
-def decode(encoded: bytes, channels: int, dtype: str = "uint8") -> Image.Image | np.ndarray:
+def decode(
+    encoded: bytes, channels: int, dtype: str = "uint8", *, halve: bool = True
+) -> Image.Image | np.ndarray:
     """Decodes the image in a file, upright, with the given channels and type.
 
     With 8 bits and 1, 3 or 4 channels, the result is a Pillow image in mode L, RGB or RGBA, where
     RGBA may hold any four channels. All others are arrays (h, w, c). Integers keep their share of
-    the type's range. Grey images can be used with 3 channels and images in colour with 1.
+    the type's range. Images of 8 bits with more than LARGE pixels are halved unless `halve` is
+    false. Grey images can be used with 3 channels and images in colour with 1.
 
     Raises BadImageError if the file cannot be read or has other channels or another type.
     """
@@ -113,7 +115,7 @@ def decode(encoded: bytes, channels: int, dtype: str = "uint8") -> Image.Image |
                 return in_channels(array, channels, rgb=image.rgb, alpha=image.alpha)
             if type_of(mode_of(image)) != "uint8":  # is not halved
                 require_size((image.height, image.width, channels), np.dtype(dtype))
-            image = upright(image)
+            image = upright(image, halve)
             if type_of(mode_of(image)) != "uint8":
                 return in_channels(in_type(to_array(image), dtype), channels)
             if image.mode == "LA" and channels == 2:
@@ -121,7 +123,7 @@ def decode(encoded: bytes, channels: int, dtype: str = "uint8") -> Image.Image |
             if channels not in MODES:
                 count = len(image.getbands())
                 raise BadImageError(f"it has {count} channels, data.channels is {channels}")
-            image = halved(image, channels) if large else in_mode(image, channels)
+            image = halved(image, channels) if large and halve else in_mode(image, channels)
             if dtype == "uint8":
                 return image
             array = np.asarray(image).reshape(image.height, image.width, channels)
@@ -139,8 +141,8 @@ def reasons() -> Iterator[None]:
         raise BadImageError(f"{error}" or type(error).__name__) from error
 
 
-def opened(file: BinaryIO) -> Image.Image | Pixels:
-    """Opens the image in a file without reading its pixels."""
+def opened(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
+    """Opens the image in a file without reading its pixels; `large` as for `header`."""
     start = file.read(352)
     file.seek(0)
     if not start:
@@ -148,7 +150,7 @@ def opened(file: BinaryIO) -> Image.Image | Pixels:
     if start[:6] == b"\x93NUMPY":
         return open_npy(file)
     if start[:4] in STARTS:
-        return open_tiff(file)
+        return open_tiff(file, large)
     try:
         image = Image.open(file, formats=FORMATS)
         if image.format == "JPEG2000" and image.mode in ("LA", "RGBA"):
@@ -224,9 +226,9 @@ def suits(mode: str, channels: int) -> bool:
     return channels in (1, 3) or (channels == 4 and mode in ("RGBA", "LA", "PA", "P"))
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Reads an image and turns it as its EXIF orientation says."""
-    if image.width * image.height > LARGE:
+def upright(image: Image.Image, halve: bool) -> Image.Image:
+    """Reads an image and turns it as its EXIF orientation says; a large one may be halved."""
+    if halve and image.width * image.height > LARGE:
         image.draft(None, (image.width // 2, image.height // 2))  # JPEG halves while it reads
     image.load()
     with contextlib.suppress(Exception):  # EXIF data may be invalid

@@ -35,12 +35,14 @@ class Folder:
         "json:KEY": the value of KEY in a file .json beside each image.
         any other: the path of a CSV file with one line per image, its path and its label.
 
+    large: include TIFFs that are too large to be decoded whole.
+
     Attributes: `names` of the images; `splits` {name: rows of the manifest}; `labels` (images,) and
     `label_names`; `unread`, names and reasons of files that are not used.
     """
 
-    def __init__(self, root: str, labels: str = ""):
-        self.manifest = scan(root)
+    def __init__(self, root: str, labels: str = "", large: bool = False):
+        self.manifest = scan(root, large)
         self.root, given = self.manifest.root, os.path.abspath(os.path.expanduser(root))
         self.names = os.fsdecode(self.manifest.names).split("\0")[:-1]
         self.unread = list(self.manifest.unread)
@@ -81,6 +83,13 @@ class Folder:
             train = splits.get("train", np.array(images))
             held_out = max(1, len(train) // 20) if len(train) > 1 else 0
             splits["validation"], splits["train"] = train[:held_out], train[held_out:]
+        return splits
+
+    def distinct_splits(self) -> dict[str, "Examples"]:
+        """Returns the examples of each split; `validation` only if `test` does not stand in."""
+        splits = {split: self.examples(split) for split in self.splits}
+        if "test" in splits and splits["validation"].digest() == splits["test"].digest():
+            del splits["validation"]
         return splits
 
     def rows(self, split: str) -> np.ndarray:

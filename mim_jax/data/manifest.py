@@ -20,12 +20,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from mim_jax import UserError
+from mim_jax.data.arrays import LARGEST
 from mim_jax.data.decode import BadImageError, header
 from mim_jax.data.tars import is_hidden, is_tar, list_tar
 from mim_jax.data.tiff import STARTS
@@ -78,6 +79,18 @@ class Manifest(NamedTuple):
             )
         return content
 
+    def open(self, i: int, name: str) -> BinaryIO:
+        """Opens the file of image i, which has that name. Raises BadImageError."""
+        row = self.rows[i]
+        if row["tar"] >= 0:
+            if row["bytes"] > LARGEST:
+                raise BadImageError("too large for a member of a tar: unpack it")
+            return io.BytesIO(self.read(i, name))
+        try:
+            return open(os.path.join(self.root, name), "rb")
+        except OSError as error:
+            raise BadImageError(f"cannot be read: {error.strerror}") from error
+
     def companion(self, i: int, name: str, suffix: str) -> bytes | None:
         """Reads the file .cls or .json beside image i, which has that name; None without one."""
         row, kind = self.rows[i], suffix.removeprefix(".")
@@ -101,8 +114,11 @@ class Entry(NamedTuple):
     offset: int = 0
 
 
-def scan(root: str) -> Manifest:
-    """Returns the images under a folder or in a tar file. Raises UserError if it is neither."""
+def scan(root: str, large: bool = False) -> Manifest:
+    """Returns the images under a folder or in a tar file. Raises UserError if it is neither.
+
+    large: include TIFFs that are too large to be decoded whole.
+    """
     if "://" in str(root):
         raise UserError(
             f"{root} must be local or mounted: pack it where it is, with mim_jax.data.prepare, and "
@@ -116,13 +132,13 @@ def scan(root: str) -> Manifest:
             f"{root} is neither a folder nor an uncompressed tar file: unpack it and set data.name "
             "to its folder."
         )
-    key = hashlib.sha256(os.fsencode(root)).hexdigest()[:20]
+    key = hashlib.sha256(os.fsencode(root)).hexdigest()[:20] + ("-large" if large else "")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     path = cache / "mim_jax" / "manifests" / f"{key}.npz"
     cached = load(path, root)
     if cached and is_current(cached):
         return cached
-    manifest = rescan(root, cached)
+    manifest = rescan(root, cached, large)
     save(manifest, path)
     return manifest
 
@@ -160,7 +176,7 @@ def changed(root: str, name: str) -> int:
         return -1
 
 
-def rescan(root: str, cached: Manifest | None) -> Manifest:
+def rescan(root: str, cached: Manifest | None, large: bool) -> Manifest:
     """Scans a root. Files that `cached` knows and that have not changed are not opened."""
     files, unread, stamps = walk(root)
     tars = [file.name for file in files if file.name.endswith(".tar") or not file.name]
@@ -173,7 +189,7 @@ def rescan(root: str, cached: Manifest | None) -> Manifest:
     known = {} if cached is None else described_images(cached)
 
     def described(file: Entry) -> tuple | str:
-        return known.get((file.name, file.bytes, file.changed)) or describe(root, tars, file)
+        return known.get((file.name, file.bytes, file.changed)) or describe(root, tars, file, large)
 
     companions = {(x.tar, x.name): x for x in files if x.name.lower().endswith(COMPANIONS)}
     images, modes = [], {}
@@ -268,12 +284,12 @@ def described_images(manifest: Manifest) -> dict[tuple, tuple]:
     }
 
 
-def describe(root: str, tars: list[str], file: Entry) -> tuple | str:
+def describe(root: str, tars: list[str], file: Entry, large: bool = False) -> tuple | str:
     """Returns width, height and mode of an image, or why a file is none."""
     try:
         if file.tar < 0:
             with open(os.path.join(root, file.name), "rb") as opened:
-                return header(opened)
+                return header(opened, large=large)
         with open(os.path.join(root, tars[file.tar]).removesuffix("/"), "rb") as opened:
             opened.seek(file.offset)
             start = opened.read(min(file.bytes, HEAD))
@@ -292,13 +308,15 @@ def describe(root: str, tars: list[str], file: Entry) -> tuple | str:
         return f"cannot be read: {error.strerror}"
 
 
-def in_threads(function: Callable, items: Sequence, at_once: int = 64) -> Iterator:
+def in_threads(
+    function: Callable, items: Sequence, at_once: int = 64, threads: int | None = THREADS
+) -> Iterator:
     """Yields function(item) for each item, in order, from threads.
 
     at_once: items per task. Abandoning the iterator does not wait for the remaining items.
     """
     parts = [items[i : i + at_once] for i in range(0, len(items), at_once)]
-    pool = ThreadPoolExecutor(THREADS)
+    pool = ThreadPoolExecutor(threads)
     try:
         for part in pool.map(lambda part: [function(item) for item in part], parts):
             yield from part

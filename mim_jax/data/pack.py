@@ -4,7 +4,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +43,7 @@ def pack(
             f"--to={to} must be a local or mounted folder; copy it to the bucket after packing."
         )
     folder, to = Folder(root, labels), Path(to).expanduser().resolve()
-    splits = {split: folder.examples(split) for split in folder.splits}
-    if "test" in splits and splits["validation"].digest() == splits["test"].digest():
-        del splits["validation"]  # `test` stands in for it, also for readers of the packed set
+    splits = folder.distinct_splits()
     sizes = {
         split: folder.manifest.rows["bytes"][examples.rows] for split, examples in splits.items()
     }
@@ -78,11 +76,16 @@ def pack(
             progress.update(count)
     lengths = {split: (plan["shards"][split], int(sizes[split].sum())) for split in splits}
     write_info(to, name, features, lengths, plan, f"The images of {folder.root}.")
+    report(to, folder, {split: len(examples) for split, examples in splits.items()})
+
+
+def report(to: Path, folder: Folder, counts: Mapping[str, int]) -> None:
+    """Prints how many examples there are in each split, and how many files are not used."""
     if folder.unread:
         name, reason = folder.unread[0]
         print(f"{len(folder.unread):,} files are not used; the first: {printable(name)}: {reason}")
-    counts = ", ".join(f"{len(examples):,} in {split}" for split, examples in splits.items())
-    print(f"{to}: {counts}\nread it with --config.data.name=tfds:{to}")
+    listed = ", ".join(f"{count:,} in {split}" for split, count in counts.items())
+    print(f"{to}: {listed}\nread it with --config.data.name=tfds:{to}")
 
 
 def set_name(to: Path) -> str:

@@ -8,6 +8,10 @@ files become a few large ones, for a bucket or a slow disk. Read them with
 --config.data.name=tfds:/data/photos or tfds.builder_from_directory. After an interruption, the same
 command continues with the next file.
 
+Large images, such as whole slides and orthophotos, are cut into tiles with --tile=SIDE; TIFFs are
+read by rows, whatever their size. Tiles of 8 bits with 1 or 3 channels are stored as PNG, all
+others as .npy.
+
 Preparing a set of TFDS needs TensorFlow once: pip install -e '.[prepare]'. --manual_dir holds the
 archives that were downloaded by hand: ImageNet's two tars, or CIFAR's archive on a machine without
 network. Read the set with --config.data.name=imagenet2012 --config.data.data_dir=/data/tfds.
@@ -28,8 +32,8 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tqdm import tqdm
 
 from mim_jax import UserError, cli
-from mim_jax.data.manifest import in_threads
 from mim_jax.data.pack import pack
+from mim_jax.data.tile import pack_tiles
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 SYNSETS, TRAINING_IMAGES, VALIDATION_IMAGES = 1000, 1_281_167, 50_000  # in ILSVRC 2012
@@ -47,6 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         "--shard_mb", type=float, default=256, help="for folder:PATH: approximate size of a file"
     )
     parser.add_argument(
+        "--tile", type=int, default=0, help="for folder:PATH: cut images into tiles of this side"
+    )
+    parser.add_argument(
+        "--channels", type=int, default=0, help="of tiles; default: those of most images"
+    )
+    parser.add_argument(
         "--data_dir", help="for TFDS: the output folder; default ~/tensorflow_datasets"
     )
     parser.add_argument("--manual_dir", help="for TFDS: the folder of manual downloads")
@@ -62,7 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         elif options.to:
             folder = options.source.removeprefix("folder:")
             settings = dict(labels=options.labels, shard_mb=options.shard_mb)
-            pack(folder, options.to, in_parallel=beam or in_threads, **settings)
+            settings |= dict(in_parallel=beam) if beam else {}
+            if options.tile:
+                settings |= dict(side=options.tile, channels=options.channels)
+                pack_tiles(folder, options.to, **settings)
+            else:
+                pack(folder, options.to, **settings)
         else:
             raise UserError("set the output folder, for example --to=/data/my_images.")
         return 0

@@ -19,7 +19,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from mim_jax.data.arrays import BadImageError, Pixels, require_size
+from mim_jax.data.arrays import LARGE, BadImageError, Pixels, require_size
 
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PAGES = 1024  # of a file with more, nothing is read
@@ -40,8 +40,11 @@ ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def open_tiff(file: BinaryIO) -> Image.Image | Pixels:
-    """Opens the image of a TIFF without reading its pixels. Raises BadImageError."""
+def open_tiff(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
+    """Opens the image of a TIFF without reading its pixels. Raises BadImageError.
+
+    large: allow images that are too large to be read whole, of the kinds that `has_rows`.
+    """
     file.seek(0)
     start = file.read(10)
     if start[8:10] == b"CR":
@@ -54,6 +57,9 @@ def open_tiff(file: BinaryIO) -> Image.Image | Pixels:
     grey = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and page.samplesperpixel == 1
     if grey and (stack := stacked(tiff, pages)):
         shape, axes, read = stack
+    elif large and math.prod(shape) > LARGE and has_rows(page):
+        shape, axes = squeezed(shape, axes)
+        return Pixels(shape, page.dtype, axes, read, alpha=alpha_of(page) != NO_ALPHA)
     elif pillow_reads(page) and (image := pillow_image(file, page)):
         return image
     known = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) and page.dtype is not None
@@ -106,6 +112,16 @@ def page_reader(file: BinaryIO, page: tifffile.TiffPage) -> Callable[[], np.ndar
             raise BadImageError(reason) from error
 
     return read
+
+
+def has_rows(page: tifffile.TiffPage) -> bool:
+    """Returns whether rows of a page can be read alone, as tifffile and `interpret` read them."""
+    kind, samples = page.photometric, page.samplesperpixel
+    known = kind in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
+    known |= kind == YCBCR and samples == 3 and page.compression in JPEGS
+    upright = page.tags.valueof(274, 1) == 1
+    whole = page.bitspersample >= 8 and page.dtype is not None and page.imagedepth == 1
+    return known and upright and whole and (samples == 1 or page.planarconfig == 1)
 
 
 def full_pages(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
