@@ -9,12 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters.partial_eval import dce_jaxpr
-
-from mim_jax.objectives import Objective
-from mim_jax.train import TrainState
 
 # Dense bfloat16 operations per second of one JAX device, by a part of its name, from the vendors'
 # data sheets. A device of TPU v2 and v3 is one of a chip's two cores.
@@ -44,31 +40,13 @@ def peak(device_kind: str) -> float:
     return next((value for name, value in PEAKS.items() if name in device_kind), 0.0)
 
 
-def of_training(
-    objective: Objective, like: TrainState, example: Mapping[str, Any], rows: int
-) -> float:
-    """Returns the operations of the loss and its gradient for `rows` images.
+def of_step(step: ClosedJaxpr) -> float:
+    """Returns the operations of a traced step on each device.
 
-    `like` has the shapes of a state, and `example` those of a batch of one.
+    Results that nothing reads, such as the gradient of the images, do not count.
     """
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in example.items()
-    }
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-
-    def total(params, buffers, batch, rng, step):
-        return objective.loss(params, buffers, batch, rng, step)[0]
-
-    gradient = jax.make_jaxpr(jax.grad(total))
-    jaxpr = gradient(shapes.params, shapes.buffers, batch, rng, shapes.step).jaxpr
-    # Without results that nothing reads, such as the gradient of the images.
+    jaxpr = step.jaxpr
     return count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
-
-
-def shape_of(variable: Any) -> tuple[int, ...]:
-    """Returns the shape of a variable of a program."""
-    return variable.aval.shape
 
 
 def count(jaxpr: Jaxpr) -> float:
@@ -94,6 +72,11 @@ def count(jaxpr: Jaxpr) -> float:
             rounds = settings["length"] if name == "scan" else 1
             total += rounds * sum(count(inner) for inner in inside(settings))
     return total
+
+
+def shape_of(variable: Any) -> tuple[int, ...]:
+    """Returns the shape of a variable of a program."""
+    return variable.aval.shape
 
 
 def inside(settings: Mapping[str, Any]) -> list[Jaxpr]:

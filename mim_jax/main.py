@@ -133,7 +133,7 @@ def train_config(config: ConfigDict, path: str, profile: str, stop: "Stop") -> i
             name: recipe.in_steps(config[name], "every", run.steps_per_epoch) for name in ACTIONS
         },
         devices=run.mesh.size,
-        peak_share=peak_share(run, config, start),
+        peak_share=peak_share(run, config),
     )
     log.say(f"{config.objective.name}: {start.parameters:,} parameters\n{run.summary}")
     log.unread(run.data.unread)
@@ -158,7 +158,7 @@ def train_config(config: ConfigDict, path: str, profile: str, stop: "Stop") -> i
         raise
 
 
-def peak_share(run: Run, config: ConfigDict, start: Start) -> float:
+def peak_share(run: Run, config: ConfigDict) -> float:
     """Returns the share of a chip's peak that one image per second uses, 0 if it is unknown.
 
     Operations that rematerialization repeats do not count.
@@ -172,8 +172,8 @@ def peak_share(run: Run, config: ConfigDict, start: Start) -> float:
     networks = schema.networks(recipe.with_dtypes(plain, run.mesh))
     function = objectives.find(config.objective.name)
     objective = recipe.build_objective(plain, function, networks, run.data)
-    rows = run.rows // run.mesh.size
-    return flops.of_training(objective, start.like, run.example, rows) / rows / peak
+    step = Start(run._replace(objective=objective), plain).trace_step()
+    return flops.of_step(step.jaxpr) / (config.batch_size / run.mesh.size) / peak
 
 
 def probe_of(run: Run, config: ConfigDict) -> Probe | None:

@@ -3,13 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from mim_jax import flops
-from mim_jax.models.vit import vit
-from mim_jax.objectives import classify
-from mim_jax.train import initialize
+from mim_jax import flops, main, recipe, schema
+from mim_jax.start import Start
 
 
 def counted(function, *shapes):
@@ -46,27 +43,47 @@ def test_convolutions_and_their_gradients():
     assert counted(gradient, (2, 8, 8, 3), (2, 2, 3, 5)) == 3 * one
 
 
-@pytest.mark.parametrize("tuned_blocks", [-1, 0])
-def test_a_classifier(tuned_blocks):
-    """Three times the forward pass, without gradients of the images; once if it is frozen."""
-    width, depth, n, rows, labels = 32, 3, 16, 4, 10
-    model = vit(width=width, depth=depth, heads=4, patch=8)
-    objective = classify.objective(
-        model, labels, pooling="cls", tuned_blocks=tuned_blocks, mixup_group=0
-    )
-    example = {
-        "image": jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8),
-        "label": jax.ShapeDtypeStruct((1,), np.int32),
-        "index": jax.ShapeDtypeStruct((1,), np.int32),
-    }
-    like = jax.eval_shape(lambda: initialize(objective, optax.sgd(0.1), example, seed=0))
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("tuned_blocks", [-1.0, 0.0])
+def test_a_step_of_a_classifier(tuned_blocks, accumulate):
+    """Three times the forward pass, without gradients of the images; once where it is frozen."""
+    width, depth, n, labels, rows = 32, 3, 16, 9, 16
+    overrides = [f"batch_size={rows}", f"accumulate={accumulate}", "data.size=32"]
+    overrides += [f"objective.tuned_blocks={tuned_blocks}", "objective.pooling=cls"]
+    overrides += ["objective.mixup=0.0", "objective.cutmix=0.0"]
+    overrides += [f"model.{k}={x}" for k, x in dict(width=width, depth=depth, patch=8).items()]
+    config = schema.load("configs/emoji_scratch.py", overrides)
+    run = recipe.build(config)
     tokens = rows * (n + 1)
     embed, head = 2 * rows * n * 8 * 8 * 3 * width, 2 * rows * width * labels
     block = 2 * tokens * 12 * width**2 + 2 * 2 * tokens * (n + 1) * width
-    trained = 3 * depth * block + 2 * embed + 3 * head  # no gradient of the images
+    trained = 3 * depth * block + 2 * embed + 3 * head
     frozen = depth * block + embed + 2 * head
-    found = flops.of_training(objective, like, example, rows)
-    assert found == (frozen if tuned_blocks == 0 else trained)
+    found = flops.of_step(Start(run, config).trace_step().jaxpr)
+    assert found * run.mesh.size == (frozen if tuned_blocks == 0 else trained)
+
+
+def share_of_a_peak(monkeypatch, name: str, *overrides: str) -> float:
+    config = schema.load(f"configs/{name}.py", ["model.dtype=bfloat16", *overrides], smoke=True)
+    run = recipe.build(config)
+    assert main.peak_share(run, config) == 0  # of a CPU, no peak is known
+    with monkeypatch.context() as patch:
+        patch.setitem(flops.PEAKS, "cpu", 1e12)
+        return main.peak_share(run, config)
+
+
+def test_rematerialization_does_not_count(monkeypatch):
+    plain, full = (
+        share_of_a_peak(monkeypatch, "mae_base", f"model.remat={remat}")
+        for remat in ("none", "full")
+    )
+    assert plain == full > 0
+
+
+def test_steps_that_communicate(monkeypatch):
+    """Statistics of batch normalization over all devices need the mesh."""
+    overrides = ["batch_size=16", "objective.batch_norm=16"]
+    assert share_of_a_peak(monkeypatch, "ade20k_beit_base", *overrides) > 0
 
 
 def test_peaks():
