@@ -120,6 +120,7 @@ def statistics_of(
 def write(path: str, config: ConfigDict, to: str) -> int:
     """Writes the features of the evaluation split."""
     run = recipe.build(config)
+    run.data.require_one_size()
     source = source_run(path, config, "encoder")
     encoder, params = load_for(run, config, source)
     params = jax.device_put(params, replicated(run.mesh))

@@ -180,6 +180,7 @@ def probe_of(run: Run, config: ConfigDict) -> Probe | None:
     """Returns the probe that the config asks for."""
     if not config.probe.images:
         return None
+    run.data.require_one_size()
     encoder, rows = recipe.encoder_of(run, config), run.rows
     return Probe(encoder, run.data, run.mesh, batch_size=rows, images=config.probe.images)
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from PIL import Image
 
-from mim_jax import UserError, check, main
+from mim_jax import UserError, check, embed, main
 from mim_jax import evaluate as evaluate_command
 from mim_jax.data.masks import EMOJI
 from mim_jax.models.vit import vit
@@ -379,3 +379,11 @@ def test_a_wrong_mask_is_named_before_training(tmp_path, monkeypatch, capsys):
         assert command([*settings, f"--workdir={tmp_path / 'run'}"]) == 2
         assert "masks/train/a.png has values that are no class: 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_features_need_images_of_one_size(run, tmp_path, capsys):
+    assert embed.main([f"--config={run}", f"--to={tmp_path / 'x.npz'}"]) == 2
+    assert "features need one" in capsys.readouterr().err
+    probe = ["--config.probe.images=10", f"--workdir={tmp_path / 'probed'}"]
+    assert main.main([*SMOKE, *probe]) == 2
+    assert "features need one" in capsys.readouterr().err

@@ -93,6 +93,14 @@ class Data:
         """Names of the classes of images or of pixels, () without labels."""
         return self.segmentation_classes or tuple(self.train.class_names)
 
+    def require_one_size(self) -> None:
+        """Raises UserError if evaluation images have several sizes, as those with masks have."""
+        if self.segmentation_classes:
+            raise UserError(
+                "images with masks are evaluated in their own sizes, but features need one: use a "
+                "config of another objective for the same images."
+            )
+
     @property
     def evaluation_labelled(self) -> bool:
         """Whether the evaluation split has labels: ImageNet's test images have -1."""
