@@ -15,6 +15,7 @@ from mim_jax.train import train
 from tests.conftest import ROOT, environment
 
 CONFIGS = ("mae_base", "beit_base", "dvae", "mae_base_finetune", "mae_base_linear")
+CONFIGS += ("ade20k_mae_base",)
 KEYS = {key for name in CONFIGS for key in schema.keys_of(schema.load(f"{ROOT}/configs/{name}.py"))}
 
 
