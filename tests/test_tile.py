@@ -156,6 +156,14 @@ def test_the_command(tmp_path, capsys):
     assert "holds other images or shards" in capsys.readouterr().err
 
 
+def test_a_single_image(tmp_path, capsys):
+    plant(tmp_path / "set", {"map.png": encoded(Image.fromarray(pixels(0, 64, 64)))})
+    assert prepare.main([f"folder:{tmp_path}/set", f"--to={tmp_path}/packed", "--tile=16"]) == 0
+    assert "16 in train" in capsys.readouterr().out
+    settings = dict(split="train[2:]", evaluation_split="train[:2]")
+    assert data.make(name=f"tfds:{tmp_path}/packed", size=16, **settings).examples == 14
+
+
 def test_tiles_of_many_bands(tmp_path):
     image = pixels(0, 60, 60, 5, np.uint16)
     content = tif(image, photometric="minisblack", planarconfig="contig")

@@ -86,8 +86,8 @@ class Folder:
         return splits
 
     def distinct_splits(self) -> dict[str, "Examples"]:
-        """Returns the examples of each split; `validation` only if `test` does not stand in."""
-        splits = {split: self.examples(split) for split in self.splits}
+        """Returns the examples of each split with images, `validation` only if it is not `test`."""
+        splits = {split: self.examples(split) for split, rows in self.splits.items() if len(rows)}
         if "test" in splits and splits["validation"].digest() == splits["test"].digest():
             del splits["validation"]
         return splits
