@@ -35,8 +35,11 @@ def chart(
     log_scale: bool | None = None,
     axis: str = "step",
     last: float = 1,
+    from_zero: bool = False,
 ) -> str:
     """Returns an <svg> of some lines over a common axis, of steps or another, from 0 to `last`.
+
+    The vertical axis begins at 0 `from_zero`, otherwise near the lowest value.
 
     Values that are not finite leave a gap and are marked at the top. The scale is logarithmic if
     positive values span more than two decades, or as `log_scale` says.
@@ -47,9 +50,8 @@ def chart(
     if log_scale is None:
         log_scale = bool(len(values) and values.min() > 0 and values.max() > 100 * values.min())
     last = max([last, *(a[:, 0].max() for a in arrays if len(a))])
-    axes = Axes(
-        (0.0, float(last)), limits(values, [r.value for r in references], log_scale), log_scale
-    )
+    low, high = limits(values, [r.value for r in references], log_scale)
+    axes = Axes((0.0, float(last)), (0.0 if from_zero else low, high), log_scale)
     parts = [axes.grid()]
     for reference in references:
         if axes.y[0] <= reference.value <= axes.y[1]:

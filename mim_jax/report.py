@@ -54,7 +54,11 @@ TITLES = {  # metrics that charts begin with, and what they mean
     "device_memory_gib": ("Device memory", "peak in GiB"),
     "host_memory_gib": ("Host memory", "peak in GiB"),
 }
-LINEAR = ("lr", "input_wait")  # metrics that a logarithmic scale would distort
+LINEAR = ("lr",)  # metrics that a logarithmic scale would distort
+FROM_ZERO = (  # metrics whose small changes say nothing
+    *("images_per_second", "mfu", "input_wait", "device_memory_gib", "host_memory_gib"),
+    "used",
+)
 HIDDEN = ("step", "epoch", "time", "images_per_second_per_chip")  # not drawn
 
 
@@ -177,8 +181,10 @@ def charts(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
                     lines.append(Series(label, points, color, dashed=bool(prefix)))
         if lines:
             title, meaning = TITLES.get(metric, (spelled(metric), ""))
-            scale = False if metric in LINEAR else None
-            svg = chart(title, lines, references(metric, runs), scale, last=last)
+            zero = metric in FROM_ZERO
+            scale = False if metric in (*LINEAR, *FROM_ZERO) else None
+            marks = references(metric, runs)
+            svg = chart(title, lines, marks, scale, last=last, from_zero=zero)
             keys = [(line.label, line.color % 8, line.dashed) for line in lines]
             both = len(runs) > 1 or len(keys) > 1
             drawn.append(Chart(title, meaning, svg, keys if both else []))

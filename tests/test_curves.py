@@ -124,3 +124,10 @@ def test_labels_tell_ticks_apart(values, expected):
 def test_steps_are_whole():
     assert curves.ticks(0, 3, 5, integers=True) == [0, 1, 2, 3]
     assert [curves.whole(x) for x in (500, 2500, 20_000, 1.5e6)] == ["500", "2,500", "20k", "1.5M"]
+
+
+def test_an_axis_from_zero():
+    svg = chart("speed", [Series("a", [(0, 99.0), (1, 100.0)])], from_zero=True)
+    (line,) = paths(svg, "line")
+    assert abs(line[0, 1] - line[1, 1]) < 3
+    assert line[:, 1].max() < curves.HEIGHT / 4
