@@ -79,26 +79,26 @@ def load(
     Raises:
         UserError: if there is no encoder, or images have another size or number of channels.
     """
-    params, about, _ = files.load(source, heads=heads)
+    params, network, _ = files.load_weights(source, heads=heads)
     if "encoder" not in params:
         raise UserError(f"{source} holds a tokenizer, not an encoder: use mim_jax.tokenize.")
-    statistics = statistics_of(source, about.metadata, mean, std)
+    statistics = statistics_of(source, network.metadata, mean, std)
     if image_size:
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if size != about.size:
-            params, about = resized(*encoder_only(params, about), size)
-    encode, network = whole_images(about.encoder, **statistics), about.encoder
-    any_size = network.positions == network.relative_bias == "none"
+        if size != network.size:
+            params, network = resized(*encoder_only(params, network), size)
+    encode, model = whole_images(network.encoder, **statistics), network.encoder
+    any_size = model.positions == model.relative_bias == "none"
 
     def encoder(params: dict, images: jax.Array) -> jax.Array:
-        if images.ndim != 4 or images.shape[-1] != about.channels:
+        if images.ndim != 4 or images.shape[-1] != network.channels:
             raise UserError(
-                f"images must have the shape (b, H, W, {about.channels}), not {images.shape}."
+                f"images must have the shape (b, H, W, {network.channels}), not {images.shape}."
             )
-        if not any_size and about.grid not in (None, network.grid(images)):
+        if not any_size and network.grid not in (None, model.grid(images)):
             height, width = images.shape[1:3]
             raise UserError(
-                f"the encoder of {source} is for images of {about.size[0]} x {about.size[1]}, "
+                f"the encoder of {source} is for images of {network.size[0]} x {network.size[1]}, "
                 f"not {height} x {width}: pass load(..., image_size=({height}, {width}))."
             )
         return encode(params, images)

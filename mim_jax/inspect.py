@@ -12,7 +12,7 @@ import sys
 from flax.traverse_util import flatten_dict
 
 from mim_jax import cli
-from mim_jax.convert.files import licence, load, story
+from mim_jax.convert.files import licence, load_weights, story
 from mim_jax.convert.names import printable
 
 HIDDEN = ("config", "parts", "trajectory")  # too long for the list of entries
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(source: str) -> int:
     """Prints the network of a source, its parts and arrays, and its other entries."""
-    params, network, entries = load(source)
+    params, network, entries = load_weights(source)
     print(story(params, network))
     if note := licence(source):
         print(note)

@@ -39,11 +39,11 @@ from mim_jax.convert.network import require_heads
 from mim_jax.data.arrays import BadImageError
 from mim_jax.data.decode import decode, header, type_of
 from mim_jax.data.fields import fields_of
-from mim_jax.data.masks import palette as palette_of_classes
+from mim_jax.data.masks import palette
 from mim_jax.data.segmentation import fitted
 from mim_jax.data.transforms import EvaluationView, resize, width_and_height
 from mim_jax.embed import statistics_of
-from mim_jax.models.dvae import DVAE, palette
+from mim_jax.models.dvae import DVAE, code_colors
 from mim_jax.normalize import normalize, unit
 from mim_jax.sheets import draw_sheet, to_rgb
 
@@ -134,7 +134,7 @@ def reconstruct(
     Raises:
         UserError: if the source does not predict hidden patches.
     """
-    config, params, buffers = read(source, tokenizer)
+    config, params, buffers = read_checkpoint(source, tokenizer)
     if config["objective"]["name"] not in objectives.names():
         schema.load_objective(config, str(source), False, trust_code)
     given, config = config["objective"], complete(config, source, overrides)
@@ -189,7 +189,7 @@ def attend(
     Raises:
         UserError: if the source has no encoder, or no such layer, head or patch.
     """
-    params, network, _ = files.load(source, heads=heads)
+    params, network, _ = files.load_weights(source, heads=heads)
     encoder = network.encoder
     require_heads(encoder)
     if head not in (None, "average", *range(encoder.heads)):
@@ -236,7 +236,7 @@ def tokenize(source: str | Path, images: Images, *, size: int = 0) -> Columns:
     pixels = np.asarray(unit(batch_of(images, data)["image"]))
     rows, columns = (side // p for side, p in zip(data["size"], network.patch, strict=True))
     tokens = np.asarray(jax.jit(network.tokens)(parts["tokenizer"], pixels))
-    colors = palette(network.encoder.vocabulary)[tokens.reshape(-1, rows, columns)]
+    colors = code_colors(network.encoder.vocabulary)[tokens.reshape(-1, rows, columns)]
     colors = colors.repeat(network.patch[0], axis=1).repeat(network.patch[1], axis=2)
     drawn = {"original": pixels, "its tokens, one color each": colors}
     if "decoder" in parts:
@@ -251,7 +251,7 @@ def tokenizer_of(source: str | Path, size: int | tuple = 0) -> tuple[DVAE, dict,
     Raises:
         UserError: if the checkpoint has none.
     """
-    config, params, buffers = read(source)
+    config, params, buffers = read_checkpoint(source)
     parts = next((tree for tree in (params, buffers) if "tokenizer" in tree), None)
     if parts is None:
         raise UserError(f"{source} holds no tokenizer.")
@@ -294,7 +294,7 @@ def segment(
     if "segmentation_classes" not in inspect.signature(function).parameters:
         raise UserError(f"{source} does not classify pixels.")
     window = tuple(np.broadcast_to(config.data.size, 2).tolist())
-    colors = record.get("data", {}).get("class_colors") or palette_of_classes(len(names))
+    colors = record.get("data", {}).get("class_colors") or palette(len(names))
     dataset = SimpleNamespace(
         segmentation_classes=tuple(names), segmentation_colors=colors, image_size=window
     )
@@ -348,7 +348,7 @@ def padded(images: Sequence[np.ndarray]) -> np.ndarray:
 # --- Reading checkpoints and images. ---
 
 
-def read(source: str | Path, tokenizer: str | Path = "") -> tuple[dict, dict, dict]:
+def read_checkpoint(source: str | Path, tokenizer: str | Path = "") -> tuple[dict, dict, dict]:
     """Returns the config, the parameters and the buffers of a checkpoint of any kind.
 
     If `tokenizer` names a dVAE, the buffers and the config include it.
@@ -357,11 +357,11 @@ def read(source: str | Path, tokenizer: str | Path = "") -> tuple[dict, dict, di
         params, buffers, record = checkpoint.load(str(source))
         config = record["config"]
     else:
-        params, network, _ = files.load(source)
+        params, network, _ = files.load_weights(source)
         config = files.config_of(network)
         buffers = {}
     if tokenizer:
-        held, network, _ = files.load(tokenizer)
+        held, network, _ = files.load_weights(tokenizer)
         if "tokenizer" not in held:
             raise UserError(f"--tokenizer={tokenizer} holds no dVAE.")
         buffers = buffers | held

@@ -79,7 +79,7 @@ def start_from(
     if not fields:
         names = ", ".join(sorted(state.params.keys() | state.buffers))
         raise UserError(f"init_from.{key}: this objective has no {key}; it has {names}.")
-    saved, step = read(source, key, head)
+    saved, step = read_parts(source, key, head)
     record = workdir.read(source)
     ours, theirs = encoder_in(config), encoder_in(record.get("config", {}))
     taken: dict[str, np.ndarray] = {}
@@ -267,7 +267,7 @@ def fit_head(saved: dict, fields: dict, head: tuple[str, ...]) -> dict[str, np.n
     return norm | (their_head if same_shapes(their_head, our_head) else {})
 
 
-def read(source: str, key: str, head: tuple[str, ...]) -> tuple[dict[str, dict], int]:
+def read_parts(source: str, key: str, head: tuple[str, ...]) -> tuple[dict[str, dict], int]:
     """Reads the newest checkpoint of a run -> {"params": {part: tree}, "buffers": ...}, its step.
 
     Returns numpy arrays of the parts of init_from's `key` and of the head. The moving average of

@@ -20,7 +20,7 @@ import pytest
 from mim_jax import UserError, schema
 from mim_jax.convert import __main__ as convert
 from mim_jax.convert import check, from_torch, to_torch
-from mim_jax.convert.files import load
+from mim_jax.convert.files import load_weights
 from mim_jax.convert.network import Network
 from mim_jax.convert.read import read
 from mim_jax.convert.states import sines
@@ -349,7 +349,7 @@ def test_dino_and_moco(code, width, heads, tmp_path):
     whole["optimizer"] = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
     for number, content in enumerate([whole, *files]):
         torch.save(content, tmp_path / "a.pth")
-        params, network, _ = load(tmp_path / "a.pth")
+        params, network, _ = load_weights(tmp_path / "a.pth")
         assert (network.kind, network.encoder.heads, bool(network.left_out)) == (
             *("encoder", heads),
             number == 0,
@@ -650,7 +650,7 @@ def test_segmentation_of_transformers(name, layers, tmp_path):
     module = segmenter(name)
     params, network = from_torch(module.state_dict(), heads=4, metadata=dict(layers=layers))
     module.save_pretrained(tmp_path / "theirs")
-    read_params, read_network, _ = load(tmp_path / "theirs")
+    read_params, read_network, _ = load_weights(tmp_path / "theirs")
     assert read_network.metadata["layers"] == layers
     assert jax.tree.all(jax.tree.map(np.array_equal, params, read_params))
     batch = check.example(network)
@@ -731,4 +731,4 @@ def test_an_incompatible_decoder_is_refused(change, words, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=words):
-        load(tmp_path)
+        load_weights(tmp_path)

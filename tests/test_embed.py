@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 import mim_jax
 from mim_jax import UserError, embed, evaluate, main, recipe, schema
-from mim_jax.convert.files import load, save
+from mim_jax.convert.files import load_weights, save_weights
 from mim_jax.convert.read import read
 from mim_jax.models.patches import sincos2d
 from mim_jax.models.resize import resize_positions
@@ -70,7 +70,7 @@ def test_a_converted_classifier_is_evaluated(runs, tmp_path, capsys):
     run, converted = runs / "mae_base_finetune", tmp_path / "converted"
     assert evaluate.main([f"--config={run}"]) == 0
     expected = capsys.readouterr().out.split("\n", 1)[1]
-    save(converted, *load(run)[:2], "mim_jax")
+    save_weights(converted, *load_weights(run)[:2], "mim_jax")
     settings = json.loads((run / "config.json").read_text())["config"]
     config = tmp_path / "config.py"
     config.write_text(
@@ -151,7 +151,7 @@ def test_encoders_of_files(runs, tmp_path, capsys):
     encoder, params = mim_jax.load(runs / "mae_base")
     expected = encoder(params, images)
     for to, name in (("timm", "encoder.safetensors"), ("hf", "folder"), ("mim_jax", "converted")):
-        save(tmp_path / name, *load(runs / "mae_base")[:2], to)
+        save_weights(tmp_path / name, *load_weights(runs / "mae_base")[:2], to)
         encoder, params = mim_jax.load(tmp_path / name)
         np.testing.assert_allclose(encoder(params, images), expected, rtol=1e-6, atol=1e-6)
     assert not capsys.readouterr().err
@@ -195,7 +195,7 @@ def test_the_config_provides_what_weights_lack(runs, tmp_path, capsys):
     """As their images' mean and deviation, and how many heads there are."""
     safetensors = pytest.importorskip("safetensors.numpy")
     run, bare = runs / "mae_base", tmp_path / "bare.safetensors"
-    save(tmp_path / "encoder.safetensors", *load(run)[:2], "timm")
+    save_weights(tmp_path / "encoder.safetensors", *load_weights(run)[:2], "timm")
     safetensors.save_file(read(tmp_path / "encoder.safetensors")[0], bare)
     settings = json.loads((run / "config.json").read_text())["config"]
     config = tmp_path / "config.py"

@@ -74,9 +74,9 @@ def test_options_of_a_reconstruction(runs, images):
 @pytest.mark.parametrize("to", ["hf", "mim_jax", "file"])
 def test_converted_weights_are_drawn_like_their_run(to, runs, images, tmp_path):
     run = runs / "mae_base"
-    params, network, _ = files.load(run)
+    params, network, _ = files.load_weights(run)
     path = tmp_path / ("mae.safetensors" if to == "file" else to)
-    files.save(path, params, network, "mae" if to == "file" else to)
+    files.save_weights(path, params, network, "mae" if to == "file" else to)
     expected = pictures.reconstruct(run, images, seed=3)
     ours = pictures.reconstruct(path, images, seed=3)
     assert ours.keys() == expected.keys()
@@ -88,8 +88,8 @@ def test_predicted_tokens_are_decoded(runs, images, tmp_path):
     columns = pictures.reconstruct(runs / "beit_base", images[:1], mask_ratio=0.25)
     assert "decoded from predicted tokens" in columns
     assert hidden_patches(columns, (16, 16)).sum() <= 4
-    params, network, _ = files.load(runs / "beit_base")
-    files.save(tmp_path / "beit", params, network, "mim_jax")
+    params, network, _ = files.load_weights(runs / "beit_base")
+    files.save_weights(tmp_path / "beit", params, network, "mim_jax")
     with pytest.raises(UserError, match="does not hold its tokenizer: set --tokenizer=CKPT"):
         pictures.reconstruct(tmp_path / "beit", images)
     with pytest.raises(UserError, match="holds no dVAE"):
@@ -122,7 +122,7 @@ def test_attention_of_a_run(runs, images):
     columns = pictures.attend(runs / "mae_base", images[:2], queries=[(0, 1), (3, 2)], size=64)
     assert list(columns) == ["image, the query framed", "average over heads", "head 0", "head 1"]
     assert {x.shape for x in columns.values()} == {(6, 32, 32, 3)}
-    params, network, _ = files.load(runs / "mae_base")
+    params, network, _ = files.load_weights(runs / "mae_base")
     statistics = {name: network.metadata[name] for name in ("mean", "std")}
     seen = []
 

@@ -22,7 +22,7 @@ import pytest
 from mim_jax import UserError, inspect
 from mim_jax.convert import __main__ as convert
 from mim_jax.convert import from_torch, pickles
-from mim_jax.convert.files import load, story
+from mim_jax.convert.files import load_weights, story
 from mim_jax.convert.read import LEGACY, read
 
 
@@ -484,7 +484,7 @@ def test_an_average_is_preferred_and_named(checkpoint, entry, value, tmp_path):
     assert len(network.left_out) == len(STATE)
     saved = jax.tree.map(torch.tensor, checkpoint)
     torch.save(saved, tmp_path / "w.pth")
-    params, network, _ = load(tmp_path / "w.pth", heads=3)
+    params, network, _ = load_weights(tmp_path / "w.pth", heads=3)
     assert params["encoder"]["cls_token"].max() == value
     assert f"from its entry {entry}, encoder: " in story(params, network)
     assert len(network.left_out) == len(STATE)
@@ -589,12 +589,12 @@ def test_unexpected_types_in_folders_of_hugging_face(file, content, sentence, tm
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     if "index" not in file:
         numpy.save_file(STATE, tmp_path / "model.safetensors")
-        load(tmp_path)
+        load_weights(tmp_path)
     content = json.dumps(content) if isinstance(content, dict) else content
     content = content.encode() if isinstance(content, str) else content
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match=sentence) as error:
-        load(tmp_path)
+        load_weights(tmp_path)
     assert len(str(error.value)) < 500
 
 
@@ -606,6 +606,6 @@ def test_unexpected_types_in_our_record(record, tmp_path):
     numpy.save_file(STATE, tmp_path / "w.safetensors", metadata={"mim_jax": record})
     if record.startswith(('{"heads', '{"grid')):
         with pytest.raises(UserError, match=r"heads = 3 must be|positions are for 4 patches"):
-            load(tmp_path / "w.safetensors")
+            load_weights(tmp_path / "w.safetensors")
     else:
-        assert load(tmp_path / "w.safetensors")[1].metadata == {}
+        assert load_weights(tmp_path / "w.safetensors")[1].metadata == {}

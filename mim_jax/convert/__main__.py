@@ -12,7 +12,7 @@ import sys
 
 from mim_jax import cli
 from mim_jax.convert.check import TOLERANCE, differences
-from mim_jax.convert.files import licence, load, save, story
+from mim_jax.convert.files import licence, load_weights, save_weights, story
 from mim_jax.convert.fit import FAMILIES, encoder_only, resized
 from mim_jax.convert.hugging_face import EPS
 from mim_jax.convert.names import printable, shortened
@@ -56,7 +56,7 @@ def size(text: str) -> tuple[int, int]:
 def convert(options: argparse.Namespace) -> int:
     """Converts and checks. Returns the exit code."""
     given = dict(heads=options.heads, decoder_heads=options.decoder_heads, size=options.image_size)
-    params, network, _ = load(options.source, entry=options.entry, **given)
+    params, network, _ = load_weights(options.source, entry=options.entry, **given)
     print(f"{printable(options.source)}: {story(params, network)}")
     if network.left_out:
         names = shortened(list(network.left_out), 3)
@@ -76,7 +76,7 @@ def convert(options: argparse.Namespace) -> int:
         print(
             f"warning: its config has layer_norm_eps = {eps:g}; MAE, BEiT and mim_jax use {EPS:g}"
         )
-    written = save(options.destination, params, network, options.to)
+    written = save_weights(options.destination, params, network, options.to)
     print(f"{printable(options.destination)}: {written}")
     return check(params, network, options.to) if options.check else 0
 

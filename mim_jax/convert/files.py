@@ -43,7 +43,7 @@ HEADS = ("heads", "decoder_heads")
 OBJECTIVE_KEYS = ("mean", "std", "target", "mask_ratio", "pooling", "layers")  # kept in metadata
 
 
-def load(path: str | Path, **options: Any) -> tuple[dict, Network, dict[str, Any]]:
+def load_weights(path: str | Path, **options: Any) -> tuple[dict, Network, dict[str, Any]]:
     """Loads a run, a file of weights or a folder of Hugging Face.
 
     `options` are those of `from_torch` and take precedence over what the source says; false values
@@ -202,7 +202,7 @@ def licence(path: str | Path) -> str:
     return "MAE's released weights are CC-BY-NC-4.0: not for commercial use." if named else ""
 
 
-def save(path: str | Path, params: dict, network: Network, to: str) -> str:
+def save_weights(path: str | Path, params: dict, network: Network, to: str) -> str:
     """Saves parameters in a family of layouts, or as a run, and describes what was written.
 
     Arguments:

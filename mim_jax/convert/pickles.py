@@ -282,7 +282,7 @@ class Machine:
             raise RefusedError(f"it uses the opcode {name}")
 
 
-def load(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
+def unpickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     """Reads one pickle of bytes in memory. Returns its object and the storages that it refers to.
 
     Raises RefusedError for names that are not on the list and for too many opcodes, and another

@@ -159,7 +159,7 @@ def from_zip(file: BinaryIO, budget: Budget) -> tuple[Loaders, dict]:
         raise UnsupportedError("a file of a big-endian machine: save it on another machine")
     if archive.getinfo(pickled[0]).file_size > MAX_PICKLE:
         raise RefusedError(f"its pickle is longer than {MAX_PICKLE / 2**20:.0f} MiB")
-    tree, _ = pickles.load(BytesIO(part(archive, pickled[0], budget)))
+    tree, _ = pickles.unpickle(BytesIO(part(archive, pickled[0], budget)))
     content = functools.cache(lambda key: part(archive, f"{root}data/{key}", budget))
     return from_tree(tree, content, budget)
 
@@ -173,12 +173,12 @@ def part(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytes:
 def from_stream(file: BinaryIO, budget: Budget, size: int) -> tuple[Loaders, dict]:
     """Reads what torch.save wrote before 1.6: several pickles, then the storages' bytes."""
     stream = BytesIO(file.read(MAX_PICKLE))
-    if pickles.load(stream)[0] != LEGACY:
+    if pickles.unpickle(stream)[0] != LEGACY:
         raise UnsupportedError("a pickle, but not one that torch.save wrote")
     for _ in ("version", "system"):
-        pickles.load(stream)
-    tree, storages = pickles.load(stream)
-    keys, _ = pickles.load(stream)
+        pickles.unpickle(stream)
+    tree, storages = pickles.unpickle(stream)
+    keys, _ = pickles.unpickle(stream)
     places, position = {}, stream.tell()
     for key in keys:
         file.seek(position)

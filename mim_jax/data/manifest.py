@@ -135,11 +135,11 @@ def scan(root: str, large: bool = False) -> Manifest:
     key = hashlib.sha256(os.fsencode(root)).hexdigest()[:20] + ("-large" if large else "")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     path = cache / "mim_jax" / "manifests" / f"{key}.npz"
-    cached = load(path, root)
+    cached = load_cache(path, root)
     if cached and is_current(cached):
         return cached
     manifest = rescan(root, cached, large)
-    save(manifest, path)
+    save_cache(manifest, path)
     return manifest
 
 
@@ -330,7 +330,7 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def save(manifest: Manifest, path: Path) -> None:
+def save_cache(manifest: Manifest, path: Path) -> None:
     """Caches a manifest. Where that fails, the next scan takes as long as this one."""
     rest = [FORMAT, manifest.modes, manifest.tars, manifest.unread, manifest.stamps]
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
@@ -345,7 +345,7 @@ def save(manifest: Manifest, path: Path) -> None:
             part.unlink()
 
 
-def load(path: Path, root: str) -> Manifest | None:
+def load_cache(path: Path, root: str) -> Manifest | None:
     """Returns the manifest cached in a file, None if there is none or it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as cached:

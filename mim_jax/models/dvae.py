@@ -321,7 +321,7 @@ class DVAE(NamedTuple):
         return self.to_images(self.paint(decoder, codes))
 
 
-def palette(vocabulary: int) -> np.ndarray:
+def code_colors(vocabulary: int) -> np.ndarray:
     """Returns a color for each code (v, 3) in [0, 1]: hues by the golden ratio."""
     code = np.arange(vocabulary)[:, None]
     hue = np.clip(np.abs((code * 0.618034 * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from mim_jax import UserError
 from mim_jax.keys import NOT_NEGATIVE, POSITIVE, Range
-from mim_jax.models.dvae import DVAE, palette
+from mim_jax.models.dvae import DVAE, code_colors
 from mim_jax.models.patches import not_blank, patchify
 from mim_jax.normalize import unit
 from mim_jax.objectives import objective_of, per_example
@@ -241,7 +241,7 @@ class DiscreteVAE:
         network, images = self.tokenizer, unit(batch["image"])
         logits = network.logits(params["tokenizer"], images)
         p, q = network.patch
-        colors = jnp.asarray(palette(self.vocabulary))[logits.argmax(-1)]
+        colors = jnp.asarray(code_colors(self.vocabulary))[logits.argmax(-1)]
         colors = einops.repeat(colors, "b h w c -> b (h p) (w q) c", p=p, q=q)
         painted = network.to_images(network.paint(params["decoder"], one_hot(logits)))
         return OrderedDict(
