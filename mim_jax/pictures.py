@@ -18,6 +18,7 @@ segment: the predicted class of every pixel, with the classes that take most of 
 Exit codes: 0 done, 2 a mistake of the user.
 """
 
+import argparse
 import functools
 import inspect
 import math
@@ -95,13 +96,18 @@ POSITIONAL = ("what", "checkpoint", "images", "to")
 
 def place_of(text: str) -> tuple[int, int]:
     """Parses "ROW,COLUMN"."""
-    row, column = text.split(",")
-    return int(row), int(column)
+    try:
+        row, column = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be ROW,COLUMN, as 7,10") from None
+    return row, column
 
 
 def head_of(text: str) -> int | str:
     """Parses the number of a head, or "average"."""
-    return text if text == "average" else int(text)
+    if text == "average" or text.isdigit():
+        return text if text == "average" else int(text)
+    raise argparse.ArgumentTypeError(f"{text} must be a number from 0, or average")
 
 
 # --- What can be drawn. Each function returns columns of images, one row after another. ---

@@ -169,9 +169,14 @@ def test_the_command(runs, images, tmp_path, capsys):
             path.write_text(text)
         assert cli.main(["pictures", "attend", run, str(path), f"--to={to}"]) == 2
         assert f"cannot read the image {path}" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["pictures", "attend", run, str(images[0]), "--mask-ratio=0.5"])
-    assert "--mask-ratio does not apply to attend" in capsys.readouterr().err
+    for option, words in {
+        "--mask-ratio=0.5": "--mask-ratio does not apply to attend",
+        "--query=3": "3 must be ROW,COLUMN",
+        "--head=first": "first must be a number from 0, or average",
+    }.items():
+        with pytest.raises(SystemExit):
+            cli.main(["pictures", "attend", run, str(images[0]), option])
+        assert words in capsys.readouterr().err
 
 
 def test_arrays_of_a_notebook(runs):

@@ -2,11 +2,12 @@
 
 import json
 import os
+import subprocess
 import time
 
 import pytest
 
-from mim_jax import UserError, runs
+from mim_jax import UserError, runs, workdir
 
 CONFIG = dict(objective=dict(name="mae"), batch_size=8, steps=100, data=dict(name="emoji"))
 
@@ -97,3 +98,24 @@ def test_lines_that_are_incomplete(tmp_path):
 def test_epochs_are_the_length(tmp_path):
     folder = make(tmp_path / "a", config=CONFIG | dict(steps=0, epochs=2.5))
     assert runs.read_run(folder).steps == 312
+
+
+def test_the_state_of_the_checkout(tmp_path, monkeypatch):
+    """Runs record the commit of the code, where it lies in a git checkout."""
+    monkeypatch.setattr(workdir, "__file__", str(tmp_path / "workdir.py"))
+    assert workdir.git_state() == {}
+    (tmp_path / "workdir.py").write_text("1")
+
+    def git(*arguments):
+        settings = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *settings, *arguments], check=True)
+
+    git("init", "--quiet")
+    assert workdir.git_state() == {}  # a file that the checkout does not track
+    git("add", ".")
+    git("commit", "--quiet", "--message=first")
+    state = workdir.git_state()
+    assert len(state["commit"]) == 40
+    assert not state["changed"]
+    (tmp_path / "workdir.py").write_text("2")
+    assert workdir.git_state()["changed"]
