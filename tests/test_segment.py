@@ -341,18 +341,30 @@ def test_sheets_have_a_legend(run):
     assert bottom >= set(EMOJI.colors)
 
 
-def test_a_run_starts_from_a_pretrained_encoder(tmp_path, capsys):
-    """Of a smaller grid and another objective: positions are interpolated, biases begin at 0."""
-    mae = ["--config=configs/mae_emoji.py", "--smoke", "--config.steps=3"]
-    mae += ["--config.model.patch=16", f"--workdir={tmp_path / 'mae'}"]
-    assert main.main(mae) == 0
-    settings = [CONFIG, "--smoke", "--config.steps=3", f"--workdir={tmp_path / 'run'}"]
-    settings += ["--config.model.patch=16", "--config.data.size=96"]
-    settings += ["--config.model.relative_bias=own", "--config.optimizer.layer_decay=0.65"]
-    assert main.main([*settings, f"--config.init_from.encoder={tmp_path / 'mae'}"]) == 0
-    said = capsys.readouterr().out
-    assert "resized: positions" in said
-    assert "relative_position_bias/table" in said.partition("new: ")[2]
+@pytest.mark.parametrize(
+    ("source", "model", "resized", "new"),
+    [
+        ("mae_emoji", dict(relative_bias="own"), "positions", "relative_position_bias/table"),
+        (
+            "beit_base_in22k_finetune",  # fine-tuned for classification in between
+            dict(relative_bias="own", positions="none", key_bias=False, layer_scale=0.1),
+            "block_0/relative_position_bias/table",
+            "",
+        ),
+    ],
+)
+def test_a_run_starts_from_a_trained_encoder(source, model, resized, new, tmp_path, capsys):
+    """Of a smaller grid and another objective: tables of positions are interpolated."""
+    small = ["--smoke", "--config.steps=3", "--config.model.patch=16"]
+    begun = [f"--config=configs/{source}.py", *small, f"--workdir={tmp_path / 'begun'}"]
+    assert main.main(begun) == 0
+    settings = [CONFIG, *small, f"--workdir={tmp_path / 'run'}", "--config.data.size=96"]
+    settings += [f"--config.model.{key}={value}" for key, value in model.items()]
+    capsys.readouterr()
+    assert main.main([*settings, f"--config.init_from.encoder={tmp_path / 'begun'}"]) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("encoder: "))
+    assert resized in line.partition("resized: ")[2].partition(";")[0]
+    assert new in line.partition("new: ")[2]
 
 
 def test_layers_decay_to_the_encoder():
