@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -44,6 +45,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str, keep: int, record: dict | None = None):
         self.record = record or {}
+        self.skips: list[tuple[int, int]] = []  # windows of data left out, see divergence.py
         self.folder = Path(workdir).expanduser().absolute() / "checkpoints"
         self.lock = lock(self.folder) if jax.process_index() == 0 else None
         self.latest = newest(self.folder, set_aside=True)
@@ -63,7 +65,7 @@ class Checkpoints:
         parts = {field: shapes(tree) for field, tree in state._asdict().items()}
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state._asdict()),
-            metadata=ocp.args.JsonSave(self.record | {"parts": parts, "skips": []}),
+            metadata=ocp.args.JsonSave(self.record | {"parts": parts, "skips": self.skips}),
         )
         with disk_errors(self.folder):
             self.manager.save(int(state.step), args=args, force=True)
@@ -91,10 +93,27 @@ class Checkpoints:
             )
 
     def restore(self, like: TrainState) -> TrainState:
-        """Returns the latest state, with the shapes and shardings of `like` (abstract arrays)."""
-        assert self.latest is not None  # there is a checkpoint
+        """Returns the latest state, with the shapes and shardings of `like` (abstract arrays).
+
+        `skips` are those of its run from then on.
+        """
         restored = restore(self.manager, self.latest, like._asdict())
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        metadata = self.manager.restore(self.latest, args=args)["metadata"]
+        self.skips = [(int(start), int(length)) for start, length in metadata.get("skips", [])]
         return TrainState(**restored)
+
+    def set_aside(self, after: int) -> None:
+        """Renames the checkpoints after step `after`, so that `latest` is the newest before."""
+        with disk_errors(self.folder):
+            self.manager.wait_until_finished()
+        if jax.process_index() == 0:
+            for path in self.folder.glob("*"):
+                if path.name.isdigit() and int(path.name) > after:
+                    path.rename(self.folder / f"{path.name}.set-aside-{time.time():.0f}")
+        multihost_utils.sync_global_devices("checkpoints are set aside")
+        self.manager.reload()
+        self.latest = newest(self.folder)
 
     def close(self) -> None:
         """Waits until everything is written, and releases the folder. May be called twice."""
@@ -160,8 +179,10 @@ def fault(folder: Path) -> str:
     return f"{changed[0]} has changed since it was written" if changed else ""
 
 
-def newest(folder: Path, set_aside: bool = False) -> int | None:
+def newest(folder: Path, set_aside: bool = False, before: float = math.inf) -> int | None:
     """Returns the newest intact step in a folder of checkpoints, None if there is no checkpoint.
+
+    With `before`, only those of steps before it count.
 
     The first process looks for all. It reports corrupt checkpoints on stderr and, with `set_aside`,
     renames them. Raises UserError if every checkpoint is corrupt.
@@ -169,6 +190,7 @@ def newest(folder: Path, set_aside: bool = False) -> int | None:
     intact, corrupt = -1, {}
     if jax.process_index() == 0:
         steps = (int(path.name) for path in folder.glob("*") if path.name.isdigit())
+        steps = (step for step in steps if step < before)
         for step in sorted(steps, reverse=True):
             if not (reason := fault(folder / str(step))):
                 intact = step
@@ -246,6 +268,17 @@ def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
     if step is None:
         raise UserError(f"{key}: the run in {workdir} has not saved a checkpoint yet.")
     return manager_of(workdir, create=False), step
+
+
+def state_before(workdir: str, like: TrainState, step: int) -> TrainState | None:
+    """Restores the newest state of a run before a step, None if there is none."""
+    newest_step = newest(Path(workdir).expanduser() / "checkpoints", before=step)
+    if newest_step is None:
+        return None
+    manager = manager_of(workdir, create=False)
+    restored = restore(manager, newest_step, like._asdict())
+    manager.close()
+    return TrainState(**restored)
 
 
 def arrays(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:

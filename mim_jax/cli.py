@@ -31,6 +31,7 @@ COMMANDS = {  # name: module with main(argv), what it does
     "prepare": ("data.prepare", "pack a folder of images, or prepare a data set of TFDS"),
     "statistics": ("data.statistics", "compute the mean and std of a data set"),
     "convert": ("convert.__main__", "convert weights from and to PyTorch"),
+    "replay": ("replay", "repeat a step whose loss was not finite"),
     "inspect": ("inspect", "describe a run or a file of weights"),
     "configs": ("list_configs", "list the configs that come with mim_jax"),
     "keys": ("list_keys", "list the keys of a config and what they mean"),

@@ -8,7 +8,6 @@ evaluation.json: the newest evaluation, with its arrays, such as results by clas
 import contextlib
 import importlib
 import json
-import math
 import resource
 import sys
 import time
@@ -138,7 +137,7 @@ class Log:
             self.last_step, self.training, self.waiting = step, 0.0, 0.0
 
     def flush(self) -> None:
-        """Writes the pending line. Raises FloatingPointError if its loss is not finite."""
+        """Writes the pending line."""
         if self.pending is None:
             return
         step, metrics, more, left = self.pending
@@ -151,8 +150,6 @@ class Log:
             f"step {step:>{len(str(self.steps))}}/{self.steps}  {line}  lr {values['lr']:.2e}  "
             f"{format_speed(values, self.devices)}  ETA {clock(left)}"
         )
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss is {values['loss']} at step {step}.")
         if warning and warning != self.warning:
             self.say(f"warning: {warning}")
             self.event("warning", step, warning)

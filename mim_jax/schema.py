@@ -114,6 +114,17 @@ class Probe(NamedTuple):
     images: Annotated[int, NOT_NEGATIVE, FREE, "images of each split; 0: no probe"] = 0
 
 
+class Divergence(NamedTuple):
+    """Steps whose loss or gradient is not finite; they are not applied."""
+
+    patience: Annotated[
+        int, NOT_NEGATIVE, FREE, "failures in a row before a rollback; 0: the first ends the run"
+    ] = 10
+    rollbacks: Annotated[
+        int, NOT_NEGATIVE, FREE, "times that a run may return to a checkpoint and skip data"
+    ] = 3
+
+
 class Save(NamedTuple):
     """Checkpoints."""
 
@@ -153,6 +164,7 @@ def functions(config: Mapping) -> dict[str, tuple[Callable, ...]]:
         "pictures": (Pictures,),
         "probe": (Probe,),
         "save": (Save,),
+        "divergence": (Divergence,),
     }
 
 

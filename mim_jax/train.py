@@ -37,10 +37,8 @@ def initialize(objective: Objective, optimizer, example: dict, seed: int, ema: b
     return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params), average)
 
 
-def train_step(
-    state: TrainState, batch: dict, rng, *, objective, optimizer, accumulate, mesh, ema=0.0
-):
-    """Performs one update: state, batch -> state, metrics {name: ()}."""
+def gradient_of(state: TrainState, batch: dict, rng, *, objective, accumulate, mesh):
+    """Returns the gradient, the metrics {name: ()} and the changed buffers of a step."""
     rng = jax.random.fold_in(rng, state.step)
 
     def total_loss(params, buffers, rows):
@@ -54,12 +52,37 @@ def train_step(
     grads, (sums, changed) = gradient(state.params, state.buffers, batch)
     weight = sums.pop("weight")
     grads, metrics = jax.tree.map(lambda x: x / weight, (grads, sums))
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    return grads, metrics, changed
+
+
+def train_step(
+    state: TrainState, batch: dict, rng, *, objective, optimizer, accumulate, mesh, ema=0.0
+):
+    """Performs one update: state, batch -> state, metrics {name: ()}.
+
+    An update whose loss or gradient is not finite is not applied: only counters advance.
+    """
+    grads, metrics, changed = gradient_of(
+        state, batch, rng, objective=objective, accumulate=accumulate, mesh=mesh
+    )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = optax.incremental_update(params, state.ema, 1 - ema) if ema else None
-    metrics["grad_norm"] = optax.tree.norm(grads)
     buffers = objective.after(params, state.buffers | changed, state.step)
-    return TrainState(state.step + 1, params, buffers, opt_state, average), metrics
+    updated = TrainState(state.step + 1, params, buffers, opt_state, average)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+
+    def choose(new, old):
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+
+    return jax.tree.map(choose, updated, state), metrics
+
+
+@jax.jit
+def all_finite(state: TrainState):
+    """Returns a tree of flags (): whether all values of an array are finite."""
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), state)
 
 
 def jit_step(objective, optimizer, state: TrainState, *, mesh: Mesh, accumulate=1, ema=0.0):

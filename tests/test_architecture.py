@@ -42,6 +42,16 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "list_keys": {"cli", "keys", "objectives", "optim", "schema"},
     "__main__": {"cli"},
     "inspect": {"cli", "convert"},
+    "divergence": set(),
+    "stop": set(),
+    "training": {
+        *("checkpoint", "divergence", "experiment", "flops", "log", "objectives", "probe"),
+        *("recipe", "schema", "sheets", "start", "stop", "train", "workdir"),
+    },
+    "replay": {
+        *("checkpoint", "cli", "divergence", "objectives", "recipe", "schema", "sharding"),
+        *("start", "train"),
+    },
     "experiment": {"checkpoint", "recipe", "schema", "sharding", "start", "train", "workdir"},
     "main": {
         *(

@@ -128,6 +128,12 @@ class Data:
         batches = self.report(stream(dataset, **steps, **self.loading), source, on_bad)
         return self.check_labels(batches) if self.labelled else batches
 
+    def training_names(self, batch_size: int, *, seed: int, step: int) -> list[str]:
+        """Returns the names of the images in the batch after `step` updates, over all processes."""
+        order = grain.MapDataset.range(self.examples).seed(seed).shuffle().repeat()
+        places = range(step * batch_size, (step + 1) * batch_size)
+        return [self.train.name_of(int(order[i])) for i in places]
+
     def evaluation_batches(
         self,
         batch_size: int,

@@ -1,0 +1,138 @@
+r"""Repeats a step of a run whose loss or gradient was not finite, and says what was not.
+
+    mim-jax replay --config=runs/mae_base                  # the newest of RUN/captures
+    mim-jax replay --config=runs/mae_base --step=12345
+
+Trains from the newest checkpoint before that step up to it, which gives the state that the run had
+there; then computes loss and gradient of the step in the run's dtype and in float32. If float32 is
+finite, the dtype is too narrow; if not, look at the images that are named, and at the learning
+rate. Nothing is written. Exit codes: 0 done, 2 a mistake of the user.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mim_jax import UserError, cli, objectives, recipe, schema
+from mim_jax.checkpoint import flat, state_before
+from mim_jax.divergence import data_step
+from mim_jax.recipe import Run
+from mim_jax.sharding import to_global
+from mim_jax.start import Start
+from mim_jax.train import TrainState, gradient_of, train
+
+SHOWN = 20  # images and arrays that are named
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = cli.parser_of("replay", __doc__)
+    cli.add_config(parser, "a run directory")
+    parser.add_argument("--step", type=int, default=0, help="the step; default: the newest capture")
+    options, overrides = cli.parse(parser, argv)
+
+    def command() -> int:
+        config = schema.load(options.config, overrides, trust_code=options.trust_code)
+        return replay(options.config, config, options.step)
+
+    return cli.exit_code(command, "")
+
+
+def replay(path: str, config: ConfigDict, step: int) -> int:
+    """Repeats a step and prints its loss, the norm of its gradient and what is not finite."""
+    capture = capture_of(path, step)
+    step, skips = capture["step"], capture["skips"]
+    run = recipe.build(config)
+    state, batch = before(run, config, path, step, skips)
+    print(f"step {step:,} of {path}")
+    for dtype in dict.fromkeys((str(network_dtype(run)), "float32")):
+        objective = objective_in(run, config, dtype)
+        function = jax.jit(
+            lambda state, batch, rng, objective=objective: gradient_of(
+                state, batch, rng, objective=objective, accumulate=config.accumulate, mesh=run.mesh
+            )[:2]
+        )
+        grads, metrics = function(state, batch, jax.random.key(config.seed))
+        print(
+            f"  {dtype}: loss {float(metrics['loss'])}, norm of the gradient "
+            f"{float(metrics['grad_norm'])}"
+        )
+        names = [name for name, x in flat(grads).items() if not np.isfinite(x).all()]
+        for name in names[:SHOWN]:
+            print(f"    the gradient of {name} is not finite")
+        if len(names) > SHOWN:
+            print(f"    and of {len(names) - SHOWN} others")
+    position = data_step(step - 1, skips)
+    images = run.data.training_names(config.batch_size, seed=config.seed, step=position)
+    print(f"  images: {', '.join(images[:SHOWN])}" + (" ..." if len(images) > SHOWN else ""))
+    return 0
+
+
+def capture_of(path: str, step: int) -> dict:
+    """Returns the record of a failed step, or of any other. Raises UserError if there is none."""
+    captures = sorted((Path(path) / "captures").glob("step_*.json"))
+    records = [json.loads(file.read_text()) for file in captures]
+    for record in records:
+        if step == record["step"]:
+            return record
+    if step:
+        return {"step": step, "skips": []}
+    if not records:
+        raise UserError(f"{path} has no captures of failed steps: pass --step=N.")
+    return records[-1]
+
+
+def before(
+    run: Run, config: ConfigDict, path: str, step: int, skips: list
+) -> tuple[TrainState, dict]:
+    """Returns the state before a step, and the batch of that step."""
+    start = Start(run, config)
+    restored = state_before(path, start.like, step) or start.state()
+    first = int(restored.step)
+
+    def batches_from(at: int):
+        position = data_step(at, skips)
+        return run.data.training_batches(
+            config.batch_size, seed=config.seed, start=position, stop=position + step - at
+        )
+
+    state = restored
+    steps = train(
+        run.objective,
+        run.optimizer,
+        batches_from,
+        state=restored,
+        mesh=run.mesh,
+        steps=step - 1,
+        seed=config.seed,
+        accumulate=config.accumulate,
+        ema=config.ema,
+    )
+    for done, after, metrics in steps if first < step - 1 else ():
+        state = after
+        if not math.isfinite(metrics["loss"]):
+            print(f"  step {done:,}: the loss is {float(metrics['loss'])} too")
+    print(f"trained from step {first:,} to {step - 1:,}")
+    return state, to_global(next(iter(batches_from(step - 1))), run.mesh)
+
+
+def network_dtype(run: Run) -> str:
+    """Returns the dtype that a run computes in."""
+    network = run.model or run.tokenizer
+    assert network is not None  # every objective has one
+    return network.dtype
+
+
+def objective_in(run: Run, config: ConfigDict, dtype: str) -> objectives.Objective:
+    """Returns the run's objective, computed in another dtype."""
+    settings = config.copy_and_resolve_references()
+    for name in schema.NETWORKS:
+        if name in settings:
+            settings[name].dtype = dtype
+    function = objectives.find(config.objective.name)
+    networks = schema.networks(recipe.with_dtypes(settings, run.mesh))
+    return recipe.build_objective(settings, function, networks, run.data)

@@ -1,0 +1,83 @@
+"""Signals that stop a run."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StoppedError(Exception):
+    """A signal arrived during a periodic action."""
+
+
+class Stop:
+    """A context in which SIGINT, SIGTERM and SIGHUP stop a run after the step at hand.
+
+    Until a step is done there is nothing to save: the process exits at once, even while it
+    compiles. A second signal ends it at once too. In a notebook, where the process must go on,
+    KeyboardInterrupt is raised instead. The previous handlers are restored at the end.
+
+    SIGTERM may reach any of several processes: JAX notifies the others, and all stop after the
+    same step.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        self.unsaved = False  # whether a step was done
+        self.previous: dict[int, Any] = {}
+        self.exits = "ipykernel" not in sys.modules
+
+    def __enter__(self) -> "Stop":
+        if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+            return self
+        for number in SIGNALS:
+            self.previous[number] = signal.signal(number, self.record)
+        if self.exits:  # Python's handlers wait until a compilation ends; this thread does not
+            reader, self.writer = os.pipe()
+            os.set_blocking(self.writer, False)
+            self.wakeup = signal.set_wakeup_fd(self.writer)
+            threading.Thread(target=self.watch, args=[reader], daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.previous and self.exits:
+            signal.set_wakeup_fd(self.wakeup)
+            os.close(self.writer)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def record(self, number: int, frame) -> None:
+        """Handles a signal in the main thread."""
+        if not self.exits and (self.signal or not self.unsaved):
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def watch(self, reader: int) -> None:
+        """Ends the process at the first signal if there is nothing to save, and at the second."""
+        seen = 0
+        while number := os.read(reader, 1):
+            seen += number[0] in SIGNALS
+            if number[0] in SIGNALS and (seen > 1 or not self.unsaved):
+                print("stopped: nothing new was saved", file=sys.stderr, flush=True)
+                os._exit(128 + number[0])
+        os.close(reader)
+
+    def after(self, step: int) -> None:
+        """Notes that a step is done. Asks the other processes, if there are any."""
+        self.unsaved = True
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+
+    def guard(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """Yields the batches of a periodic action. Raises StoppedError after a signal."""
+        for batch in batches:
+            if self.signal and jax.process_count() == 1:  # several must do the same
+                raise StoppedError
+            yield batch

@@ -1,0 +1,310 @@
+"""A run from its newest checkpoint to its end: the loop and its periodic actions."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mim_jax import UserError, flops, objectives, recipe, schema, workdir
+from mim_jax.checkpoint import Checkpoints, flat
+from mim_jax.divergence import ADVICE, Failures, RollbackError, data_step
+from mim_jax.experiment import pictures_of
+from mim_jax.log import Log, format_metrics
+from mim_jax.probe import Probe
+from mim_jax.recipe import Run
+from mim_jax.sheets import draw_sheet
+from mim_jax.start import Start
+from mim_jax.stop import Stop, StoppedError
+from mim_jax.train import TrainState, all_finite, evaluate, train
+
+ACTIONS = ("evaluate", "probe", "pictures", "save")  # blocks of the config with an interval
+
+
+class Trace:
+    """An xprof trace of the steps "FIRST:LAST", in the run's profile/."""
+
+    def __init__(self, steps: str, path: str):
+        self.folder = Path(path) / "profile"
+        try:
+            self.first, self.last = (int(step) for step in steps.split(":")) if steps else (0, 0)
+        except ValueError:
+            self.first, self.last = -1, -1
+        if not (0 < self.first <= self.last or not steps):
+            raise UserError(f"--profile={steps} must be FIRST:LAST, for example 100:105.")
+        self.running = False
+
+    def after(self, step: int, metrics: dict | None = None) -> None:
+        """Starts before the first of the steps and ends when the last is computed."""
+        if self.last and step == self.first - 1:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+        if step == self.last:
+            self.end(metrics)
+
+    def end(self, metrics: dict | None) -> None:
+        """Ends the trace, also if its last step was not reached."""
+        if self.running:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            self.running = False
+
+
+class Training:
+    """The loop of a run and its periodic actions: log, evaluate, probe, draw, save."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: ConfigDict,
+        path: str,
+        start: Start,
+        checkpoints: Checkpoints,
+        probe: Probe | None,
+        stop: Stop,
+    ):
+        self.run, self.config, self.path, self.start = run, config, path, start
+        self.checkpoints, self.probe, self.stop = checkpoints, probe, stop
+        self.peak_share = peak_share(run, config)
+        self.skips: list[tuple[int, int]] = []  # windows of data that this process left out
+        self.log = self.log_after(checkpoints.latest or 0)
+
+    def attempts(self, trace: Trace) -> int:
+        """Trains to the end. Where no loss is finite any more, returns to a checkpoint and goes on.
+
+        Returns the exit code. Raises FloatingPointError if that does not help.
+        """
+        run, config, log = self.run, self.config, self.log
+        first = self.checkpoints.latest or 0
+        state = self.state()
+        if jax.process_index() == 0:  # the directory is ours now, and the run can start
+            workdir.write(self.path, self.checkpoints.record)
+        log.say(f"{config.objective.name}: {self.start.parameters:,} parameters\n{run.summary}")
+        log.unread(run.data.unread)
+        if not first:
+            values, problem = recipe.observe_values(run, config)
+            log.say(values)
+            if problem:
+                raise UserError(problem)
+        if first >= run.steps:
+            log.say(f"{self.path} is complete: it is at step {first:,} of {run.steps:,}.")
+            return 0
+        if first:
+            log.say(f"continuing after step {first:,}")
+        log.event("start", first, self.checkpoints.record["devices"])
+        for rollbacks in itertools.count():
+            try:
+                return self.loop(state, first, trace)
+            except RollbackError as error:
+                if rollbacks == config.divergence.rollbacks:
+                    raise FloatingPointError(f"{error}. {ADVICE}.") from None
+                first = self.roll_back(error, first)
+                state = self.state()
+        raise AssertionError
+
+    def state(self) -> TrainState:
+        """Returns the newest saved state, or the initial one."""
+        if not self.checkpoints.latest:
+            return self.start.state()
+        state = self.checkpoints.restore(self.start.like)
+        known = self.checkpoints.skips
+        self.checkpoints.skips = known + [skip for skip in self.skips if skip not in known]
+        return state
+
+    def roll_back(self, error: RollbackError, first: int) -> int:
+        """Chooses the checkpoint to return to -> its step. Data up to the failure is left out.
+
+        If no loss was finite since step `first`, its checkpoint is not used again.
+        """
+        self.checkpoints.set_aside(after=min(error.last_finite, self.run.steps))
+        if first and error.last_finite == first:
+            self.checkpoints.set_aside(after=first - 1)
+            if not self.checkpoints.latest:
+                raise FloatingPointError(f"{error}, and there is no older checkpoint. {ADVICE}.")
+        back = self.checkpoints.latest or 0
+        self.skips = [skip for skip in self.skips if skip[0] <= back]
+        self.skips.append((back, error.step - back))
+        self.checkpoints.skips = list(self.skips)
+        self.log.flush()
+        text = f"{error}: returning to step {back:,}, without the data of these steps"
+        self.log.say(f"warning: {text}")
+        self.log.event("rollback", error.step, text)
+        self.log = self.log_after(back)
+        return back
+
+    def log_after(self, step: int) -> Log:
+        """Returns a log that continues after a step."""
+        run, config = self.run, self.config
+        return Log(
+            self.path,
+            step=step,
+            steps=run.steps,
+            batch_size=config.batch_size,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            warn=run.objective.warn,
+            every={
+                name: recipe.in_steps(config[name], "every", run.steps_per_epoch)
+                for name in ACTIONS
+            },
+            devices=run.mesh.size,
+            peak_share=self.peak_share,
+        )
+
+    def failures_after(self, step: int) -> Failures:
+        """Returns what follows the losses after a step."""
+
+        def names_of(step: int) -> list[str]:
+            position = data_step(step - 1, self.checkpoints.skips)
+            names = self.run.data.training_names
+            return names(self.config.batch_size, seed=self.config.seed, step=position)
+
+        def say(step: int, text: str) -> None:
+            self.log.say(f"warning: step {step:,}: {text}")
+            self.log.event("failure", step, text)
+
+        return Failures(
+            self.path,
+            first=step,
+            patience=self.config.divergence.patience,
+            names_of=names_of,
+            skips=self.checkpoints.skips,
+            say=say,
+        )
+
+    def loop(self, state: TrainState, first: int, trace: Trace) -> int:
+        """Trains from step `first` to the end or to a signal. Returns the exit code."""
+        run, log, stop = self.run, self.log, self.stop
+        steps = train(
+            run.objective,
+            run.optimizer,
+            self.batches_from,
+            state=state,
+            mesh=run.mesh,
+            steps=run.steps,
+            seed=self.config.seed,
+            accumulate=self.config.accumulate,
+            ema=self.config.ema,
+        )
+        rates = np.asarray(run.schedule(np.arange(run.steps)))  # at once: a step never waits
+        failures = self.failures_after(first)
+        log.say("compiling the first step")
+        trace.after(first)
+        for step, state, metrics in log.timed(steps):
+            trace.after(step, metrics)
+            stop.after(step)
+            failures.after(step, metrics)
+            log.train(
+                step,
+                metrics,
+                due=self.is_due(self.config.log, step),
+                lr=float(rates[step - 1]),
+                epoch=step / run.steps_per_epoch,
+            )
+            if step == run.steps:
+                failures.finish(run.steps - first)
+            try:
+                self.act(step, state, metrics)
+            except StoppedError:
+                log.say(f"interrupted after step {step:,}")
+            self.save(step, state)
+            if stop.signal:
+                break
+        trace.end(metrics)
+        log.flush()
+        self.checkpoints.close()
+        if stop.signal and step < run.steps:
+            log.say(f"stopped and saved after step {step:,}: run the same command to continue")
+            log.event("stopped", step, f"by signal {stop.signal}")
+            return 128 + stop.signal
+        log.say(f"done: {self.path}")
+        log.event("done", step)
+        return 0
+
+    def batches_from(self, step: int) -> Iterator[dict]:
+        """Yields the batches after `step` updates."""
+        position = data_step(step, self.checkpoints.skips)
+        batches = self.run.data.training_batches(
+            self.config.batch_size,
+            seed=self.config.seed,
+            start=position,
+            stop=position + self.run.steps - step,
+            on_bad=self.log.bad_file,
+        )
+        return self.log.waited(batches)
+
+    def is_due(self, block: ConfigDict, step: int) -> bool:
+        """Returns whether the action of a block of the config follows a step."""
+        every = recipe.in_steps(block, "every", self.run.steps_per_epoch)
+        return step == self.run.steps or (every > 0 and step % every == 0)
+
+    def act(self, step: int, state: TrainState, metrics: dict) -> None:
+        """Evaluates, probes and draws, as far as it is due. Raises StoppedError after a signal."""
+        run, config, log = self.run, self.config, self.log
+        if self.is_due(config.evaluate, step):
+            with log.pace.action("evaluate"):
+                batches = run.data.evaluation_batches(
+                    run.rows, limit=config.evaluate.limit, on_bad=log.bad_file
+                )
+                batches = self.stop.guard(batches)
+                means = evaluate(run.objective, state, batches, mesh=run.mesh, seed=config.seed)
+            log.flush()
+            log.evaluation(step, means)
+        if self.probe and self.is_due(config.probe, step):
+            log.flush()
+            with log.pace.action("probe"):
+                means = self.probe(state, self.stop.guard)
+            log.evaluation(step, means)
+        if self.is_due(config.pictures, step) and config.pictures.count:
+            with log.pace.action("pictures"):
+                self.draw(step, state, metrics)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves the state if that is due, or if the run stops here.
+
+        Raises FloatingPointError rather than save a state that is not finite.
+        """
+        if not self.is_due(self.config.save, step) and not self.stop.signal:
+            return
+        self.log.flush()  # so that no record is missing if the process ends here
+        flags = flat(jax.device_get(all_finite(state)))
+        if names := [name for name, finite in flags.items() if not finite]:
+            raise FloatingPointError(
+                f"{names[0]} is not finite after step {step:,}, although the loss is. {ADVICE}."
+            )
+        with self.log.pace.action("save"):
+            self.checkpoints.save(state)
+
+    def draw(self, step: int, state: TrainState, metrics: dict) -> None:
+        """Draws a sheet of the objective's pictures of the first images of the evaluation split."""
+        run, name = self.run, self.config.objective.name
+        columns = pictures_of(run, state, self.config.pictures.count, self.config.seed)
+        if jax.process_index() == 0 and all(len(images) for images in columns.values()):
+            draw_sheet(
+                Path(self.path) / "pictures" / f"step_{step:07d}.png",
+                columns,
+                f"{name}, step {step:,}  {format_metrics(metrics)}",
+                stretch=run.data.image.dtype != "uint8",
+                legend=run.data.legend,
+            )
+
+
+def peak_share(run: Run, config: ConfigDict) -> float:
+    """Returns the share of a chip's peak that one image per second uses, 0 if it is unknown.
+
+    Operations that rematerialization repeats do not count.
+    """
+    peak, network = flops.peak(jax.devices()[0].device_kind), run.model or run.tokenizer
+    if not peak or not network or network.dtype != "bfloat16":
+        return 0.0
+    plain = config.copy_and_resolve_references()
+    if "model" in plain:
+        plain.model.remat = "none"
+    networks = schema.networks(recipe.with_dtypes(plain, run.mesh))
+    function = objectives.find(config.objective.name)
+    objective = recipe.build_objective(plain, function, networks, run.data)
+    step = Start(run._replace(objective=objective), plain).trace_step()
+    return flops.of_step(step.jaxpr) / (config.batch_size / run.mesh.size) / peak
