@@ -144,9 +144,9 @@ def opened(monkeypatch):
     """Names of the files whose headers were read."""
     names, describe = [], manifest.describe
 
-    def noted(root, tars, file):
+    def noted(root, tars, file, large):
         names.append(file.name)
-        return describe(root, tars, file)
+        return describe(root, tars, file, large)
 
     monkeypatch.setattr(manifest, "describe", noted)
     return names

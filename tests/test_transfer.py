@@ -15,7 +15,7 @@ from mim_jax.models.patches import sincos2d
 from mim_jax.models.resize import resize_positions, resize_relative
 from mim_jax.objectives import beit, classify, dvae, mae
 from mim_jax.train import initialize
-from mim_jax.transfer import start_from
+from mim_jax.transfer import compare, encoder_in, start_from
 
 MODEL = dict(width=16, depth=2, heads=2, patch=4, positions="sincos")
 DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
@@ -42,18 +42,20 @@ def begin(config, seed=0, ema=False, num_labels=5):
     networks = schema.networks(config)
     sides = np.broadcast_to(config["data"]["size"], 2)
     names = ("image", "tokenizer_image") if "tokenizer" in networks else ("image",)
-    example = {name: jax.ShapeDtypeStruct((1, *sides, 3), jnp.uint8) for name in names}
+    channels = config["data"].get("channels", 3)
+    example = {name: jax.ShapeDtypeStruct((1, *sides, channels), jnp.uint8) for name in names}
     example["index"] = jax.ShapeDtypeStruct((1,), jnp.int32)
     objective = module.objective(**networks, **settings)
     return jax.jit(lambda: initialize(objective, OPTIMIZER, example, seed, ema))()
 
 
-def save(folder, config, state):
+def save(folder, config, state, class_names=()):
     """A run that saved this state. -> its folder"""
     checkpoints = Checkpoints(folder, keep=1)
     checkpoints.save(state)
     checkpoints.close()
-    (folder / "config.json").write_text(json.dumps({"config": config, "trajectory": {}}))
+    record = {"config": config, "trajectory": {}, "data": {"class_names": class_names}}
+    (folder / "config.json").write_text(json.dumps(record))
     return folder
 
 
@@ -179,6 +181,83 @@ def test_the_head_of_a_classifier_is_copied(settings, labels, taken, tmp_path, c
         "fc_norm" in begun.params and (begun.params["fc_norm"]["scale"] == 2).all()
     )
     assert ("head" in taken) == (begun.params["head"]["bias"] == 1).all()
+
+
+def test_classes_of_a_head_are_matched_by_name(tmp_path, capsys):
+    config = config_of("classify", head_std=1.0)
+    source = begin(config, seed=1, num_labels=3)
+    folder = save(tmp_path, config, source, ["cat", "dog", "eel"])
+    start = functools.partial(start_from, begin(config, num_labels=3), "encoder", folder, config)
+    for names, order in ((["eel", "cat", "dog"], [2, 0, 1]), (["cat", "dog", "eel"], [0, 1, 2])):
+        head = start(HEAD, names).params["head"]
+        for name, x in source.params["head"].items():
+            np.testing.assert_array_equal(head[name], np.asarray(x)[..., order])
+    capsys.readouterr()
+    other = start(HEAD, ["cat", "dog", "elk"])
+    assert "the classes are others, for example eel, elk" in capsys.readouterr().out
+    assert (other.params["head"]["kernel"] != source.params["head"]["kernel"]).any()
+    assert equal(other.params["fc_norm"], source.params["fc_norm"])
+    with pytest.raises(UserError, match=r"cannot evaluate: .* has no params|has no head/bias"):
+        start(HEAD, ["cat", "dog", "elk"], True)
+
+
+def of_bands(bands, **objective):
+    config = config_of("classify", mean=(0.5,), std=(0.5,), **objective)
+    config["data"] |= dict(channels=len(bands), bands=bands)
+    return config
+
+
+def test_bands_are_matched_by_name(tmp_path, capsys):
+    """Where images have the bands in common, an encoder computes the same."""
+    before = of_bands(("red", "green", "nir"))
+    folder, source = run_of(tmp_path, before)
+    after = of_bands(("nir", "swir", "red", "green"))
+    state = begin(after)
+    begun = start_from(state, "encoder", folder, after)
+    said = capsys.readouterr().out
+    assert "bands matched: nir, red, green; new: swir" in said
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 4)).astype(np.float32)
+    images[..., 1] = 0
+    encoders = (schema.networks(config)["model"] for config in (after, before))
+    ours, theirs = (
+        encoder.apply({"params": run.params["encoder"]}, x, layers=(1,))[0]
+        for encoder, run, x in zip(
+            encoders, (begun, source), (images, images[..., [2, 3, 0]]), strict=True
+        )
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    kernel = begun.params["encoder"]["embed"]["kernel"].reshape(16, 4, -1)
+    initial = state.params["encoder"]["embed"]["kernel"].reshape(16, 4, -1)
+    assert (kernel[:, 1] == initial[:, 1]).all()
+    # fewer bands
+    fewer = of_bands(("green",))
+    kernel = start_from(begin(fewer), "encoder", folder, fewer).params["encoder"]["embed"]["kernel"]
+    expected = source.params["encoder"]["embed"]["kernel"].reshape(16, 3, -1)[:, 1]
+    np.testing.assert_array_equal(kernel, expected)
+    assert "bands matched: green; dropped: red, nir" in capsys.readouterr().out
+
+
+def test_statistics_of_bands_are_compared_by_name(tmp_path, capsys):
+    before = of_bands(("red", "nir"))
+    before["objective"] |= dict(mean=(0.1, 0.2), std=(0.3, 0.4))
+    folder, _ = run_of(tmp_path, before)
+    after = of_bands(("nir", "blue", "red"))
+    after["objective"] |= dict(mean=(0.2, 0.9, 0.1), std=(0.4, 0.9, 0.5))
+    start_from(begin(after), "encoder", folder, after)
+    error = capsys.readouterr().err
+    assert "objective.std" in error
+    assert "(0.4, 0.3), this run's is (0.4, 0.5), for the bands nir, red" in error
+    assert "objective.mean" not in error
+
+
+def test_bands_that_cannot_be_matched(tmp_path):
+    folder, _ = run_of(tmp_path, of_bands(("red", "nir")))
+    after = of_bands(("a", "b"))
+    with pytest.raises(UserError, match="is for the bands red, nir, and none of them is among"):
+        start_from(begin(after), "encoder", folder, after)
+    encoders = (encoder_in(of_bands(bands)) for bands in (("nir", "red"), ("red", "nir")))
+    with pytest.raises(UserError, match="is for the bands red, nir, in this order"):
+        compare(*encoders, folder)
 
 
 def test_the_head_of_a_probe_is_copied_with_its_statistics(tmp_path):
