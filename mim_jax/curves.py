@@ -224,7 +224,8 @@ def short(value: float, digits: int) -> str:
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
         mantissa, power = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa}e{int(power)}"
-    return f"{value:,.{max(digits, 4) if abs(value) >= 100 else digits}g}"
+    whole_digits = len(str(int(abs(value))))
+    return f"{value:,.{max(digits, whole_digits)}g}"
 
 
 def whole(value: float) -> str:
