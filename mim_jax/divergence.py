@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 CAPTURES = 8  # that are written by a process
 ADVICE = (
@@ -101,6 +102,12 @@ class Failures:
         record["images"] = self.names_of(step)
         path = self.folder / f"step_{step:07d}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@jax.jit
+def all_finite(tree):
+    """Returns a tree of flags (): whether all values of an array are finite."""
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
 
 
 def data_step(step: int, skips: Sequence[Sequence[int]]) -> int:

@@ -79,12 +79,6 @@ def train_step(
     return jax.tree.map(choose, updated, state), metrics
 
 
-@jax.jit
-def all_finite(state: TrainState):
-    """Returns a tree of flags (): whether all values of an array are finite."""
-    return jax.tree.map(lambda x: jnp.isfinite(x).all(), state)
-
-
 def jit_step(objective, optimizer, state: TrainState, *, mesh: Mesh, accumulate=1, ema=0.0):
     """Compiles `train_step`. The state is donated and stays sharded as `state` (or its shapes)."""
     settings = dict(objective=objective, optimizer=optimizer, mesh=mesh)

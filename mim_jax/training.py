@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mim_jax import UserError, flops, objectives, recipe, schema, workdir
 from mim_jax.checkpoint import Checkpoints, flat
-from mim_jax.divergence import ADVICE, Failures, RollbackError, data_step
+from mim_jax.divergence import ADVICE, Failures, RollbackError, all_finite, data_step
 from mim_jax.experiment import pictures_of
 from mim_jax.log import Log, format_metrics
 from mim_jax.probe import Probe
@@ -18,7 +18,7 @@ from mim_jax.recipe import Run
 from mim_jax.sheets import draw_sheet
 from mim_jax.start import Start
 from mim_jax.stop import Stop, StoppedError
-from mim_jax.train import TrainState, all_finite, evaluate, train
+from mim_jax.train import TrainState, evaluate, train
 
 ACTIONS = ("evaluate", "probe", "pictures", "save")  # blocks of the config with an interval
 
