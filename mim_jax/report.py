@@ -96,11 +96,12 @@ def main(argv: list[str] | None = None) -> int:
 def fitted(runs: Sequence[RecordedRun], findings: Sequence[Findings]) -> str:
     """Returns the page, with as many pictures as it has space for."""
     frames = FRAMES
-    while True:
-        page = render(runs, findings, frames)
-        if len(page.encode()) < LARGEST or frames == 0:
-            return page
+    while len((page := render(runs, findings, frames)).encode()) > LARGEST and frames:
         frames //= 2
+    if len(page.encode()) > LARGEST:  # many runs
+        reason = "attention, tokens and predictions: the page would be too large"
+        page = render(runs, [Findings(missing=(reason,))] * len(runs), frames)
+    return page
 
 
 def template():

@@ -221,6 +221,17 @@ def test_pictures_leave_a_page_below_its_size(tmp_path, monkeypatch):
     assert 0 < len(page.of("img")) < report.FRAMES
 
 
+def test_many_runs_leave_out_what_was_computed(tmp_path, monkeypatch):
+    runs = [read_run(make(tmp_path / f"run_{i}", training(2))) for i in range(3)]
+    noise = np.random.default_rng(0).random((8, 128, 128, 3))
+    found = [findings.Findings(attention={"image": noise, "average": noise})] * 3
+    assert report.fitted(runs, found).count("data:image") == 48
+    monkeypatch.setattr(report, "LARGEST", 300_000)
+    text = report.fitted(runs, found)
+    assert len(text) < report.LARGEST
+    assert text.count("the page would be too large") == 3
+
+
 def test_time_and_goodput(tmp_path):
     speed = dict(images_per_second=80.0)
     lines = [dict(step=10 * i, time=100.0 + 2 * i, loss=1.0, **speed) for i in range(1, 6)]
