@@ -200,7 +200,9 @@ def views_of(segmented: bool) -> tuple[type, type]:
 
 def make(
     *,
-    name: Annotated[str, FREE, Smoke("emoji"), "emoji, folder:PATH, tfds:PATH, or a TFDS name"],
+    name: Annotated[
+        str, FREE, Smoke("emoji"), "emoji, folder:PATH, hf:PATH, tfds:PATH, or a TFDS name"
+    ],
     size: Annotated[int | tuple, POSITIVE, "side of the images in pixels, or (height, width)"],
     tokenizer_size: Annotated[
         int | tuple, NOT_NEGATIVE, "the same of the images for the tokenizer; 0: none"
