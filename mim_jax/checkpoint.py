@@ -97,6 +97,7 @@ class Checkpoints:
 
         `skips` are those of its run from then on.
         """
+        assert self.latest is not None  # there is a checkpoint
         restored = restore(self.manager, self.latest, like._asdict())
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         metadata = self.manager.restore(self.latest, args=args)["metadata"]
