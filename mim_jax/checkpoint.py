@@ -116,6 +116,16 @@ class Checkpoints:
         self.manager.reload()
         self.latest = newest(self.folder)
 
+    def return_to(self, step: int) -> None:
+        """Sets aside the checkpoints after that of `step`. Raises UserError if there is none."""
+        steps = sorted(int(x.name) for x in self.folder.glob("*") if x.name.isdigit())
+        if step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"there is no checkpoint of step {step} in {self.folder}: {there}.")
+        self.set_aside(after=step)
+        if self.latest != step:
+            raise UserError(f"the checkpoint of step {step} in {self.folder} is corrupt.")
+
     def close(self) -> None:
         """Waits until everything is written, and releases the folder. May be called twice."""
         if self.closed:

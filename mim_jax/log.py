@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mim_jax import UserError
+from mim_jax import UserError, workdir
 
 
 class Pace:
@@ -54,7 +54,7 @@ class Pace:
 
 
 class Log:
-    """Writes metrics by step to metrics.jsonl, and to TensorBoard and Weights & Biases if enabled.
+    """Writes metrics by step to metrics.jsonl, and to TensorBoard, W&B and Trackio if enabled.
 
     Only the first of several processes writes; the others measure the same times.
 
@@ -65,6 +65,7 @@ class Log:
         batch_size: images per update.
         tensorboard: whether to write TensorBoard events.
         wandb: project of Weights & Biases, "" for none.
+        trackio: project of Trackio, "" for none.
         warn: (step, metrics) -> a warning, or "".
         every: {name of a periodic action: its interval in steps}.
         devices: number of chips that share a batch.
@@ -80,6 +81,7 @@ class Log:
         batch_size: int,
         tensorboard: bool,
         wandb: str,
+        trackio: str,
         warn: Callable,
         every: Mapping[str, int] | None = None,
         devices: int = 1,
@@ -93,7 +95,7 @@ class Log:
         self.training = self.waiting = 0.0  # seconds since the last line
         self.last_step, self.first = step, True
         self.pending: tuple[int, dict, dict, float] | None = None
-        self.sinks = sinks(workdir, step, tensorboard, wandb) if self.writes else []
+        self.sinks = sinks(workdir, step, tensorboard, wandb, trackio) if self.writes else []
         self.bad_files = lines_once(Path(workdir) / "bad_files.jsonl")
 
     def timed(self, steps: Iterable) -> Iterator:
@@ -231,20 +233,23 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def sinks(workdir: str, step: int, tensorboard: bool, wandb: str) -> list:
+def sinks(workdir: str, step: int, tensorboard: bool, wandb: str, trackio: str) -> list:
     """Returns functions (step, values) that store records, each continuing after `step`."""
     writers = [json_lines(Path(workdir) / "metrics.jsonl", step)]
     if tensorboard:
         writers.append(tensorboard_events(workdir, step))
     if wandb:
         writers.append(wandb_run(workdir, wandb))
+    if trackio:
+        writers.append(trackio_run(workdir, trackio))
     return writers
 
 
 def json_lines(path: Path, step: int):
     """Appends to `path`, without records after `step`: they will be repeated."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if step_of(line) <= step))
+    kept = [record for record in workdir.read_lines(path) if step_of(record) <= step]
+    if path.exists() and len(kept) < len(path.read_bytes().splitlines()):
+        workdir.write_lines(path, kept)
 
     def write(step, values):
         with path.open("a") as file:
@@ -255,7 +260,10 @@ def json_lines(path: Path, step: int):
 
 def lines_once(path: Path):
     """Returns a function that appends a record to `path` unless it is there -> whether it did."""
-    lines = set(path.read_text().splitlines()) if path.exists() else set()
+    records = workdir.read_lines(path)
+    if path.exists() and len(records) < len(path.read_bytes().splitlines()):
+        workdir.write_lines(path, records)
+    lines = {json.dumps(record) for record in records}
 
     def write(record) -> bool:
         line = json.dumps(record)
@@ -269,11 +277,10 @@ def lines_once(path: Path):
     return write
 
 
-def step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # a half-written line
-        return float("inf")
+def step_of(record: Mapping) -> float:
+    """Returns the step of a record, infinity if it has none."""
+    step = record.get("step")
+    return step if isinstance(step, int | float) else float("inf")
 
 
 def optional(package: str, extra: str):
@@ -301,4 +308,10 @@ def wandb_run(workdir: str, project: str):
     run = optional("wandb", "wandb").init(
         project=project, dir=workdir, id=Path(workdir).name, resume="allow"
     )
+    return lambda step, values: run.log(values, step=step)
+
+
+def trackio_run(workdir: str, project: str):
+    name = Path(workdir).absolute().name
+    run = optional("trackio", "trackio").init(project=project, name=name, resume="allow")
     return lambda step, values: run.log(values, step=step)

@@ -10,6 +10,7 @@ saving.
 """
 
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -43,6 +44,15 @@ def main(argv: list[str] | None = None) -> int:
         "MPI; elsewhere pass ADDRESS:PORT,PROCESSES,PROCESS",
     )
     parser.add_argument(
+        "--change",
+        default="",
+        metavar="KEYS",
+        help="keys, separated by commas, that may differ from those of the run to continue",
+    )
+    parser.add_argument(
+        "--from-step", type=int, default=0, help="continue from this checkpoint, not the newest"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the config and the recipe's arithmetic"
     )
     options, overrides = cli.parse(parser, argv)
@@ -55,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.dry_run:
             print(config, recipe.build(config).summary, f"run directory: {path}", sep="\n")
             return 0
-        return run_config(config, path, options.profile)
+        change = [key for key in options.change.split(",") if key]
+        return run_config(config, path, options.profile, change, options.from_step)
 
     return cli.exit_code(command, path)
 
@@ -79,20 +90,41 @@ def join(processes: str) -> None:
     jax.distributed.initialize(address, numbers[0], numbers[1], heartbeat_timeout_seconds=60)
 
 
-def run_config(config: ConfigDict, path: str, profile: str = "") -> int:
-    """Trains from the newest checkpoint in the run directory, or from the start, to the end."""
+def run_config(
+    config: ConfigDict,
+    path: str,
+    profile: str = "",
+    change: Collection[str] = (),
+    from_step: int = 0,
+) -> int:
+    """Trains from a checkpoint in the run directory, or from the start, to the end.
+
+    Args:
+        config: the complete config.
+        path: the run directory.
+        profile: "FIRST:LAST" step of a trace, "" for none.
+        change: keys that may differ from those of the run that is continued.
+        from_step: the checkpoint to continue from, 0 for the newest.
+
+    Returns:
+        The exit code.
+    """
     with Stop() as stop:
-        return train_config(config, path, profile, stop)
+        return train_config(config, path, profile, change, from_step, stop)
 
 
-def train_config(config: ConfigDict, path: str, profile: str, stop: Stop) -> int:
-    """Does what run_config describes, until a signal arrives. Returns the exit code."""
+def train_config(
+    config: ConfigDict, path: str, profile: str, change: Collection[str], from_step: int, stop: Stop
+) -> int:
+    """Does what run_config describes, until a signal arrives."""
     run = recipe.build(config)
     run.require_labels(config.data.evaluation_split)
     start, trace, probe = Start(run, config), Trace(profile, path), probe_of(run, config)
-    trajectory = claim_workdir(path, run, config, start.bytes)
-    record = record_of(run, config, trajectory)
+    trajectory, history = claim_workdir(path, run, config, start.bytes, change)
+    record = record_of(run, config, trajectory) | (dict(history=history) if history else {})
     checkpoints = Checkpoints(path, config.save.keep, record)
+    if from_step:
+        checkpoints.return_to(from_step)
     training = Training(run, config, path, start, checkpoints, probe, stop)
     try:
         return training.attempts(trace)

@@ -361,18 +361,15 @@ def problems(run: RecordedRun) -> list[tuple[str, str]]:
             (f"step {run.step:,}", "The process ended without a word. Run the same command again.")
         )
     for event in run.events:
-        if event["event"] in ("warning", "failed"):
+        if event.get("event") in ("warning", "failure", "rollback", "failed"):
             rows.append((f"step {event['step']:,}", str(event.get("text", ""))))
     for key in dict.fromkeys(name for record in run.metrics for name in record):
         bad = [x for x, y in run.series(key) if isinstance(y, float) and not math.isfinite(y)]
         if bad:
             rows.append((f"step {bad[0]:,}", f"{key} is not finite in {len(bad):,} record(s)."))
-    files = run.path / "bad_files.jsonl"
-    bad_files = files.read_text().splitlines() if files.exists() else []
+    bad_files = workdir.read_lines(run.path / "bad_files.jsonl")
     if bad_files:
-        first = ", ".join(
-            str(json.loads(line).get("file", "")) for line in bad_files[:3] if line.startswith("{")
-        )
+        first = ", ".join(str(record.get("file", "")) for record in bad_files[:3])
         count = f"{len(bad_files):,} file{'s' if len(bad_files) > 1 else ''}"
         rows.append(("data", f"{count} could not be used, first {first}."))
     for path in sorted((run.path / "checkpoints").glob("*.corrupt-*")):

@@ -7,7 +7,6 @@ A run is finished, failed, stopped by a signal, running, or stale: its process h
 word, as when it was killed. Exit codes: 0 done, 2 a mistake of the user.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -108,24 +107,14 @@ def read_run(path: str | epath.PathLike) -> RecordedRun:
         raise UserError(f"{path} is not the directory of a training run.")
     files = [folder / name for name in ("metrics.jsonl", "events.jsonl")]
     changed = max((file.stat().mtime for file in files if file.exists()), default=0.0)
-    metrics, events = (lines(file) for file in files)
-    metrics = sorted((x for x in metrics if is_step(x)), key=lambda x: x["step"])
+    metrics, events = ([x for x in workdir.read_lines(file) if is_step(x)] for file in files)
+    metrics = sorted(metrics, key=lambda x: x["step"])
     return RecordedRun(folder, record, metrics, events, changed, time.time())
 
 
-def lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Returns the objects of a JSON Lines file. The last line may be incomplete."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in records if isinstance(record, dict) and "step" in record]
-
-
 def is_step(record: Mapping[str, Any]) -> bool:
-    return isinstance(record["step"], int | float) and math.isfinite(record["step"])
+    step = record.get("step")
+    return isinstance(step, int | float) and math.isfinite(step)
 
 
 def runs_below(root: str | epath.PathLike) -> Iterator[RecordedRun]:

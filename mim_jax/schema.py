@@ -86,6 +86,9 @@ class Logging(NamedTuple):
     every_steps: Annotated[Steps, Smoke(5)] = 50
     tensorboard: Annotated[bool, FREE, "also write TensorBoard events"] = False
     wandb: Annotated[str, FREE, "also log to this project of Weights & Biases"] = ""
+    trackio: Annotated[str, FREE, "also log to this project of Trackio, which needs no account"] = (
+        ""
+    )
 
 
 class Evaluate(NamedTuple):
@@ -243,6 +246,8 @@ def load(
     if smoke:
         shrink(config)
     keys = keys_of(config)
+    if workdir.is_run(path):  # a stranger's run must not name the folder of compiled programs
+        config.compile_cache = keys["compile_cache"].default
     for key, text in changes:
         set_key(config, keys, key, text, typed=True)
     return config

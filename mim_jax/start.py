@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,18 @@ def source_run(path: str, config: ConfigDict, key: str) -> str:
     return source
 
 
-def claim_workdir(path: str, run: Run, config: ConfigDict, state_bytes: int) -> dict[str, Any]:
-    """Creates a run directory if it is free or belongs to this very run -> the run's trajectory.
+def claim_workdir(
+    path: str, run: Run, config: ConfigDict, state_bytes: int, change: Collection[str] = ()
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Creates a run directory if it is free or belongs to this very run.
 
     A run that never saved leaves its directory free.
+
+    Args:
+        change: keys that may differ from those of the run that is continued.
+
+    Returns:
+        The run's trajectory and its history: [{"changes": {key: [old value, new value]}}, ...].
 
     Raises:
         UserError: if it belongs to another run, or has no space for two checkpoints.
@@ -125,8 +134,13 @@ def claim_workdir(path: str, run: Run, config: ConfigDict, state_bytes: int) -> 
         raise UserError(f"--workdir={path}: a run directory must be local, or mounted.")
     trajectory = schema.trajectory(config, run.data.fingerprint)
     trajectory = json.loads(json.dumps(trajectory))  # tuples become lists, as in a record
+    for key in change:
+        if key not in trajectory:
+            raise UserError(f"--change={key}: the config has no key {key} that decides a run.")
+    history: list[dict[str, Any]] = []
     if workdir.has_checkpoints(path) and workdir.is_run(path):
-        compare_trajectories(path, trajectory, run, config.objective.name)
+        changes = compare_trajectories(path, trajectory, run, config.objective.name, change)
+        history = workdir.read(path).get("history", []) + ([{"changes": changes}] * bool(changes))
     folder = workdir.open_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,11 +152,17 @@ def claim_workdir(path: str, run: Run, config: ConfigDict, state_bytes: int) -> 
             f"{path} has {free / 2**30:.1f} GiB free, but two checkpoints need "
             f"{needed / 2**30:.1f} GiB: choose another --workdir."
         )
-    return trajectory
+    return trajectory, history
 
 
-def compare_trajectories(path: str, trajectory: dict, run: Run, objective: str) -> None:
-    """Raises UserError if the run in a directory has another trajectory."""
+def compare_trajectories(
+    path: str, trajectory: dict, run: Run, objective: str, change: Collection[str] = ()
+) -> dict[str, list]:
+    """Compares a trajectory with that of the run in a directory.
+
+    Returns {key: [old value, new value]} of the keys in `change` that differ. Raises UserError if
+    any other differs.
+    """
     record = workdir.read(path)
     if workdir.is_converted(record):
         raise UserError(
@@ -158,13 +178,18 @@ def compare_trajectories(path: str, trajectory: dict, run: Run, objective: str) 
     # A key that is newer than the saved run had its default value in that run.
     defaults = schema.trajectory(schema.complete(record["config"]), run.data.fingerprint)
     saved = json.loads(json.dumps(defaults)) | saved
-    changes = [
-        f"{key} is {trajectory.get(key)!r}, was {saved.get(key)!r}"
+    changes = {
+        key: [saved.get(key), trajectory.get(key)]
         for key in sorted(saved | trajectory)
         if trajectory.get(key) != saved.get(key)
-    ]
-    if changes:
-        raise UserError(
-            f"{path} holds a run with other settings: {'; '.join(changes)}. "
-            "Choose another --workdir, or continue with the same settings."
+    }
+    refused = [key for key in changes if key not in change]
+    if refused:
+        text = "; ".join(
+            f"{key} is {changes[key][1]!r}, was {changes[key][0]!r}" for key in refused
         )
+        raise UserError(
+            f"{path} holds a run with other settings: {text}. Choose another --workdir, continue "
+            f"with the same settings, or allow the change: --change={','.join(refused)}."
+        )
+    return changes

@@ -94,6 +94,9 @@ class Training:
             return 0
         if first:
             log.say(f"continuing after step {first:,}")
+            for change in self.checkpoints.record.get("history", [])[-1:]:
+                for key, (old, new) in change["changes"].items():
+                    log.say(f"{key} was changed from {old!r} to {new!r}")
         log.event("start", first, self.checkpoints.record["devices"])
         for rollbacks in itertools.count():
             try:
@@ -145,6 +148,7 @@ class Training:
             batch_size=config.batch_size,
             tensorboard=config.log.tensorboard,
             wandb=config.log.wandb,
+            trackio=config.log.trackio,
             warn=run.objective.warn,
             every={
                 name: recipe.in_steps(config[name], "every", run.steps_per_epoch)

@@ -15,7 +15,7 @@ A directory of converted weights has a config.json too, but no trajectory to con
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,29 @@ def write(workdir: str | epath.PathLike, record: Mapping[str, Any]) -> None:
     path = open_path(workdir) / "config.json"
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=2) + "\n")
+    part.replace(path)
+
+
+def read_lines(path: str | epath.PathLike) -> list[dict[str, Any]]:
+    """Returns the objects of a JSON Lines file, [] if there is none.
+
+    Lines that a killed process left incomplete, and whatever else is no object, are left out.
+    """
+    path = open_path(path)
+    records = []
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if isinstance(record, dict)]
+
+
+def write_lines(path: str | epath.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces a JSON Lines file, which is complete at any moment."""
+    path = open_path(path)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(record) + "\n" for record in records))
     part.replace(path)
 
 

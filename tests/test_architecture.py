@@ -19,7 +19,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "targets": {"models", "normalize"},
     "sharding": set(),
     "optim": {"keys"},
-    "log": set(),
+    "log": {"workdir"},
     "sheets": set(),
     "attend": {"models"},
     "flops": set(),

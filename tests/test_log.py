@@ -10,7 +10,7 @@ from mim_jax import log
 
 
 def logger(tmp_path, **options):
-    settings = dict(step=0, steps=100, batch_size=8, tensorboard=False, wandb="")
+    settings = dict(step=0, steps=100, batch_size=8, tensorboard=False, wandb="", trackio="")
     return log.Log(str(tmp_path), warn=lambda step, metrics: "", **settings | options)
 
 

@@ -178,6 +178,60 @@ def test_init_from_a_run(finished, tmp_path, command):
     assert losses(tmp_path)[1] != losses(finished[0])[1]
 
 
+def test_named_settings_may_change_on_purpose(finished, tmp_path, capsys):
+    """A finished run is extended, at another rate; what changed is recorded."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    more = ["--config.steps=23", "--config.optimizer.min_lr=1e-6"]
+    again = smoke(tmp_path, *more)[1:]
+    assert main.main(again) == 2
+    assert "allow the change: --change=optimizer.min_lr,steps." in capsys.readouterr().err
+    assert main.main([*again, "--change=steps"]) == 2
+    assert "optimizer.min_lr is 1e-06, was 0.0." in capsys.readouterr().err
+    assert main.main([*again, "--change=stepz,optimizer.min_lr"]) == 2
+    assert "--change=stepz: the config has no key stepz" in capsys.readouterr().err
+    assert main.main([*again, "--change=steps,optimizer.min_lr"]) == 0
+    assert "continuing after step 20" in capsys.readouterr().out
+    assert max(losses(tmp_path)) == 23
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["history"] == [{"changes": {"optimizer.min_lr": [0.0, 1e-6], "steps": [20, 23]}}]
+    assert main.main(again) == 0
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_run_continues_from_a_chosen_checkpoint(finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    arguments = smoke(tmp_path)[1:]
+    assert main.main([*arguments, "--from-step=11"]) == 2
+    assert "there is no checkpoint of step 11 in" in capsys.readouterr().err
+    assert main.main([*arguments, "--from-step=10"]) == 0
+    assert "continuing after step 10" in capsys.readouterr().out
+    assert losses(tmp_path) == pytest.approx(losses(finished[0]), rel=1e-5)
+    assert list((tmp_path / "checkpoints").glob("20.set-aside-*"))
+
+
+def test_lines_of_a_killed_process_are_survived(finished, tmp_path, capsys):
+    """Half a line, binary bytes, foreign objects: left out, and the file is complete again."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "20")
+    damage = b'\xff\xfe\x00\n[1, 2]\n{"loss": 1.0}\n"text"\n{"step": 9, "lo'
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(damage)
+    (tmp_path / "bad_files.jsonl").write_bytes(damage)
+    assert main.main(smoke(tmp_path)[1:]) == 0
+    assert losses(tmp_path) == pytest.approx(losses(finished[0]), rel=1e-5)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_does_not_choose_where_compiled_programs_are(finished, tmp_path):
+    """A stranger's run could bring a compiled step of its own."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    record = json.loads((tmp_path / "config.json").read_text())
+    record["config"]["compile_cache"] = str(tmp_path / "cache")
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert schema.load(str(tmp_path)).compile_cache == "~/.cache/mim_jax"
+    assert schema.load(str(tmp_path), ["compile_cache=/x"]).compile_cache == "/x"
+
+
 def test_a_run_that_could_not_start_leaves_its_folder_free(finished, tmp_path, capsys):
     """Where something else must be said, another folder need not be."""
     arguments = ["--config.steps=3", f"--config.init_from.encoder={finished[0]}"]
@@ -288,7 +342,11 @@ class StandIn:
 
 @pytest.mark.parametrize(
     ("package", "override"),
-    [("tensorboardX", "log.tensorboard=true"), ("wandb", "log.wandb=my_project")],
+    [
+        ("tensorboardX", "log.tensorboard=true"),
+        ("wandb", "log.wandb=my_project"),
+        ("trackio", "log.trackio=my_project"),
+    ],
 )
 def test_other_sinks_get_the_same_records(package, override, tmp_path, monkeypatch, capsys):
     arguments = smoke(tmp_path, f"--config.{override}", "--config.steps=3")[1:]
