@@ -34,6 +34,7 @@ from mim_jax.sheets import to_rgb
 LARGEST = 5_000_000  # bytes of a page
 FRAMES = 9  # sheets of pictures over time
 MATRIX = 24  # classes of which a whole confusion matrix is shown
+MOST_FAULTS = 20  # warnings and failures that are listed
 EVALUATION = "evaluate/"
 TEMPLATES = epath.Path(__file__).parent / "templates"
 
@@ -360,9 +361,12 @@ def problems(run: RecordedRun) -> list[tuple[str, str]]:
         rows.append(
             (f"step {run.step:,}", "The process ended without a word. Run the same command again.")
         )
-    for event in run.events:
-        if event.get("event") in ("warning", "failure", "rollback", "failed"):
-            rows.append((f"step {event['step']:,}", str(event.get("text", ""))))
+    usual = ("start", "stopped", "done")
+    faults = [event for event in run.events if event.get("event", "start") not in usual]
+    for event in faults[-MOST_FAULTS:]:
+        rows.append((f"step {event['step']:,}", str(event.get("text", ""))))
+    if len(faults) > MOST_FAULTS:
+        rows.append(("before", f"{len(faults) - MOST_FAULTS:,} more, in events.jsonl"))
     for key in dict.fromkeys(name for record in run.metrics for name in record):
         bad = [x for x, y in run.series(key) if isinstance(y, float) and not math.isfinite(y)]
         if bad:

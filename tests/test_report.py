@@ -141,6 +141,7 @@ def test_warnings_and_faults(tmp_path):
     events = [
         dict(time=1.0, step=0, event="start", text=""),
         dict(time=2.0, step=10, event="warning", text="the codebook has collapsed"),
+        dict(time=2.5, step=15, event="rollback", text="returning to step 10"),
         dict(time=3.0, step=20, event="failed", text="the disk is full"),
     ]
     folder = make(tmp_path / "run", training(2), events=events)
@@ -149,6 +150,13 @@ def test_warnings_and_faults(tmp_path):
     text, _ = written(folder)
     for words in ("codebook has collapsed", "disk is full", "first a.jpg", "was corrupt"):
         assert words in text
+    assert "returning to step 10" in text
+    many = [dict(time=2.0, step=i, event="failure", text=f"fault {i}") for i in range(100)]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in many))
+    text, _ = written(folder)
+    assert "fault 99" in text
+    assert "fault 79" not in text
+    assert "80 more, in events.jsonl" in text
 
 
 @pytest.mark.parametrize(
