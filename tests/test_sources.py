@@ -15,6 +15,7 @@ from PIL import Image
 
 from mim_jax import UserError, data
 from mim_jax.data.folder import Folder
+from mim_jax.data.pack import pack
 from mim_jax.data.sources import BUILTIN
 from mim_jax.main import main
 from mim_jax.sheets import MARGIN, draw_sheet
@@ -237,6 +238,56 @@ def test_damaged_metadata(content, tmp_path):
     (folder / "features.json").write_text(content)
     with pytest.raises(UserError, match=r"cannot be read|is not a feature of TFDS"):
         data.make(name=f"tfds:{folder}", size=16)
+
+
+def zeros(content, start, length):
+    return content[:start] + bytes(length) + content[start + length :]
+
+
+def test_damaged_records_are_replaced_and_listed(tmp_path):
+    """As damaged files: also in worker processes, and in evaluations."""
+    folder = shutil.copytree(BUILTIN["emoji"], tmp_path / "set")
+    for split in ("train", "validation"):
+        (shard,) = folder.glob(f"*-{split}.*")
+        content = shard.read_bytes()
+        shard.write_bytes(zeros(content, len(content) // 2, 3000))
+    settings = dict(name=f"tfds:{folder}", size=16, max_bad_fraction=0.01)
+    reported = []
+    dataset = data.make(**settings)
+    batches = list(
+        dataset.training_batches(64, seed=0, start=0, stop=21, on_bad=lambda *x: reported.append(x))
+    )
+    assert 1 <= len(reported) <= 5
+    assert all("its record cannot be read: Corrupted" in reason for _, reason in reported)
+    assert all(name.startswith("train, example ") for name, _ in reported)
+    again = data.make(**settings, workers=1).training_batches(64, seed=0, start=20, stop=21)
+    np.testing.assert_array_equal(next(again)["image"], batches[20]["image"])
+    valid = np.concatenate([batch["valid"] for batch in dataset.evaluation_batches(64)])
+    assert 561 <= valid.sum() < 566
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda x: x[: len(x) // 2], lambda x: bytes(len(x)), lambda x: b""]
+)
+def test_a_damaged_shard_among_others(damage, tmp_path):
+    """Its examples are replaced by those of other shards, or end the run in a sentence."""
+    plant(
+        tmp_path / "set", {f"{i:03d}.png": encoded(Image.new("L", (8, 8), i)) for i in range(200)}
+    )
+    pack(str(tmp_path / "set"), str(tmp_path / "packed"), shard_mb=0.0035)
+    shards = sorted((tmp_path / "packed").glob("*-train.*"))
+    assert len(shards) > 3
+    shards[1].write_bytes(damage(shards[1].read_bytes()))
+    settings = dict(name=f"tfds:{tmp_path / 'packed'}", size=8, channels=1)
+    lost = []
+    dataset = data.make(**settings, max_bad_fraction=0.5)
+    for _ in dataset.training_batches(
+        19, seed=0, start=0, stop=10, on_bad=lambda *x: lost.append(x)
+    ):
+        pass
+    assert 20 < len(lost) < 80
+    with pytest.raises(UserError, match=r"images cannot be used, more than data.max_bad_fraction"):
+        list(data.make(**settings).training_batches(19, seed=0, start=0, stop=10))
 
 
 @pytest.mark.parametrize("name", ["kaggle:set", "huggingface:mnist", "someone:set"])

@@ -8,7 +8,9 @@ from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, decode
 from mim_jax.data.sources import Source
 
-TRIES = 100  # consecutive images; if none of them can be used, the source itself is broken
+# Which examples after a bad one are tried: neighbors, and then ones farther away, because a whole
+# file of examples may be damaged. If none of them can be used, the source itself is broken.
+OFFSETS = (*range(16), *(16 << power for power in range(20)))
 
 
 def usable(view: Callable[[dict], dict], examples: Sequence[dict], i: int) -> dict:
@@ -16,16 +18,19 @@ def usable(view: Callable[[dict], dict], examples: Sequence[dict], i: int) -> di
 
     The result has a field `bad`: i if example i was replaced, else -1. It travels in the batch
     because the example may have been decoded in another thread or process.
-    Raises UserError if `TRIES` consecutive examples cannot be decoded.
+    Raises UserError if none of the examples at OFFSETS can be decoded.
     """
-    for j in range(i, i + TRIES):
+    for offset in OFFSETS:
         try:
-            example = view(examples[j % len(examples)])
+            example = view(examples[(i + offset) % len(examples)])
         except BadImageError as error:
             reason = str(error)
         else:
-            return example | {"bad": np.int64(-1 if j == i else i)}
-    raise UserError(f"{TRIES} consecutive images cannot be used; the reason of the last: {reason}.")
+            return example | {"bad": np.int64(i if offset else -1)}
+    raise UserError(
+        f"none of {len(OFFSETS)} images can be used in place of a bad one; the reason of the last: "
+        f"{reason}."
+    )
 
 
 class BadFiles:

@@ -13,7 +13,7 @@ from google.protobuf.json_format import ParseError
 
 from mim_jax import UserError
 from mim_jax.data.arrow import Rows, Table
-from mim_jax.data.decode import MODES
+from mim_jax.data.decode import MODES, BadImageError
 from mim_jax.data.folder import Folder, select
 from mim_jax.data.manifest import printable
 
@@ -103,8 +103,16 @@ class Records:
     def __len__(self) -> int:
         return len(self.records)
 
+    def read(self, i: int) -> dict:
+        """Reads record i. Raises BadImageError if it, or the file that it is in, is damaged."""
+        try:
+            return self.records[i]
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).split(";")[0].split(" (")[0]
+            raise BadImageError(f"its record cannot be read: {reason}") from error
+
     def __getitem__(self, i: int) -> dict:
-        record = self.records[i]
+        record = self.read(i)
         example = {"image": record["image"]}
         return example | {"label": np.int32(record["label"])} if self.labelled else example
 
@@ -124,17 +132,21 @@ def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
         raise UserError(f"split {split!r} of data set {name!r} is empty.")
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
+    labelled = "label" in features
+    examples = Records(records, labelled=labelled)
+
     def name_of(i: int) -> str:
-        file = records[i].get("file_name", b"")
-        return printable(os.fsdecode(file)) or f"{split}, example {i}"
+        with contextlib.suppress(BadImageError):
+            if file := examples.read(i).get("file_name", b""):
+                return printable(os.fsdecode(file))
+        return f"{split}, example {i}"
 
     name, version, note = builder.name, str(builder.version), builder.info.metadata or {}
     if "digests" in note:  # prepared from a folder, whose examples these are, in the same order
         name, version = "folder", note["digests"].get(split, "+".join(note["digests"].values()))
-    labelled = "label" in features
     label = features["label"] if labelled else None
     return Source(
-        Records(records, labelled=labelled),
+        examples,
         num_labels=label.num_classes if label else 0,
         fingerprint=dict(name=name, version=version, split=split, examples=count),
         mode=note["mode"] if "mode" in note else mode_of(features["image"]),
