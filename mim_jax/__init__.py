@@ -12,15 +12,23 @@ class UserError(ValueError):
     """
 
 
-def load(source: Any, **options: Any) -> Any:
+def load(
+    source: Any,
+    *,
+    mean: tuple = (),
+    std: tuple = (),
+    heads: int = 0,
+    image_size: int | tuple = 0,
+) -> Any:
     """Loads an encoder: `encoder, params = mim_jax.load("runs/mae_base")`.
 
-    encoder(params, images (b, H, W, c)) -> tokens (b, 1 + n, d), the class token first. The options
-    are those of `mim_jax.embed.load`.
+    encoder(params, images) -> tokens (b, 1 + n, d), the class token first. Images are an array
+    (b, H, W, c), or a list of Pillow images, files and arrays of any size. The arguments are those
+    of `mim_jax.embed.load`.
     """
     from mim_jax import embed  # late, so that `import mim_jax` is fast
 
-    return embed.load(source, **options)
+    return embed.load(source, mean=mean, std=std, heads=heads, image_size=image_size)
 
 
 def build(config: Any, changes: Any = None, **top_level: Any) -> Any:

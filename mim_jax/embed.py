@@ -24,10 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
+from PIL import Image
 
 from mim_jax import UserError, cli, recipe, schema, workdir
 from mim_jax.convert import files
 from mim_jax.convert.fit import encoder_only, resized
+from mim_jax.data.images import Images, batch_of
 from mim_jax.data.records import shard_path, write_info, write_shard
 from mim_jax.normalize import MEAN, STD
 from mim_jax.objectives import whole_images
@@ -44,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_config(parser, "a run directory, or a config file")
     parser.add_argument("--to", required=True, help="the .npz file or the folder to write")
     options, overrides = cli.parse(parser, argv)
+    if (ending := Path(options.to).suffix) in (".pt", ".pth", ".npy", ".csv", ".parquet", ".h5"):
+        parser.error(f"--to={options.to}: {ending} is not written; name an .npz file or a folder")
 
     def command() -> int:
         config = schema.load(options.config, overrides, trust_code=options.trust_code)
@@ -65,11 +69,13 @@ def load(
         encoder, params = load("runs/mae_base")
 
     encoder(params, images (b, H, W, c)) -> tokens (b, 1 + n, d), the class token first. Images are
-    integers in their type's range or floats in [0, 1]. Tokens are normalized if the encoder has a
-    final norm; one that was fine-tuned with the mean of the patches has none.
+    integers in their type's range or floats in [0, 1]; or a list of Pillow images, files and arrays
+    (H, W, c) of any size, whose short sides are resized and centers taken. Tokens are normalized if
+    the encoder has a final norm; one that was fine-tuned with the mean of the patches has none.
 
     Args:
-        source: a run directory, a file of weights or a Hugging Face folder.
+        source: a run directory, a file of weights, a Hugging Face folder, or the name of a model
+            that is in the local cache of the Hugging Face Hub.
         mean: of the images; otherwise what the source says, or ImageNet's.
         std: the same.
         heads: number of attention heads, if the source does not say it.
@@ -90,7 +96,12 @@ def load(
     encode, model = whole_images(network.encoder, **statistics), network.encoder
     any_size = model.positions == model.relative_bias == "none"
 
-    def encoder(params: dict, images: jax.Array) -> jax.Array:
+    def encoder(params: dict, images: jax.Array | Images | Image.Image) -> jax.Array:
+        if isinstance(images, Image.Image):
+            images = [images]
+        if isinstance(images, list | tuple):
+            data = dict(size=network.size, channels=network.channels)
+            images = jnp.asarray(batch_of(images, data)["image"])
         if images.ndim != 4 or images.shape[-1] != network.channels:
             raise UserError(
                 f"images must have the shape (b, H, W, {network.channels}), not {images.shape}."

@@ -22,10 +22,9 @@ import argparse
 import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import numpy as np
@@ -37,19 +36,16 @@ from mim_jax.attend import attention_maps, heat, marked, rows_of
 from mim_jax.convert import files
 from mim_jax.convert.fit import encoder_only, resized
 from mim_jax.convert.network import require_heads
-from mim_jax.data.arrays import BadImageError
-from mim_jax.data.decode import decode, header, type_of
-from mim_jax.data.fields import fields_of
+from mim_jax.data.images import Images, batch_of, decoded, dtype_of
 from mim_jax.data.masks import palette
 from mim_jax.data.segmentation import fitted
-from mim_jax.data.transforms import EvaluationView, resize, width_and_height
+from mim_jax.data.transforms import resize, width_and_height
 from mim_jax.embed import statistics_of
 from mim_jax.models.dvae import DVAE, code_colors
 from mim_jax.normalize import normalize, unit
 from mim_jax.sheets import draw_sheet, to_rgb
 
 Columns = dict[str, np.ndarray]  # {caption: images (b, H, W, c) in [0, 1]}
-Images = Sequence[str | Path | Image.Image | np.ndarray]  # files, or arrays (H, W, c)
 ATTENTION_SIZE, TOKENIZER_SIZE = 480, 224  # sides of images, unless they are given or known
 MASK_RATIO = 0.4  # BEiT's, where the source has only weights
 
@@ -391,58 +387,6 @@ def complete(config: dict, source: str | Path, overrides: Sequence[str]) -> Conf
         key, _, text = override.partition("=")
         schema.set_key(completed, schema.keys_of(completed), key, text, typed=True)
     return completed
-
-
-def batch_of(images: Images, data: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns a batch of whole images: the short side is resized, and the center is taken.
-
-    `data` is the block of a config that says their size and channels.
-    """
-    channels = data.get("channels", 3)
-    fields = fields_of(
-        size=data["size"],
-        tokenizer_size=data.get("tokenizer_size", 0),
-        channels=channels,
-        dtype=dtype_of(images[0]),
-        interpolation=data.get("evaluation_interpolation", "bicubic"),
-        labelled=False,
-    )
-    view = EvaluationView.configured(fields, dict(crop_fraction=1.0))
-    rows = [decoded(image, channels, fields[0].dtype) for image in images]
-    batch = {
-        field.name: np.stack([view.central(image, field) for image in rows])
-        for field in view.fields
-    }
-    return batch | dict(
-        index=np.arange(len(rows), dtype=np.int32), valid=np.ones(len(rows), np.float32)
-    )
-
-
-def dtype_of(image: str | Path | Image.Image | np.ndarray) -> str:
-    """Returns the type of an image's values. Raises UserError for files that cannot be read."""
-    if isinstance(image, np.ndarray):
-        return image.dtype.name
-    if isinstance(image, Image.Image):
-        return "uint8"
-    try:
-        with Path(image).open("rb") as file:
-            return type_of(header(file).mode)
-    except (OSError, BadImageError) as error:
-        raise UserError(f"cannot read the image {image}: {error}.") from None
-
-
-def decoded(
-    image: str | Path | Image.Image | np.ndarray, channels: int, dtype: str
-) -> Image.Image | np.ndarray:
-    """Returns an image with its channels and type. Raises UserError if it has others."""
-    if isinstance(image, Image.Image):
-        return image.convert("L" if channels == 1 else "RGB")
-    if isinstance(image, np.ndarray):
-        return image
-    try:
-        return decode(Path(image).read_bytes(), channels, dtype)
-    except (OSError, BadImageError) as error:
-        raise UserError(f"cannot read the image {image}: {error}.") from None
 
 
 def shrunk(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

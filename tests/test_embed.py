@@ -8,9 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 import mim_jax
 from mim_jax import UserError, embed, evaluate, main, recipe, schema
+from mim_jax.convert import files
 from mim_jax.convert.files import load_weights, save_weights
 from mim_jax.convert.read import read
 from mim_jax.models.patches import sincos2d
@@ -241,3 +243,41 @@ def test_directories_that_cannot_be_written(command, runs, tmp_path, capsys):
 def test_folders_that_are_not_runs(command, tmp_path, capsys):
     assert command.main([f"--config={tmp_path}", f"--to={tmp_path / 'x'}"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_encoders_take_images_of_any_size_and_kind(runs, tmp_path):
+    """Pillow images, files and arrays: the tokens of the same center crop."""
+    encoder, params = mim_jax.load(runs / "mae_base")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    expected = encoder(params, pixels[None])
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    for image in (Image.fromarray(pixels), tmp_path / "image.png", str(tmp_path / "image.png")):
+        np.testing.assert_allclose(encoder(params, [image]), expected, atol=1e-6)
+    np.testing.assert_allclose(encoder(params, Image.fromarray(pixels)), expected, atol=1e-6)
+    np.testing.assert_allclose(encoder(params, [pixels, pixels])[1:], expected, atol=1e-6)
+    wide = Image.fromarray(pixels).resize((200, 100))
+    assert encoder(params, [wide, pixels]).shape == (2, *expected.shape[1:])
+    with pytest.raises(UserError, match=r"cannot read the image nowhere\.png"):
+        encoder(params, ["nowhere.png"])
+
+
+def test_models_of_the_hub_are_taken_from_its_cache(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def cached(name, local_files_only):
+        assert local_files_only
+        if name != "facebook/vit-mae-base":
+            raise hub.errors.LocalEntryNotFoundError("not there")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", cached)
+    assert files.cached("facebook/vit-mae-base") == tmp_path
+    assert str(files.cached("some/deep/path")) == "some/deep/path"
+    with pytest.raises(UserError, match="run `hf download facebook/nothing` first"):
+        mim_jax.load("facebook/nothing")
+
+
+def test_other_endings_are_refused(runs, capsys):
+    with pytest.raises(SystemExit):
+        embed.main([f"--config={runs / 'mae_base'}", "--to=x.pt"])
+    assert ".pt is not written; name an .npz file or a folder" in capsys.readouterr().err

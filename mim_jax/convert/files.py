@@ -50,7 +50,7 @@ def load_weights(path: str | Path, **options: Any) -> tuple[dict, Network, dict[
     are ignored. Returns our parameters, their network, and the other entries of the source.
     Raises UserError if the source cannot be read or holds another network.
     """
-    path, options = Path(path), {name: value for name, value in options.items() if value}
+    path, options = cached(path), {name: value for name, value in options.items() if value}
     if (path / "checkpoints").is_dir():
         return load_run(path, **options)
     if (path / "encoder.pkl").exists() and (path / "decoder.pkl").exists():
@@ -100,6 +100,28 @@ def read_folder(path: Path) -> dict[str, np.ndarray]:
         f"{printable(path)} is neither a run, with checkpoints, nor a folder of Hugging Face, with "
         f"{' or '.join(FOLDER)}."
     )
+
+
+def cached(source: str | Path) -> Path:
+    """Returns the folder of a model of the Hugging Face Hub, as "facebook/vit-mae-base".
+
+    Nothing is downloaded: it must be in the Hub's local cache. Any other source is a path.
+
+    Raises:
+        UserError: if there is neither a path nor a cached model of this name.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(source), local_files_only=True))
+    except (ImportError, OSError):  # not installed, or not in the cache
+        raise UserError(
+            f"there is no file {source}, and no such model in the local cache of the Hugging Face "
+            f"Hub: if it is a model there, run `hf download {source}` first."
+        ) from None
 
 
 def load_run(path: Path, **options: Any) -> tuple[dict, Network, dict]:

@@ -1,0 +1,68 @@
+"""Batches of images that belong to no data set: files, Pillow images and arrays."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mim_jax import UserError
+from mim_jax.data.arrays import BadImageError
+from mim_jax.data.decode import decode, header, type_of
+from mim_jax.data.fields import fields_of
+from mim_jax.data.transforms import EvaluationView
+
+Images = Sequence[str | Path | Image.Image | np.ndarray]  # files, or arrays (H, W, c)
+
+
+def batch_of(images: Images, data: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns a batch of whole images: the short side is resized, and the center is taken.
+
+    `data` is the block of a config that says their size and channels.
+    """
+    channels = data.get("channels", 3)
+    fields = fields_of(
+        size=data["size"],
+        tokenizer_size=data.get("tokenizer_size", 0),
+        channels=channels,
+        dtype=dtype_of(images[0]),
+        interpolation=data.get("evaluation_interpolation", "bicubic"),
+        labelled=False,
+    )
+    view = EvaluationView.configured(fields, dict(crop_fraction=1.0))
+    rows = [decoded(image, channels, fields[0].dtype) for image in images]
+    batch = {
+        field.name: np.stack([view.central(image, field) for image in rows])
+        for field in view.fields
+    }
+    return batch | dict(
+        index=np.arange(len(rows), dtype=np.int32), valid=np.ones(len(rows), np.float32)
+    )
+
+
+def dtype_of(image: str | Path | Image.Image | np.ndarray) -> str:
+    """Returns the type of an image's values. Raises UserError for files that cannot be read."""
+    if isinstance(image, np.ndarray):
+        return image.dtype.name
+    if isinstance(image, Image.Image):
+        return "uint8"
+    try:
+        with Path(image).open("rb") as file:
+            return type_of(header(file).mode)
+    except (OSError, BadImageError) as error:
+        raise UserError(f"cannot read the image {image}: {error}.") from None
+
+
+def decoded(
+    image: str | Path | Image.Image | np.ndarray, channels: int, dtype: str
+) -> Image.Image | np.ndarray:
+    """Returns an image with its channels and type. Raises UserError if it has others."""
+    if isinstance(image, Image.Image):
+        return image.convert("L" if channels == 1 else "RGB")
+    if isinstance(image, np.ndarray):
+        return image
+    try:
+        return decode(Path(image).read_bytes(), channels, dtype)
+    except (OSError, BadImageError) as error:
+        raise UserError(f"cannot read the image {image}: {error}.") from None
