@@ -58,7 +58,7 @@ class Classes(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest type for labels 0 to k - 1 and, its largest value, for ignored pixels."""
+        """The smallest type for labels 0 to k - 1 and for its largest value, the ignored label."""
         return np.dtype(np.uint8 if len(self.names) <= 255 else np.uint16)
 
     @property
@@ -75,7 +75,7 @@ class Classes(NamedTuple):
         return table
 
     def labels(self, values: np.ndarray) -> np.ndarray:
-        """Values of a mask (H, W) -> labels (H, W). Raises BadImageError for an unknown value."""
+        """Maps values (H, W) to labels (H, W). Raises BadImageError for a value without a class."""
         labels = self.table[values]
         if (labels == UNKNOWN).any():
             raise BadImageError(f"it has the value {values[labels == UNKNOWN][0]}, no class")
@@ -117,7 +117,7 @@ class Tree:
         self.stamps = {name[len(self.prefix) :]: stamp for name, stamp in sorted(stamps.items())}
 
     def in_folder(self) -> dict[str, tuple]:
-        """{name: (bytes, time of change)} of files that are not hidden."""
+        """Returns {name: (bytes, time of change)} of files that are not hidden."""
         stamps = {}
         for folder, folders, files in os.walk(self.root, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
@@ -129,7 +129,7 @@ class Tree:
         return stamps
 
     def in_zip(self) -> dict[str, tuple]:
-        """{name: (bytes, checksum)}"""
+        """Returns {name: (bytes, checksum)} of files that are not hidden."""
         members = (member for member in self.zip.infolist() if not member.is_dir())
         hidden = (".", "__MACOSX")
         return {
@@ -182,7 +182,7 @@ class Pairs:
         return {"image": self.tree.read(image), "mask": self.tree.read(mask)}
 
     def name(self, i: int) -> str:
-        """The name of image i."""
+        """Returns the name of image i."""
         return self.pairs[i].image
 
 
@@ -215,7 +215,7 @@ def open_masked(name: str, splits: Sequence[str], classes: str = "") -> list[Sou
 def of_pairs(
     tree: Tree, pairs: Sequence[Pair], split: str, classes: Classes, sizes: dict[Pair, tuple]
 ) -> Source:
-    """The source of some pairs, of which `sizes` has height and width of each."""
+    """Returns the source of some pairs; `sizes` has height and width of each."""
     examples = Pairs(tree, pairs)
     digest = hashlib.sha256(repr((classes.values, classes.ignored)).encode())
     for pair in pairs:
@@ -257,7 +257,7 @@ def pairs_of(tree: Tree) -> list[Pair]:
 
 
 def pairs_in_folders(names: Sequence[str], folder: str) -> list[Pair]:
-    """Pairs of images/... and of the folder of masks."""
+    """Returns the pairs of images/... and of the folder of masks."""
 
     def by_key(top: str) -> dict[str, str]:
         return {
@@ -275,7 +275,7 @@ def pairs_in_folders(names: Sequence[str], folder: str) -> list[Pair]:
 
 
 def pair_by_stem(tree: Tree, names: Sequence[str]) -> Pair:
-    """Of files with a common stem, the PNG of one channel is the mask."""
+    """Returns the pair of files with a common stem: the PNG of one channel is the mask."""
     masks = [name for name in names if name.lower().endswith(".png")]
     if len(names) == 2 and len(masks) == 2:  # both are PNGs
         masks = [name for name in masks if problem_of_mask(tree, name) == ""]
@@ -290,7 +290,7 @@ def pair_by_stem(tree: Tree, names: Sequence[str]) -> Pair:
 
 
 def problem_of_mask(tree: Tree, name: str) -> str:
-    """Why a file cannot be a mask, "" if it can."""
+    """Returns why a file cannot be a mask, "" if it can."""
     try:
         read_values(tree.read(name))
     except BadImageError as error:
@@ -299,10 +299,10 @@ def problem_of_mask(tree: Tree, name: str) -> str:
 
 
 def split_pairs(tree: Tree, pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
-    """{split: its pairs}, in an order as good as random that does not depend on other files.
+    """Returns {split: its pairs}, in a random order that does not depend on other files.
 
-    With folders train/ or training/ these are the splits, and `test` is `validation` if there is no
-    other. Else `validation` is a twentieth of all, or of `train`.
+    Folders as train/ or training/ are splits, and `test` stands in for a missing `validation`.
+    Without such folders, `validation` is a twentieth of all.
     """
     splits = defaultdict(list)
     for pair in sorted(pairs, key=lambda pair: (zlib.crc32(pair.image.encode()), pair)):
@@ -319,7 +319,7 @@ def split_pairs(tree: Tree, pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
 
 
 def select(splits: dict[str, list[Pair]], split: str, root: str) -> list[Pair]:
-    """The pairs of a split, or of TFDS's slices and sums of splits, as train[:10%]."""
+    """Returns the pairs of a split, or of TFDS's slices and sums of splits, as train[:10%]."""
     described = (
         tfds.core.SplitInfo(name=name, shard_lengths=[len(pairs)], num_bytes=0)
         for name, pairs in splits.items()
@@ -359,7 +359,7 @@ def read_classes(tree: Tree, path: str) -> Classes:
 
 
 def parse_classes(text: str, source: str) -> Classes:
-    """Classes of lines VALUE,NAME,COLOR; name and color may be missing."""
+    """Parses lines VALUE,NAME,COLOR, in which name and color may be missing."""
     classes, ignored = {}, []
     for number, line in enumerate(csv.reader(io.StringIO(text)), 1):
         cells = [cell.strip() for cell in line] + ["", "", ""]
@@ -386,7 +386,7 @@ def parse_classes(text: str, source: str) -> Classes:
 
 
 def parse_ade20k(text: str) -> Classes:
-    """Classes of ADE20K's objectInfo150.txt: a header, then index, ..., name with tabs between."""
+    """Parses ADE20K's objectInfo150.txt: a header, then index, ..., name, separated by tabs."""
     rows = [line.split("\t") for line in text.splitlines()[1:] if line.strip()]
     names = tuple(row[-1].strip().partition(",")[0] for row in rows)
     values = tuple(int(row[0]) for row in rows)
@@ -394,7 +394,7 @@ def parse_ade20k(text: str) -> Classes:
 
 
 def read_values(encoded: bytes) -> np.ndarray:
-    """The values of a mask (H, W) in uint16. Raises BadImageError if it is not one."""
+    """Returns the values of a mask (H, W) in uint16. Raises BadImageError if it is none."""
     try:
         image = Image.open(io.BytesIO(encoded), formats=["PNG"])
         bits, mode = encoded[24], image.mode  # byte 24 of a PNG is its bit depth
@@ -411,9 +411,9 @@ def read_values(encoded: bytes) -> np.ndarray:
 
 
 def checked(tree: Tree, pairs: Sequence[Pair], classes: Classes) -> dict[Pair, tuple[int, int]]:
-    """Height and width of each pair, all of whose files are checked, or were before.
+    """Checks the files of all pairs, unless they were checked before -> height and width of each.
 
-    Raises UserError with the name of the first file that is wrong, and how many others are.
+    Raises UserError with the name of the first file that is wrong, and the number of others.
     """
     stamps = [tree.stamps[name] for pair in pairs for name in pair]
     key = hashlib.sha256(repr((tree.root, pairs, stamps, classes)).encode()).hexdigest()[:20]
@@ -437,7 +437,7 @@ def checked(tree: Tree, pairs: Sequence[Pair], classes: Classes) -> dict[Pair, t
 
 
 def in_threads(function: Callable, items: Sequence) -> Iterator:
-    """map(function, items) in threads."""
+    """Yields function(item) for each item, computed in threads."""
     with ThreadPoolExecutor(THREADS) as pool:
         yield from pool.map(function, items, chunksize=16)
 
@@ -456,7 +456,7 @@ def orientation(file: BinaryIO) -> int:
 
 
 def check_pair(tree: Tree, pair: Pair, classes: Classes) -> tuple[int, int] | str:
-    """Height and width of an image and its mask, or what is wrong with them."""
+    """Returns height and width of an image and its mask, or what is wrong with them."""
     try:
         name = pair.image
         with tree.open(name) as file:
@@ -500,7 +500,7 @@ EMOJI = Classes(
 
 
 def of_emoji(source: Source) -> Source:
-    """The built-in emoji with masks derived from their colors."""
+    """Returns the built-in emoji with masks derived from their colors."""
     count = len(source.examples)
     return source._replace(
         examples=EmojiMasks(source.examples),

@@ -21,13 +21,13 @@ TRIES = 10  # crops, of which the last is taken if none suits
 
 
 def fitted(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
-    """The largest size of the same aspect within short_side and long_side (mmcv's rescale_size)."""
+    """Returns the largest size of the same aspect within both limits (mmcv's rescale_size)."""
     scale = min(long_side / max(size), short_side / min(size))
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
 
 def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Labels (H, W) at another size: of each pixel, the label at its center."""
+    """Resizes labels (H, W): each pixel gets the label at its center."""
     rows, columns = (
         ((np.arange(after) + 0.5) * before / after).astype(int)
         for after, before in zip(size, labels.shape, strict=True)
@@ -44,9 +44,10 @@ def random_crop(
     class_share: float,
     ignore_label: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random crop of at most a size, in which no class has `class_share` of the labelled pixels.
+    """Crops both at random, so that no class has `class_share` or more of the labeled pixels.
 
-    Crops are drawn up to ten times more (mmsegmentation's RandomCrop with cat_max_ratio).
+    Up to ten more crops are drawn, and the last is taken if none is suitable (mmsegmentation's
+    RandomCrop with cat_max_ratio). An image that is smaller than `size` is not cropped.
     """
     height, width = labels.shape
     rows, columns = min(size[0], height), min(size[1], width)
@@ -66,16 +67,16 @@ def random_crop(
 def random_flip(
     image: np.ndarray, labels: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mirrors both, half of the time."""
+    """Mirrors both with a probability of one half."""
     return (image[:, ::-1], labels[:, ::-1]) if rng.random() < 0.5 else (image, labels)
 
 
 def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation and hue, each half of the time, of an image (H, W, 3).
+    """Changes brightness, contrast, saturation and hue of an image (H, W, 3) in uint8.
 
-    As mmsegmentation's PhotoMetricDistortion, in uint8: brightness +-32, contrast and saturation
-    times 0.5 to 1.5, hue +-36 degrees; contrast comes second or last. Hues are in Pillow's 256
-    steps instead of OpenCV's 180.
+    Each has a probability of one half. As mmsegmentation's PhotoMetricDistortion: brightness +-32,
+    contrast and saturation times 0.5 to 1.5, hue +-36 degrees; contrast comes second or last. Hues
+    are in Pillow's 256 steps instead of OpenCV's 180.
     """
 
     def linear(x: np.ndarray, gain: float = 1, offset: float = 0) -> np.ndarray:
@@ -237,6 +238,9 @@ class SegmentationEvaluationView(SegmentationView):
 
 
 def next_side(side: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, ... that is not below a side: few shapes suffice."""
+    """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, ... that is at least `side`.
+
+    Few such numbers mean few shapes, and few compiled programs.
+    """
     power = 1 << max(0, side - 1).bit_length()
     return power * 3 // 4 if power >= 4 and power * 3 // 4 >= side else power

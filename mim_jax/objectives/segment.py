@@ -1,6 +1,6 @@
 """Semantic segmentation: the class of every pixel, from a plain ViT and a decoder.
 
-A frozen encoder is among the buffers: it has no gradient and no optimizer state.
+The parameters of a frozen encoder are buffers: they have no gradient and no optimizer state.
 
 Shapes: b images, H and W of an image, h rows of patches, w columns, d width, k classes.
 """
@@ -33,7 +33,7 @@ from mim_jax.models.windows import (
 from mim_jax.normalize import MEAN, STD, Mean, Std, denormalize, normalize
 from mim_jax.objectives import objective_of, per_example
 
-ROWS = 64  # of pixels that are counted at once: their scores for all classes take memory
+ROWS = 64  # rows of pixels that are counted at once, to bound memory
 
 Decoder = Literal["upernet", "setr_pup", "setr_naive", "linear"]
 
@@ -58,10 +58,10 @@ class Segmenter(nn.Module):
         head_keys: jax.Array | None = None,
         training: bool = False,
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """images (b, H, W, c) -> logits (b, H, W, k), and those of the auxiliary decoders.
+        """Maps images (b, H, W, c) to logits (b, H, W, k), and to those of auxiliary decoders.
 
-        In float32 or better. With drop_keys (b,) the encoder's branches are dropped, with
-        head_keys (b,) channels before each classifier.
+        Logits are float32 or better. With drop_keys (b,), branches of the encoder are dropped at
+        random, with head_keys (b,), channels before each classifier.
         """
         size = images.shape[1:3]
         tokens = self.encoder(images, drop_keys=drop_keys, layers=self.layers)
@@ -295,20 +295,20 @@ def sizes_of(batch: dict, name: str) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """logits (b, H, W, k), labels (b, H, W) -> (b, H, W), 0 where a label is none of 0 to k - 1."""
-    labelled = labels < logits.shape[-1]
-    known = jnp.where(labelled, labels, 0).astype(jnp.int32)
+    """Returns the losses (b, H, W) of logits (b, H, W, k), 0 where a label is no class."""
+    labeled = labels < logits.shape[-1]
+    known = jnp.where(labeled, labels, 0).astype(jnp.int32)
     values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, known)
-    return jnp.where(labelled, values, 0)
+    return jnp.where(labeled, values, 0)
 
 
 def count(
     scores: jax.Array, sizes: jax.Array, labels: jax.Array, label_sizes: jax.Array, logits: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores (b, h, w, k) against labels (b, H, W): confusion (b, k, k) and losses (b,).
+    """Compares scores (b, h, w, k) with labels (b, H, W) -> confusion (b, k, k), losses (b,).
 
-    Scores are interpolated to the labels' own resolution. confusion[i, truth, prediction] is a
-    number of pixels, losses[i] a sum over them. Labels that are no class do not count.
+    Scores are interpolated to the resolution of the labels. confusion[i, truth, prediction] is a
+    number of pixels, losses[i] a sum over them. Pixels whose label is no class do not count.
     """
     num_classes, (height, width) = scores.shape[-1], labels.shape[1:3]
     labels = jnp.pad(  # with a label that is no class
@@ -334,6 +334,6 @@ def count(
 
 
 def paint(labels: jax.Array, colors: Sequence[tuple[int, int, int]]) -> jax.Array:
-    """Labels (b, H, W) -> colors (b, H, W, 3) in [0, 1], black where they are no class."""
+    """Returns the colors (b, H, W, 3) in [0, 1] of labels (b, H, W), black for no class."""
     table = jnp.asarray([*colors, (0, 0, 0)], jnp.float32) / 255
     return table[jnp.minimum(labels, len(colors)).astype(jnp.int32)]
