@@ -179,9 +179,7 @@ def charts(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
         lines = []
         for color, (run, name) in enumerate(zip(runs, names, strict=True)):
             for prefix, where in (("", "training"), (EVALUATION, "evaluation")):
-                points = run.series(f"{prefix}{metric}")
-                points = [(x, y) for x, y in points if isinstance(y, int | float)]
-                if points:
+                if points := run.series(f"{prefix}{metric}"):
                     label = where if len(runs) == 1 else f"{name}, {where}"
                     lines.append(Series(label, points, color, dashed=bool(prefix)))
         if lines:
@@ -304,7 +302,7 @@ def numbers(run: RecordedRun) -> list[tuple[str, str, str]]:
     metric = headline(run)
     wanted = ["loss", metric, "evaluate/probe_knn", "evaluate/probe_linear"]
     for key in dict.fromkeys(wanted):
-        points = [(x, y) for x, y in run.series(key) if isinstance(y, int | float)]
+        points = run.series(key)
         if not points:
             continue
         title = TITLES.get(key.removeprefix(EVALUATION), (key, ""))[0]
@@ -362,13 +360,13 @@ def problems(run: RecordedRun) -> list[tuple[str, str]]:
             (f"step {run.step:,}", "The process ended without a word. Run the same command again.")
         )
     usual = ("start", "stopped", "done")
-    faults = [event for event in run.events if event.get("event", "start") not in usual]
+    faults = [event for event in run.events if event["event"] not in usual]
     for event in faults[-MOST_FAULTS:]:
         rows.append((f"step {event['step']:,}", str(event.get("text", ""))))
     if len(faults) > MOST_FAULTS:
         rows.append(("before", f"{len(faults) - MOST_FAULTS:,} more, in events.jsonl"))
     for key in dict.fromkeys(name for record in run.metrics for name in record):
-        bad = [x for x, y in run.series(key) if isinstance(y, float) and not math.isfinite(y)]
+        bad = [step for step, value in run.series(key) if not math.isfinite(value)]
         if bad:
             rows.append((f"step {bad[0]:,}", f"{key} is not finite in {len(bad):,} record(s)."))
     bad_files = workdir.read_lines(run.path / "bad_files.jsonl")

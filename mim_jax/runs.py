@@ -70,8 +70,9 @@ class RecordedRun(NamedTuple):
         return "running" if self.now - self.changed < max(QUIET, 5 * interval) else "stale"
 
     def series(self, metric: str) -> list[tuple[int, float]]:
-        """Returns [(step, value), ...] of a metric, by increasing step."""
-        return [(int(x["step"]), x[metric]) for x in self.metrics if metric in x]
+        """Returns [(step, value), ...] of a metric where it is a number, by increasing step."""
+        points = [(int(x["step"]), x.get(metric)) for x in self.metrics]
+        return [(step, value) for step, value in points if isinstance(value, int | float)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,6 +110,7 @@ def read_run(path: str | epath.PathLike) -> RecordedRun:
     changed = max((file.stat().mtime for file in files if file.exists()), default=0.0)
     metrics, events = ([x for x in workdir.read_lines(file) if is_step(x)] for file in files)
     metrics = sorted(metrics, key=lambda x: x["step"])
+    events = [event for event in events if {"event", "time"} <= event.keys()]
     return RecordedRun(folder, record, metrics, events, changed, time.time())
 
 

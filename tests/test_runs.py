@@ -89,8 +89,11 @@ def test_where_there_are_no_runs(tmp_path, capsys):
 def test_lines_that_are_incomplete(tmp_path):
     folder = make(tmp_path / "a", [10, 20], loss=[3.0, float("nan")])
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('[1]\n{"loss": 1.0}\n{"step": 30, "lo')
+        file.write('[1]\n{"loss": 1.0}\n{"step": 15, "loss": "much"}\n{"step": 30, "lo')
+    (folder / "events.jsonl").write_text('{"step": 1}\n')
     run = runs.read_run(folder)
+    assert run.events == []
+    assert [step for step, _ in run.series("loss")] == [10, 20]
     assert run.step == 20
     assert runs.best("loss", run.series("loss")) == (10, 3.0)
 
