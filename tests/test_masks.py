@@ -69,6 +69,23 @@ def test_common_stems_without_splits(tmp_path):
         opened(tmp_path / "set")
 
 
+def test_splits_are_those_of_any_data_set(tmp_path):
+    """Other spellings; `test` stands in for a missing validation; what lies elsewhere is left."""
+    root = build(tmp_path / "set", ["Training/a", "Training/b/c", "val2017/d", "e"])
+    train, validation = opened(root)
+    assert sorted(map(train.name_of, range(2))) == [
+        "images/Training/a.jpg",
+        "images/Training/b/c.jpg",
+    ]
+    assert [validation.name_of(i) for i in range(len(validation.examples))] == [
+        "images/val2017/d.jpg"
+    ]
+    _, test = opened(build(tmp_path / "other", ["train/a", "test/b"]))
+    assert test.name_of(0) == "images/test/b.jpg"
+    with pytest.raises(UserError, match="has no split 'extra'"):
+        opened(root, ["extra"])
+
+
 def test_zip_is_read_as_the_folder(tmp_path):
     root = build(tmp_path / "set")
     with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as file:

@@ -27,20 +27,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image, ImageColor
 
 from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, header
-from mim_jax.data.folder import MASK_FOLDERS
-from mim_jax.data.layout import SPLITS
+from mim_jax.data.folder import MASK_FOLDERS, select
+from mim_jax.data.layout import layout
 from mim_jax.data.sources import Source, open_sources
 
-SPLIT_NAMES = SPLITS  # folder -> split
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".npy")
 VALUES = 2**16  # that a mask may have
 UNKNOWN, IGNORED = -2, -1  # in a table of classes by value
@@ -203,8 +202,9 @@ def open_masked(name: str, splits: Sequence[str], classes: str = "") -> list[Sou
         )
     tree = Tree(name.removeprefix("folder:"))
     known = read_classes(tree, classes)
-    by_split = split_pairs(tree, pairs_of(tree))
-    chosen = [select(by_split, split, tree.root) for split in splits]
+    pairs = pairs_of(tree)
+    rows = split_rows(pairs)
+    chosen = [[pairs[row] for row in select(rows, split, tree.root)] for split in splits]
     sizes = checked(tree, sorted({pair for pairs in chosen for pair in pairs}), known)
     return [
         of_pairs(tree, pairs, split, known, sizes)
@@ -298,45 +298,25 @@ def problem_of_mask(tree: Tree, name: str) -> str:
     return ""
 
 
-def split_pairs(tree: Tree, pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
-    """Returns {split: its pairs}, in a random order that does not depend on other files.
+def split_rows(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+    """Returns {split: indices of its pairs}, in a random order that does not depend on other files.
 
-    Folders as train/ or training/ are splits, and `test` stands in for a missing `validation`.
-    Without such folders, `validation` is a twentieth of all.
+    Folders are splits as in layout.py, and `test` stands in for a missing `validation`. Without
+    such folders, `validation` is a twentieth of all.
     """
-    splits = defaultdict(list)
-    for pair in sorted(pairs, key=lambda pair: (zlib.crc32(pair.image.encode()), pair)):
-        top, _, below = pair.image.removeprefix("images/").partition("/")
-        splits[SPLIT_NAMES.get(top, top) if below else ""].append(pair)
-    if "train" not in splits:
-        splits = {"train": [pair for part in splits.values() for pair in part]}
-    if "validation" not in splits:
-        train, test = splits["train"], splits.get("test")
-        held_out = max(1, len(train) // 20) if test is None and len(train) > 1 else 0
-        splits["validation"] = test or train[:held_out]
-        splits["train"] = train[held_out:]
-    return {name: pairs for name, pairs in sorted(splits.items()) if name.isidentifier()}
-
-
-def select(splits: dict[str, list[Pair]], split: str, root: str) -> list[Pair]:
-    """Returns the pairs of a split, or of TFDS's slices and sums of splits, as train[:10%]."""
-    described = (
-        tfds.core.SplitInfo(name=name, shard_lengths=[len(pairs)], num_bytes=0)
-        for name, pairs in splits.items()
-    )
-    try:
-        instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(
-            tfds.core.splits.SplitDict(described)
-        )
-    except (ValueError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"{root} has no split {split!r}; it has {', '.join(splits)}, all, and slices as "
-            "'train[:1000]' or 'train[10%:]'."
-        ) from error
-    pairs = [pair for part in instructions for pair in splits[part.splitname][part.from_ : part.to]]
-    if not pairs:
-        raise UserError(f"split {split!r} of {root} is empty.")
-    return list(dict.fromkeys(pairs))
+    rows = defaultdict(list)
+    folders = [posixpath.dirname(pair.image.removeprefix("images/")) for pair in pairs]
+    unique = sorted(set(folders))
+    splits = dict(zip(unique, layout(unique).splits or repeat("train"), strict=False))
+    for row in sorted(range(len(pairs)), key=lambda row: zlib.crc32(pairs[row].image.encode())):
+        rows[splits[folders[row]]].append(row)
+    rows.pop("", None)
+    if "validation" not in rows:
+        train = rows.get("train", [])
+        held_out = max(1, len(train) // 20) if "test" not in rows and len(train) > 1 else 0
+        rows["validation"] = rows.get("test") or train[:held_out]
+        rows["train"] = train[held_out:]
+    return {split: np.array(rows[split], int) for split in sorted(rows)}
 
 
 def read_classes(tree: Tree, path: str) -> Classes:
