@@ -6,7 +6,7 @@ r"""What pretraining gives where labels are few: fine-tuned against from scratch
 
 NAME stands for configs/NAME_scratch.py and configs/NAME_finetune.py; the encoder that the second
 starts from must have been trained. For each of the two, every pair of a rate and a layer decay is
-tried once and measured on labelled images held out of the training split. The best pair runs with
+tried once and measured on labeled images held out of the training split. The best pair runs with
 as many seeds as asked for and is measured on the evaluation split, which has chosen nothing. Runs
 lie in --runs; those that are there already are not run again. Printed are tables, and
 --picture draws accuracy by step (pip install matplotlib).

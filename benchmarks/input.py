@@ -4,8 +4,8 @@
 
 Both read the same files and make MAE's views of 224 x 224 in batches of 64: a random crop of 20 to
 100 % of the area, resized bicubically with antialias by Pillow, flipped half of the time. Theirs is
-a DataLoader with two workers, which also makes float tensors and normalises them on the host, as
-torchvision's ToTensor and Normalize do; ours leaves bytes, which the device normalises. Without
+a DataLoader with two workers, which also makes float tensors and normalizes them on the host, as
+torchvision's ToTensor and Normalize do; ours leaves bytes, which the device normalizes. Without
 --data they read JPEGs of ImageNet's usual size, 500 x 375 and some 100 kB, made of the built-in
 emoji and noise.
 

@@ -1,4 +1,4 @@
-r"""Fine-tuning of the small MAE on 1000 labelled images of CIFAR-10.
+r"""Fine-tuning of the small MAE on 1000 labeled images of CIFAR-10.
 
 Requires a run of configs/mae_cifar10.py.
 

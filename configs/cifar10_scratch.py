@@ -1,4 +1,4 @@
-r"""A small ViT from scratch on 1000 labelled images of CIFAR-10: the baseline of cifar10_finetune.
+r"""A small ViT from scratch on 1000 labeled images of CIFAR-10: the baseline of cifar10_finetune.
 
     mim-jax train --config=configs/cifar10_scratch.py
 

@@ -1,4 +1,4 @@
-r"""Linear probe of the small MAE on 268 labelled emoji.
+r"""Linear probe of the small MAE on 268 labeled emoji.
 
 Requires a run of configs/mae_emoji.py.
 

@@ -1,4 +1,4 @@
-r"""A small ViT from scratch on 268 labelled emoji: the baseline of emoji_finetune.
+r"""A small ViT from scratch on 268 labeled emoji: the baseline of emoji_finetune.
 
     mim-jax train --config=configs/emoji_scratch.py
 

@@ -1,4 +1,4 @@
-"""Masked image modelling in JAX: MAE, BEiT, its tokenizer, and what the papers do with them."""
+"""Masked image modeling in JAX: MAE, BEiT, its tokenizer, and what the papers do with them."""
 
 from typing import Any
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = "\n".join(f"  {name:11s} {purpose}" for name, (_, purpose) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="mim-jax",
-        description="Masked image modelling in JAX.",
+        description="Masked image modeling in JAX.",
         epilog=f"commands:\n{lines}\n\n`mim-jax COMMAND --help` describes a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

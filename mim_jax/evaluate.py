@@ -62,7 +62,7 @@ def evaluate_run(path: str, config, to: str) -> int:
     print(f"{path}, step {int(state.step):,}, split {config.data.evaluation_split}")
     if names := run.data.class_names:
         print(f"{len(names):,} classes: {shown(names)}")
-    if run.labelled and not class_names:
+    if run.labeled and not class_names:
         print(
             f"warning: {source} does not record the names of its classes: assuming this order",
             file=sys.stderr,

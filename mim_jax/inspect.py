@@ -12,7 +12,7 @@ import sys
 from flax.traverse_util import flatten_dict
 
 from mim_jax import cli
-from mim_jax.convert.files import licence, load_weights, story
+from mim_jax.convert.files import license_note, load_weights, story
 from mim_jax.convert.names import printable
 
 HIDDEN = ("config", "parts", "trajectory")  # too long for the list of entries
@@ -32,7 +32,7 @@ def show(source: str) -> int:
     """Prints the network of a source, its parts and arrays, and its other entries."""
     params, network, entries = load_weights(source)
     print(story(params, network))
-    if note := licence(source):
+    if note := license_note(source):
         print(note)
     for part, tree in params.items():
         arrays = flatten_dict(tree, sep="/")

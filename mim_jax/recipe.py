@@ -34,7 +34,7 @@ class Run(NamedTuple):
     steps: int
     steps_per_epoch: float
     rows: int  # images processed at once, over all devices: a batch, or one part of it
-    labelled: bool  # whether the objective needs labels
+    labeled: bool  # whether the objective needs labels
     summary: str  # the recipe's arithmetic, as text
 
     @property
@@ -47,7 +47,7 @@ class Run(NamedTuple):
 
     def require_labels(self, split: str) -> None:
         """Raises UserError if the objective needs labels and the evaluation split has none."""
-        if self.labelled and not self.data.evaluation_labelled:
+        if self.labeled and not self.data.evaluation_labeled:
             raise UserError(
                 f"the images of {split} have no labels: choose another data.evaluation_split."
             )
@@ -69,10 +69,10 @@ def build(config: ConfigDict, devices: list | None = None, class_names: Sequence
         )
     function = objectives.find(config.objective.name)
     takes = inspect.signature(function).parameters
-    labelled = "num_labels" in takes
+    labeled = "num_labels" in takes
     dataset = data.make(
         **config.data.to_dict(),
-        labelled=labelled,
+        labeled=labeled,
         segmented="segmentation_classes" in takes,
         class_names=class_names if takes.keys() & {"num_labels", "segmentation_classes"} else (),
         process=jax.process_index(),
@@ -96,7 +96,7 @@ def build(config: ConfigDict, devices: list | None = None, class_names: Sequence
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         rows=config.batch_size // config.accumulate,
-        labelled=labelled,
+        labeled=labeled,
         summary="",
     )
     return run._replace(summary=describe(run, config))

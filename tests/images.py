@@ -73,7 +73,7 @@ GOOD = {
     "one/two/three/deep.jpg": jpeg(1),
     "one/cmyk.jpg": encoded(Image.fromarray(pixels(2)).convert("CMYK"), "JPEG"),
     "one/palette.png": encoded(Image.fromarray(pixels(3)).convert("P")),
-    "one/grey with alpha.png": encoded(Image.fromarray(pixels(4)).convert("LA")),
+    "one/gray with alpha.png": encoded(Image.fromarray(pixels(4)).convert("LA")),
     "one/bit.png": encoded(Image.fromarray(pixels(5)).convert("1")),
     "one/sixteen bits.png": encoded(Image.fromarray(pixels(6, dtype=np.uint16)[..., 0])),
     "two/pixel.png": PIXEL,

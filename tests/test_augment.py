@@ -28,7 +28,7 @@ def of_timm(name):
 
 
 def photograph(mode="RGB", size=(60, 40)):
-    """Smooth colours and some noise, from 20 to 220."""
+    """Smooth colors and some noise, from 20 to 220."""
     rng, (width, height) = np.random.default_rng(0), size
     y, x = np.mgrid[:height, :width][..., None] / 10
     pixels = 120 + 80 * np.sin(x + np.arange(3)) * np.cos(y) + rng.normal(0, 7, (height, width, 3))

@@ -169,13 +169,13 @@ def test_evaluation_is_bicubic_by_default():
     assert (first(evaluation_interpolation="bilinear") != first()).any()
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_labels_out_of_range_end_training_that_needs_them(labelled, monkeypatch):
+@pytest.mark.parametrize("labeled", [True, False])
+def test_labels_out_of_range_end_training_that_needs_them(labeled, monkeypatch):
     sources = data.open_sources
     fewer = lambda *given, **how: [x._replace(num_labels=5) for x in sources(*given, **how)]  # noqa: E731
     monkeypatch.setattr(data, "open_sources", fewer)
-    batches = emoji(labelled=labelled).training_batches(64, seed=0, start=0, stop=1)
-    if not labelled:
+    batches = emoji(labeled=labeled).training_batches(64, seed=0, start=0, stop=1)
+    if not labeled:
         next(batches)
         return
     with pytest.raises(UserError, match=r"an image of train has the label 8, outside 0 to 4"):
@@ -198,11 +198,11 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Eight JPEGs under a name of TFDS or one of the user's; written without TensorFlow."""
 
     VERSION = tfds.core.Version("5.1.0")
-    labelled = True
+    labeled = True
 
     def _info(self):
         features = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
-        if self.labelled:
+        if self.labeled:
             features["label"] = tfds.features.ClassLabel(num_classes=1000)
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -213,25 +213,25 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for i in range(8):
             jpeg = io.BytesIO(png(60 + i, 50, seed=i))
             example = {"image": jpeg, "file_name": f"{split}_{i}"}
-            yield i, example | ({"label": i} if self.labelled else {})
+            yield i, example | ({"label": i} if self.labeled else {})
 
 
-def prepare(name, labelled, folder):
-    settings = dict(name=name, labelled=labelled, VERSION=Builder.VERSION)
+def prepare(name, labeled, folder):
+    settings = dict(name=name, labeled=labeled, VERSION=Builder.VERSION)
     with tfds.core.registered.skip_registration():  # reading finds TFDS's own, or none
         builder = type(name, (Builder,), settings)
     builder(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
-@pytest.mark.parametrize(("name", "labelled"), [("imagenet2012", True), ("my_own_images", False)])
-def test_any_prepared_data_set_is_read_by_its_name(name, labelled, tmp_path):
-    prepare(name, labelled, tmp_path)
+@pytest.mark.parametrize(("name", "labeled"), [("imagenet2012", True), ("my_own_images", False)])
+def test_any_prepared_data_set_is_read_by_its_name(name, labeled, tmp_path):
+    prepare(name, labeled, tmp_path)
     source = data.make(name=name, size=32, data_dir=str(tmp_path))
-    assert (source.examples, source.num_labels) == (8, 1000 if labelled else 0)
+    assert (source.examples, source.num_labels) == (8, 1000 if labeled else 0)
     assert source.fingerprint["version"] == "5.1.0"
     batch = next(source.training_batches(8, seed=0, start=0, stop=1))
-    assert ("label" in batch) == labelled
-    if labelled:
+    assert ("label" in batch) == labeled
+    if labeled:
         assert sorted(batch["label"]) == list(range(8))
 
 
@@ -255,7 +255,7 @@ def test_a_set_that_is_not_prepared_is_refused(tmp_path):
 
 def image_fields(size, *, tokenizer_size=0, channels=3):
     declared = dict(size=size, tokenizer_size=tokenizer_size, channels=channels, dtype="uint8")
-    return fields_of(**declared, interpolation="bicubic", labelled=False)
+    return fields_of(**declared, interpolation="bicubic", labeled=False)
 
 
 def training_view(size=(20, 24), tokenizer_size=0, channels=3, **settings):
@@ -311,8 +311,8 @@ def test_the_tokenizer_gets_the_same_crop_and_colors():
 
 
 def test_color_jitter_changes_by_up_to_its_strength():
-    rng, grey = np.random.default_rng(0), Image.new("L", (1, 1), 100)  # only brightness is seen
-    drawn = [color_jitter(grey, 0.4, rng).getpixel((0, 0)) for _ in range(2000)]
+    rng, gray = np.random.default_rng(0), Image.new("L", (1, 1), 100)  # only brightness is seen
+    drawn = [color_jitter(gray, 0.4, rng).getpixel((0, 0)) for _ in range(2000)]
     assert (min(drawn), max(drawn)) == (60, 139)  # PIL cuts decimals off
     assert np.mean(drawn) == pytest.approx(100, abs=2)
     with pytest.raises(UserError, match=r"data.color_jitter needs 8-bit images"):
@@ -431,8 +431,8 @@ def test_randaugment_comes_last(monkeypatch):
     theirs = rand_augment(Image.fromarray(plain), 9, 0.5, (124, 116, 104), again)
     np.testing.assert_array_equal(ours, np.asarray(theirs))
     assert (ours != plain).any()
-    grey = training_view(channels=1, randaugment=(9, 0.5), fill=(120,))
-    assert grey({"image": png()}, rng)["image"].shape == (20, 24, 1)
+    gray = training_view(channels=1, randaugment=(9, 0.5), fill=(120,))
+    assert gray({"image": png()}, rng)["image"].shape == (20, 24, 1)
     with pytest.raises(UserError, match=r"there are 3 channels and data.fill = \(124,\)"):
         emoji(randaugment=(9, 0.5), fill=(124,))
     with pytest.raises(UserError, match="cannot be used together with tokenizer_image"):
@@ -457,7 +457,7 @@ def test_the_corner_of_the_evaluation_crop_is_rounded_to_even(excess):
     pixels = np.arange(28 * (28 + excess), dtype=np.uint16).reshape(28, -1)
     file = io.BytesIO()
     np.save(file, pixels)
-    declared = dict(size=28, tokenizer_size=0, channels=1, dtype="uint16", labelled=False)
+    declared = dict(size=28, tokenizer_size=0, channels=1, dtype="uint16", labeled=False)
     fields = fields_of(**declared, interpolation="bicubic")
     view = EvaluationView.configured(fields, dict(crop_fraction=1.0))
     corner = (0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6, 7, 8, 8)[excess]

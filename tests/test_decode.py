@@ -250,10 +250,10 @@ def test_axes_that_no_image_has_are_refused():
 
 
 def test_grey_arrays_have_three_channels_if_needed():
-    grey = pixels(channels=1)
-    for content in (npy(grey), npy(grey[..., 0]), npy(grey.transpose(2, 0, 1)), tif(grey[..., 0])):
-        np.testing.assert_array_equal(decode(content, 3), grey.repeat(3, 2))
-        np.testing.assert_array_equal(decode(content, 1), grey[..., 0])
+    gray = pixels(channels=1)
+    for content in (npy(gray), npy(gray[..., 0]), npy(gray.transpose(2, 0, 1)), tif(gray[..., 0])):
+        np.testing.assert_array_equal(decode(content, 3), gray.repeat(3, 2))
+        np.testing.assert_array_equal(decode(content, 1), gray[..., 0])
 
 
 FOUR = pixels(channels=4)
@@ -262,7 +262,7 @@ FOUR_BANDS = {
     "npy": npy(FOUR),
     "npy, channels first": npy(FOUR.transpose(2, 0, 1)),
     "unspecified": tif(FOUR, photometric="rgb", extrasamples=["unspecified"]),
-    "grey": tif(FOUR, photometric="minisblack", planarconfig="contig"),
+    "gray": tif(FOUR, photometric="minisblack", planarconfig="contig"),
     "planar": tif(
         FOUR.transpose(2, 0, 1),
         photometric="rgb",
@@ -283,7 +283,7 @@ def test_a_fourth_band_is_data_unless_the_file_declares_alpha(content):
 
 
 def test_a_declared_alpha_is_composited_on_white_with_any_number_of_bits():
-    """By either library, straight and premultiplied, and in grey."""
+    """By either library, straight and premultiplied, and in gray."""
     rgba = pixels(channels=4).astype(int)
     alpha = rgba[..., 3:] / 255
     expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
@@ -296,9 +296,9 @@ def test_a_declared_alpha_is_composited_on_white_with_any_number_of_bits():
             assert decode(content, 4).mode == "RGBA"
             assert suits(header(io.BytesIO(content)).mode, 3)
             assert suits(header(io.BytesIO(content)).mode, 4)
-        grey = (rgba[..., [0, 3]] * scale).astype(dtype)
+        gray = (rgba[..., [0, 3]] * scale).astype(dtype)
         content = tif(
-            grey, photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"]
+            gray, photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"]
         )
         assert abs(np.asarray(decode(content, 1), float) - expected[..., 0]).max() <= 1
     with pytest.raises(BadImageError, match=r"has 3 channels and no alpha, data.channels is 4"):
@@ -330,8 +330,8 @@ def test_alpha_of_jpeg_2000():
 
 BASE = Image.fromarray(pixels(1, 6, 8).repeat(8, 0).repeat(8, 1))
 INDEXED = BASE.quantize(16)
-COLOURS = np.zeros((3, 256), np.uint16)
-COLOURS[:, :16] = np.array(INDEXED.getpalette()[:48]).reshape(16, 3).T * 257
+COLORS = np.zeros((3, 256), np.uint16)
+COLORS[:, :16] = np.array(INDEXED.getpalette()[:48]).reshape(16, 3).T * 257
 
 
 def several(*pages):
@@ -345,14 +345,14 @@ def several(*pages):
 
 def test_palettes_with_thumbnails():
     indices = np.asarray(INDEXED)
-    palette = dict(photometric="palette", colormap=COLOURS)
+    palette = dict(photometric="palette", colormap=COLORS)
     thumbnail = (indices[::4, ::4].copy(), dict(photometric="minisblack", subfiletype=1))
     expected = np.asarray(INDEXED.convert("RGB"))
     for content in (
         several((indices, palette)),
         several((indices, palette), thumbnail),
         several(thumbnail, (indices, palette)),
-        several((indices, palette), (indices, palette)),  # further pages in colour do not count
+        several((indices, palette), (indices, palette)),  # further pages in color do not count
     ):
         np.testing.assert_array_equal(decode(content, 3), expected)
         assert header(io.BytesIO(content)) == (64, 48, "P")
@@ -377,10 +377,10 @@ def test_thumbnails_and_masks_are_not_the_image(dtype):
 
 def test_white_as_zero():
     for dtype, top in ((np.uint8, 255), (np.uint16, 65535)):
-        grey = pixels(channels=1, dtype=dtype)[..., 0]
-        content = tif(grey, photometric="miniswhite")
-        decoded = np.asarray(decode(content, 1, np.dtype(dtype).name)).reshape(grey.shape)
-        np.testing.assert_array_equal(decoded, top - grey)
+        gray = pixels(channels=1, dtype=dtype)[..., 0]
+        content = tif(gray, photometric="miniswhite")
+        decoded = np.asarray(decode(content, 1, np.dtype(dtype).name)).reshape(gray.shape)
+        np.testing.assert_array_equal(decoded, top - gray)
     bits = pixels(channels=1)[..., 0] > 127
     np.testing.assert_array_equal(decode(tif(bits, photometric="miniswhite"), 1), ~bits * 255)
     with pytest.raises(BadImageError, match="convert it to black as zero"):
@@ -407,7 +407,7 @@ def test_photometric_interpretations_that_are_refused():
 
 
 def twelve_bits(values):
-    """A grey TIFF of 12 bits per sample, two samples in three bytes."""
+    """A gray TIFF of 12 bits per sample, two samples in three bytes."""
     height, width = values.shape
     a, b = values[:, ::2].astype(int), values[:, 1::2].astype(int)
     packed = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8).tobytes()
@@ -487,7 +487,7 @@ def test_layouts(settings, dtype):
 @pytest.mark.parametrize("photometric", ["minisblack", "miniswhite", "palette", "rgb"])
 def test_both_libraries_give_the_same_pixels(photometric, monkeypatch):
     """Pillow reads these; made to, tifffile does too."""
-    colormap = dict(colormap=COLOURS) if photometric == "palette" else {}
+    colormap = dict(colormap=COLORS) if photometric == "palette" else {}
     array = np.asarray(INDEXED if photometric != "rgb" else BASE)
     content = tif(array, photometric=photometric, **colormap)
     by_pillow = np.asarray(decode(content, 3))

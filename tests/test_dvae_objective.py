@@ -23,7 +23,7 @@ EXAMPLE = {
 
 def batch_of(seed=0, rows=ROWS):
     images = np.random.default_rng(seed).integers(0, 256, (rows, SIZE, SIZE, 3), np.uint8)
-    images[:, :2, :2] = 255  # one token of a single colour
+    images[:, :2, :2] = 255  # one token of a single color
     return {"image": images, "index": np.arange(rows, dtype=np.int32)}
 
 
@@ -235,10 +235,10 @@ def test_pictures_are_the_tokens():
     assert {x.shape for x in columns.values()} == {(ROWS, SIZE, SIZE, 3)}
     network = network_of(**TOKENIZER)
     tokens = network.tokens(params["tokenizer"], batch_of()["image"] / np.float32(255))
-    colours = dvae.code_colors(V)[np.asarray(tokens)].reshape(ROWS, 4, 4, 3)
+    colors = dvae.code_colors(V)[np.asarray(tokens)].reshape(ROWS, 4, 4, 3)
     drawn = list(columns.values())[2]
-    np.testing.assert_allclose(drawn[:, ::2, ::2], colours, atol=1e-6)
-    np.testing.assert_allclose(drawn[:, 1::2, 1::2], colours, atol=1e-6)
+    np.testing.assert_allclose(drawn[:, ::2, ::2], colors, atol=1e-6)
+    np.testing.assert_allclose(drawn[:, 1::2, 1::2], colors, atol=1e-6)
     assert len(np.unique((dvae.code_colors(8192) * 255).round(), axis=0)) > 8000
     np.testing.assert_allclose(
         list(columns.values())[1], network.decode(params["decoder"], tokens), atol=1e-6

@@ -123,13 +123,13 @@ def test_split_rule():
 
 
 def test_png_is_composited_on_white(package):
-    colours = {"1f600": (255, 0, 0), "0023-fe0f-20e3": (0, 0, 0), "1f3e5": (0, 0, 255)}
-    for name, colour in colours.items():
+    colors = {"1f600": (255, 0, 0), "0023-fe0f-20e3": (0, 0, 0), "1f3e5": (0, 0, 255)}
+    for name, color in colors.items():
         png = emoji.png_on_white(package / f"img/google/64/{name}.png")
         image = Image.open(io.BytesIO(png))
         assert (image.format, image.mode) == ("PNG", "RGB")
         assert image.getpixel((0, 0)) == (255, 255, 255)
-        assert image.getpixel((32, 32)) == colour
+        assert image.getpixel((32, 32)) == color
 
 
 def test_rebuilds_and_replaces(package, tmp_path):

@@ -401,8 +401,8 @@ def test_names_in_tables_are_sorted(tmp_path, images):
         ("a.png,train\nb.png,test\n", "are names of splits"),
         ("path,split\na.png,train\nb.png,test\n", "name the one with the labels 'label'"),
         (
-            "path,breed,colour\na.png,x,red\nb.png,y,red\n",
-            "has the columns 'path', 'breed', 'colour'",
+            "path,breed,color\na.png,x,red\nb.png,y,red\n",
+            "has the columns 'path', 'breed', 'color'",
         ),
         ("path,class,category\na.png,x,red\nb.png,y,red\n", "name the one with the labels 'label'"),
         ("image,mask,label\na.png,a.png,1\nb.png,b.png,2\n", "several columns that name images"),

@@ -178,9 +178,9 @@ def test_new_deleted_and_completed_files_are_seen(tree, opened):
 
 @pytest.mark.parametrize("same_size", [True, False])
 def test_an_image_that_is_overwritten_in_place_is_seen(tmp_path, opened, same_size):
-    grey, thirteen = npy(pixels(0, 13, 10, 4)), npy(pixels(1, 4, 10, 13))
-    assert len(grey) == len(thirteen)
-    plant(tmp_path, {"a.npy": grey, "b.npy": grey})
+    gray, thirteen = npy(pixels(0, 13, 10, 4)), npy(pixels(1, 4, 10, 13))
+    assert len(gray) == len(thirteen)
+    plant(tmp_path, {"a.npy": gray, "b.npy": gray})
     scan(tmp_path)
     opened.clear()
     (tmp_path / "a.npy").write_bytes(thirteen if same_size else npy(pixels()))

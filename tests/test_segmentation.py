@@ -35,7 +35,7 @@ def example(height=40, width=60):
 
 
 def fields(size=(32, 32), dtype="uint8"):
-    settings = dict(size=size, tokenizer_size=0, channels=3, dtype=dtype, labelled=False)
+    settings = dict(size=size, tokenizer_size=0, channels=3, dtype=dtype, labeled=False)
     return fields_of(**settings, interpolation="bilinear", segmentation="uint8")
 
 
@@ -68,7 +68,7 @@ def test_labels_are_resized_as_pillow_does():
 
 
 def test_image_and_mask_stay_together():
-    """After scale, crop and flip each labelled pixel still has its color, but at edges."""
+    """After scale, crop and flip each labeled pixel still has its color, but at edges."""
     for seed in range(20):
         views = training()(example(), rng(seed))
         image, labels = views["image"].astype(int), views["segmentation"]

@@ -105,11 +105,11 @@ def test_bad_files_are_reported_once(tree, workers):
 
 
 def test_a_bad_file_is_replaced_by_the_next_one(tmp_path):
-    colours = {f"{i}.png": encoded(Image.new("L", (8, 8), 10 + 20 * i)) for i in range(10)}
-    plant(tmp_path, colours)
+    colors = {f"{i}.png": encoded(Image.new("L", (8, 8), 10 + 20 * i)) for i in range(10)}
+    plant(tmp_path, colors)
     names = Folder(tmp_path).names
     bad = names[4]
-    content = bytearray(colours[bad])
+    content = bytearray(colors[bad])
     content[-20] ^= 255  # damages the pixels, not the header
     plant(tmp_path, {bad: bytes(content)})
     batches = make(tmp_path, channels=1, max_bad_fraction=0.5).training_batches(

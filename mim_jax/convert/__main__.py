@@ -12,7 +12,7 @@ import sys
 
 from mim_jax import cli
 from mim_jax.convert.check import TOLERANCE, differences
-from mim_jax.convert.files import licence, load_weights, save_weights, story
+from mim_jax.convert.files import license_note, load_weights, save_weights, story
 from mim_jax.convert.fit import FAMILIES, encoder_only, resized
 from mim_jax.convert.hugging_face import EPS
 from mim_jax.convert.names import printable, shortened
@@ -70,7 +70,7 @@ def convert(options: argparse.Namespace) -> int:
         elif options.image_size != network.size:
             params, network = resized(params, network, options.image_size)
             print("resized to {} x {}: positions are interpolated".format(*network.size))
-    if note := licence(options.source):
+    if note := license_note(options.source):
         print(note)
     if (eps := network.metadata.get("layer_norm_eps", EPS)) != EPS:
         print(

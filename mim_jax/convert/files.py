@@ -214,8 +214,8 @@ def kind_of_dvae(tokenizer: DVAE) -> str:
     return next(kind for kind, parts in KINDS.items() if isinstance(tokenizer.encoder, parts[0]))
 
 
-def licence(path: str | Path) -> str:
-    """Returns the licence note of MAE's released weights, "" for others."""
+def license_note(path: str | Path) -> str:
+    """Returns the note on the license of MAE's released weights, "" for others."""
     path = Path(path)
     named = re.search(r"mae_(pretrain|finetuned|visualize)_vit|vit-mae-", str(path.absolute()))
     if not named and path.is_file():

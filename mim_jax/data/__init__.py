@@ -38,7 +38,7 @@ class Data:
     bands: tuple[str, ...]  # names of the channels, () if they have none
     training_view: TrainingView | SegmentationTrainingView
     evaluation_view: EvaluationView | SegmentationEvaluationView
-    labelled: bool  # whether labels must be valid
+    labeled: bool  # whether labels must be valid
     split: str
     max_bad_fraction: float
     loading: dict  # process, processes, threads and workers, as for `stream`
@@ -102,7 +102,7 @@ class Data:
             )
 
     @property
-    def evaluation_labelled(self) -> bool:
+    def evaluation_labeled(self) -> bool:
         """Whether the evaluation split has labels: ImageNet's test images have -1."""
         try:
             return self.num_labels > 0 and bool(self.evaluation.examples[0]["label"] >= 0)
@@ -126,7 +126,7 @@ class Data:
         dataset = dataset.random_map(row).map_with_index(place)
         steps = dict(first=start, count=stop - start, batch_size=batch_size)
         batches = self.report(stream(dataset, **steps, **self.loading), source, on_bad)
-        return self.check_labels(batches) if self.labelled else batches
+        return self.check_labels(batches) if self.labeled else batches
 
     def training_names(self, batch_size: int, *, seed: int, step: int) -> list[str]:
         """Returns the names of the images in the batch after `step` updates, over all processes."""
@@ -232,7 +232,7 @@ def make(
     workers: Annotated[
         int, NOT_NEGATIVE, FREE, "processes that decode, each with threads; 0: none"
     ] = 0,
-    labelled: bool = False,
+    labeled: bool = False,
     segmented: bool = False,
     class_names: Sequence[str] = (),
     process: int = 0,
@@ -246,7 +246,7 @@ def make(
 
     An image that cannot be used is replaced by the next one in training, and is not valid in
     evaluation. If more than `max_bad_fraction` of a split cannot be used, batches end in a
-    UserError; with `labelled` also at a label that does not exist.
+    UserError; with `labeled` also at a label that does not exist.
     """
     splits = (split, evaluation_split)
     if segmented:
@@ -265,7 +265,7 @@ def make(
         tokenizer_size=tokenizer_size,
         channels=channels,
         dtype=type_of(train.mode),
-        labelled=train.num_labels > 0,
+        labeled=train.num_labels > 0,
         segmentation=train.classes.dtype.name if train.classes else "",
     )
     fields = fields_of(**declared, interpolation=interpolation)
@@ -280,7 +280,7 @@ def make(
         bands=tuple(bands),
         training_view=training_view.configured(fields, views),
         evaluation_view=evaluation_view.configured(evaluation_fields, views),
-        labelled=labelled,
+        labeled=labeled,
         split=split,
         max_bad_fraction=max_bad_fraction,
         loading=dict(process=process, processes=processes, threads=threads, workers=workers),

@@ -51,7 +51,7 @@ class Pixels(NamedTuple):
 def named_axes(shape: tuple[int, ...], axes: str, channels: int) -> str:
     """Returns the axes of an array: those of its file, else by the one axis of length `channels`.
 
-    A grey image may also be used with 3 channels. Raises BadImageError if the axes are ambiguous.
+    A gray image may also be used with 3 channels. Raises BadImageError if the axes are ambiguous.
     """
     if axes:
         return axes

@@ -3,7 +3,7 @@
 Axes: h height, w width, c channels.
 
 Pillow reads most files. `.npy` files are arrays, and so are the TIFFs that Pillow does not
-interpret fully, see tiff.py. PNGs in colour of 16 bits are read with 8 bits, as Pillow does; of
+interpret fully, see tiff.py. PNGs in color of 16 bits are read with 8 bits, as Pillow does; of
 animations, the first frame is read. Transparent images are composited on white, unless they are
 decoded with 4 channels.
 """
@@ -101,7 +101,7 @@ def decode(
     With 8 bits and 1, 3 or 4 channels, the result is a Pillow image in mode L, RGB or RGBA, where
     RGBA may hold any four channels. All others are arrays (h, w, c). Integers keep their share of
     the type's range. Images of 8 bits with more than LARGE pixels are halved unless `halve` is
-    false. Grey images can be used with 3 channels and images in colour with 1.
+    false. Gray images can be used with 3 channels and images in color with 1.
 
     Raises BadImageError if the file cannot be read or has other channels or another type.
     """

@@ -10,7 +10,7 @@ An emoji is in `validation` (566 images) if crc32(code) % 10 < 3, where `code` i
 as in "1F469-200D-1F373"; all others are in `train` (1340 images). Skin-tone variants and the
 category "Component" are left out. Different emoji can have the same image (two regions with one
 flag, for example): 7 of the 566 validation images are also in `train`, pixel for pixel.
-Licence: `builtin/LICENSE-noto-emoji.txt`.
+License: `builtin/LICENSE-noto-emoji.txt`.
 """
 
 import argparse

@@ -31,7 +31,7 @@ def fields_of(
     channels: int,
     dtype: str,
     interpolation: Interpolation,
-    labelled: bool,
+    labeled: bool,
     segmentation: str = "",
 ) -> tuple[Field, ...]:
     """Returns the fields of a data set.
@@ -51,6 +51,6 @@ def fields_of(
         fields.append(image("tokenizer_image", tokenizer_size, "lanczos"))
     if segmentation:
         fields.append(Field("segmentation", "mask", fields[0].size, segmentation, "nearest"))
-    if labelled:
+    if labeled:
         fields.append(Field("label", "label", (), "int32"))
     return *fields, Field("index", "", (), "int32"), Field("valid", "", (), "float32")

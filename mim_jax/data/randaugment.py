@@ -14,7 +14,7 @@ def rand_augment(
     """Applies two random operations to an image of mode L or RGB.
 
     magnitude, deviation: mean and standard deviation of the magnitude, clipped to 0 to 10.
-    fill: colour of the pixels that come from outside the image, one value per channel.
+    fill: color of the pixels that come from outside the image, one value per channel.
     """
     operations = list(OPERATIONS.values())
     for i in rng.integers(len(operations), size=2):

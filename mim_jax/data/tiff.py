@@ -2,12 +2,12 @@
 
 Axes: h height, w width, c channels.
 
-Pillow reads 8-bit files whose tags it interprets fully: grey, palette, RGB, CMYK, JPEG-compressed
+Pillow reads 8-bit files whose tags it interprets fully: gray, palette, RGB, CMYK, JPEG-compressed
 YCbCr, and alpha that is declared as such. tifffile reads all others (more bits, other numbers of
-channels, several grey pages). Whatever neither reads with a defined meaning is refused.
+channels, several gray pages). Whatever neither reads with a defined meaning is refused.
 
-The image is the first page that is not marked as a reduced version or a mask. Further grey pages of
-the same kind are channels; of pages in colour only the first counts. A sample beyond grey or RGB is
+The image is the first page that is not marked as a reduced version or a mask. Further gray pages of
+the same kind are channels; of pages in color only the first counts. A sample beyond gray or RGB is
 alpha only if the ExtraSamples tag says so, otherwise it is a channel.
 """
 
@@ -54,8 +54,8 @@ def open_tiff(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
     pages = full_pages(tiff)
     page, shape, axes = pages[0], pages[0].shape, pages[0].axes
     read = page_reader(file, page)
-    grey = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and page.samplesperpixel == 1
-    if grey and (stack := stacked(tiff, pages)):
+    gray = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and page.samplesperpixel == 1
+    if gray and (stack := stacked(tiff, pages)):
         shape, axes, read = stack
     elif large and math.prod(shape) > LARGE and has_rows(page):
         shape, axes = squeezed(shape, axes)
@@ -64,7 +64,7 @@ def open_tiff(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
         return image
     known = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) and page.dtype is not None
     if not known or (page.bitspersample < 8 and page.samplesperpixel > 1):
-        raise BadImageError(f"{describe(page)}; convert it to RGB or grey of 8 or more bits")
+        raise BadImageError(f"{describe(page)}; convert it to RGB or gray of 8 or more bits")
     require_size(shape, page.dtype)
     shape, axes = squeezed(shape, axes)
     return Pixels(
@@ -145,7 +145,7 @@ def full_pages(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
 def stacked(
     tiff: tifffile.TiffFile, pages: list[tifffile.TiffPage]
 ) -> tuple[tuple[int, ...], str, Callable[[], np.ndarray]] | None:
-    """Returns shape, axes and reader of several grey images like the first page; None if it is one.
+    """Returns shape, axes and reader of several gray images like the first page; None if it is one.
 
     They are pages, or lie in one page as ImageJ and tifffile write them.
     """
@@ -198,10 +198,10 @@ def pillow_reads(page: tifffile.TiffPage) -> bool:
 
 
 def alpha_of(page: tifffile.TiffPage) -> int:
-    """Returns the kind of alpha that a page in grey or RGB declares."""
-    colours = 3 if page.photometric == RGB else 1
+    """Returns the kind of alpha that a page in gray or RGB declares."""
+    colors = 3 if page.photometric == RGB else 1
     extra = tuple(page.extrasamples)
-    is_alpha = page.samplesperpixel == colours + 1 and extra in ((PREMULTIPLIED,), (STRAIGHT,))
+    is_alpha = page.samplesperpixel == colors + 1 and extra in ((PREMULTIPLIED,), (STRAIGHT,))
     return int(extra[0]) if is_alpha else NO_ALPHA
 
 
@@ -226,13 +226,13 @@ def interpret(page: tifffile.TiffPage, array: np.ndarray) -> np.ndarray:
 
 
 def straight(array: np.ndarray) -> np.ndarray:
-    """Divides integer colours by their alpha, the last channel."""
+    """Divides integer colors by their alpha, the last channel."""
     if array.dtype.kind != "u":
         raise BadImageError(f"it has a premultiplied alpha channel of {array.dtype} values")
     white = np.iinfo(array.dtype).max
-    colours, alpha = array[..., :-1].astype(np.float64), array[..., -1:]
-    colours = np.rint(colours * white / np.maximum(alpha, 1)).clip(0, white)
-    return np.concatenate([colours.astype(array.dtype), alpha], axis=-1)
+    colors, alpha = array[..., :-1].astype(np.float64), array[..., -1:]
+    colors = np.rint(colors * white / np.maximum(alpha, 1)).clip(0, white)
+    return np.concatenate([colors.astype(array.dtype), alpha], axis=-1)
 
 
 def describe(page: tifffile.TiffPage) -> str:

@@ -56,7 +56,7 @@ class Masked(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskedImageModeling:
-    """Masked image modelling with an encoder that sees mask tokens (Bao et al., 2021, section 2).
+    """Masked image modeling with an encoder that sees mask tokens (Bao et al., 2021, section 2).
 
     The loss is the mean over all masked patches of the batch. The corruption is BERT's.
     """

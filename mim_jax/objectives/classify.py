@@ -233,9 +233,9 @@ class Classification:
 
     def summarize(self, means):
         """Returns the metrics of the best layer; `by_class` (k, 2) has shares and accuracies."""
-        if (labelled := means["share"].sum()) < 1 - 1e-6:
+        if (labeled := means["share"].sum()) < 1 - 1e-6:
             raise UserError(
-                f"{1 - labelled:.1%} of the images have a label outside 0 to "
+                f"{1 - labeled:.1%} of the images have a label outside 0 to "
                 f"{self.num_labels - 1}: choose another data.evaluation_split."
             )
         best = means["accuracy"].argmax()
