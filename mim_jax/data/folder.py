@@ -62,7 +62,7 @@ class Folder:
         tars = {tar.removesuffix(".tar") for tar in self.manifest.tars}
         self.layout = layout(list(folders), tars)
         self.splits = self.all_splits()
-        self.how_labelled, self.labels, self.label_names = labels, None, []
+        self.how_labeled, self.labels, self.label_names = labels, None, []
         if labels:
             self.set_labels(labels, (self.root, given))
 
@@ -112,7 +112,7 @@ class Folder:
         labels = self.labels[rows]
         if len(without := rows[labels < 0]):
             raise UserError(
-                f"data.labels = {self.how_labelled!r} gives {len(without):,} of {len(rows):,} "
+                f"data.labels = {self.how_labeled!r} gives {len(without):,} of {len(rows):,} "
                 f"images of split {split!r} no label that train has; the first is "
                 f"{self.names[without[0]]!r}."
             )

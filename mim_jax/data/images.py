@@ -28,7 +28,7 @@ def batch_of(images: Images, data: Mapping[str, Any]) -> dict[str, np.ndarray]:
         channels=channels,
         dtype=dtype_of(images[0]),
         interpolation=data.get("evaluation_interpolation", "bicubic"),
-        labelled=False,
+        labeled=False,
     )
     view = EvaluationView.configured(fields, dict(crop_fraction=1.0))
     rows = [decoded(image, channels, fields[0].dtype) for image in images]

@@ -97,8 +97,8 @@ def of_table(table: Table, split: str) -> Source:
 class Records:
     """Of the examples that TFDS prepared, image and label."""
 
-    def __init__(self, records: Sequence[dict], labelled: bool):
-        self.records, self.labelled = records, labelled
+    def __init__(self, records: Sequence[dict], labeled: bool):
+        self.records, self.labeled = records, labeled
 
     def __len__(self) -> int:
         return len(self.records)
@@ -114,7 +114,7 @@ class Records:
     def __getitem__(self, i: int) -> dict:
         record = self.read(i)
         example = {"image": record["image"]}
-        return example | {"label": np.int32(record["label"])} if self.labelled else example
+        return example | {"label": np.int32(record["label"])} if self.labeled else example
 
 
 def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
@@ -132,8 +132,8 @@ def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
         raise UserError(f"split {split!r} of data set {name!r} is empty.")
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
-    labelled = "label" in features
-    examples = Records(records, labelled=labelled)
+    labeled = "label" in features
+    examples = Records(records, labeled=labeled)
 
     def name_of(i: int) -> str:
         with contextlib.suppress(BadImageError):
@@ -144,7 +144,7 @@ def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
     name, version, note = builder.name, str(builder.version), builder.info.metadata or {}
     if "digests" in note:  # prepared from a folder, whose examples these are, in the same order
         name, version = "folder", note["digests"].get(split, "+".join(note["digests"].values()))
-    label = features["label"] if labelled else None
+    label = features["label"] if labeled else None
     return Source(
         examples,
         num_labels=label.num_classes if label else 0,
