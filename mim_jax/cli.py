@@ -24,6 +24,7 @@ COMMANDS = {  # name: module with main(argv), what it does
     "check": ("check", "check data, memory and disk of a run before it starts"),
     "evaluate": ("evaluate", "evaluate a run"),
     "embed": ("embed", "write the features of a data set"),
+    "probe": ("probe_command", "classify by the features of an encoder: k-NN, linear, rank"),
     "tokenize": ("tokenize", "write the visual tokens of a data set"),
     "pictures": ("pictures", "draw what a checkpoint makes of images"),
     "report": ("report", "write an HTML page about a run, or several"),

@@ -33,6 +33,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "recipe": {"data", "models", "objectives", "optim", "schema", "sharding"},
     "start": {"checkpoint", "recipe", "schema", "sharding", "train", "transfer", "workdir"},
     "probe": {"data", "sharding", "train"},
+    "probe_command": {"cli", "convert", "data", "embed", "models", "normalize", "probe"},
     "convert": {
         *("checkpoint", "cli", "convert", "masking", "models", "objectives", "train", "workdir"),
     },
