@@ -101,7 +101,8 @@ def load(
             images = [images]
         if isinstance(images, list | tuple):
             data = dict(size=network.size, channels=network.channels)
-            images = jnp.asarray(batch_of(images, data)["image"])
+            images = batch_of(images, data)["image"]
+        images = jnp.asarray(images)
         if images.ndim != 4 or images.shape[-1] != network.channels:
             raise UserError(
                 f"images must have the shape (b, H, W, {network.channels}), not {images.shape}."
