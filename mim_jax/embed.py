@@ -35,7 +35,7 @@ from mim_jax.normalize import MEAN, STD
 from mim_jax.objectives import whole_images
 from mim_jax.sharding import replicated, to_global
 from mim_jax.start import source_run
-from mim_jax.transfer import encoder_in
+from mim_jax.transfer import encoder_in, require_bands
 
 IMAGENET = dict(mean=MEAN, std=STD)
 
@@ -172,6 +172,7 @@ def names_of(run: recipe.Run, batch: dict[str, np.ndarray]) -> dict[str, np.ndar
 def load_for(run: recipe.Run, config: ConfigDict, source: str) -> tuple[Callable, dict]:
     """Loads the encoder of `source` for the images of a run, whose config fills gaps."""
     ours, theirs = encoder_in(config.to_dict()), encoder_in(workdir.read(source).get("config", {}))
+    require_bands(ours, theirs, source)
     missing: dict[str, Any] = {
         k: x for k, x in ours.statistics.items() if k not in theirs.statistics
     }

@@ -161,12 +161,18 @@ def compare(ours: Encoder, theirs: Encoder, source: str, bands_fitted: bool = Fa
             f"{theirs.grid[1]} patches, but this run has {ours.grid[0]} x {ours.grid[1]}: set "
             "--config.model.positions=learned, which start as the fixed ones, interpolated."
         )
-    if ours.bands and theirs.bands and ours.bands != theirs.bands and not bands_fitted:
+    if not bands_fitted:
+        require_bands(ours, theirs, source)
+    compare_statistics(ours, theirs, source)
+
+
+def require_bands(ours: Encoder, theirs: Encoder, source: str) -> None:
+    """Raises UserError if both name the bands of their images, and these differ."""
+    if ours.bands and theirs.bands and ours.bands != theirs.bands:
         raise UserError(
             f"data.bands = {', '.join(ours.bands)}, but the encoder of {source} is for the bands "
             f"{', '.join(theirs.bands)}, in this order."
         )
-    compare_statistics(ours, theirs, source)
 
 
 def compare_statistics(ours: Encoder, theirs: Encoder, source: str) -> None:
