@@ -118,6 +118,23 @@ def test_classes_may_be_called_like_splits(tmp_path, kinds):
     assert len(folder.rows("train")) == 29
 
 
+@pytest.mark.parametrize("place", ["", "set/", "set/{split}/", "{split}/", "{split}/images/all/"])
+def test_folders_that_hold_all_images_are_not_labels(tmp_path, place):
+    names = [
+        f"{place.format(split=split)}{kind}/{split}{i}.png"
+        for split in ("train", "val")
+        for kind in ("cat", "dog")
+        for i in range(3)
+    ]
+    assert Folder(tree(tmp_path, *names), "folder").label_names == ["cat", "dog"]
+
+
+def test_a_single_class_is_a_label(tmp_path):
+    assert Folder(tree(tmp_path, "cat/1.png", "cat/2.png"), "folder").label_names == ["cat"]
+    names = ("train/cat/1.png", "train/cat/tabby/2.png", "val/cat/3.png")
+    assert Folder(tree(tmp_path / "two", *names), "folder").label_names == ["cat"]
+
+
 def test_a_class_below_a_split_may_be_called_train(tmp_path):
     names = [f"{split}/{kind}/1.png" for split in ("train", "val") for kind in ("car", "train")]
     assert Folder(tree(tmp_path, *names), "folder").label_names == ["car", "train"]
@@ -367,6 +384,16 @@ def test_tables_of_labels(tmp_path, images, lines):
     assert folder.unread == (missing if lines[0][0] == "missing.png" else [])
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t", " "])
+def test_tables_with_other_delimiters(tmp_path, images, delimiter):
+    """As in the lists of ImageNet, and as spreadsheets write them where commas are decimal."""
+    (tmp_path / "labels.txt").write_text("".join(f"{x}{delimiter}{i}\n" for x, i in ROWS))
+    folder = Folder(images, str(tmp_path / "labels.txt"))
+    assert folder.label_names == [str(i) for i in range(12)]
+    for name, label in zip(folder.names, folder.labels, strict=True):
+        assert label == int(name[2:4]) % 12
+
+
 def test_absolute_paths_in_tables(tmp_path, images):
     (tmp_path / "link").symlink_to(images)
     for root in (images, tmp_path / "link"):
@@ -392,6 +419,7 @@ def test_names_in_tables_are_sorted(tmp_path, images):
             "names none of the images of .*: write paths relative .*example '.*.png'",
         ),
         ("a.png,\nb.png,1\n", "the line 'a.png,' has no label"),
+        ("path,label\na.png,nan\nb.png,1\n", "the line 'a.png,nan' has no label"),
         ("a.png,1\n", "gives 1 of 2 images of split 'all' no label that train has; .* 'b.png'"),
         ("a.png,0\nb.png,1700000000000\n", "the largest is 1700000000000, but there are 2"),
         ("a.png,cat\nb.png,dog\na.png,dog\n", "'a.png' has two labels, 'cat' and 'dog'"),

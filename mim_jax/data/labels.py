@@ -21,6 +21,7 @@ OTHERS = {  # headers of columns of something else
     *("split", "set", "subset", "fold", "width", "height", "size", "date", "time", "url", "md5"),
     *("caption", "text", "description", "bbox", "x", "y", "w", "h"),
 }
+DELIMITERS = (",", ";", "\t", " ")  # of cells, in order of preference
 SAMPLE = 1000  # lines that tell which column names images
 MANY_LABELS = 100_000  # larger numbers are dates or keys by mistake
 
@@ -37,12 +38,11 @@ def from_table(
     Returns the label of each name, "" for none, and the paths of the table that are no images.
     Raises UserError if it is not clear which column is which, or if a line has no label.
     """
-    where, lines = f"data.labels = {path!r}", read_csv(path)
+    where = f"data.labels = {path!r}"
     folder = os.path.dirname(os.path.abspath(os.path.expanduser(path)))
     image_of = finder(names, roots, folder)
-    hits = count_images(lines[:SAMPLE], image_of)
-    hits = hits if any(hits) else count_images(lines, image_of)
-    if not any(hits):
+    lines, hits = read_table(path, image_of)
+    if not lines:
         raise UserError(
             f"{where} names none of the images of {roots[0]}: write paths relative to that folder, "
             f"for example {names[0]!r}."
@@ -55,7 +55,7 @@ def from_table(
     of_image: dict[str, str] = {}
     missing = []
     for line in lines:
-        if max(at, column) >= len(line) or not line[column]:
+        if max(at, column) >= len(line) or line[column].lower() in ("", "nan"):
             raise UserError(f"{where}: the line {','.join(line)!r} has no label.")
         image, label = image_of(line[at]), line[column]
         if image is None:
@@ -72,11 +72,28 @@ def from_table(
     return [of_image.get(name, "") for name in names], missing
 
 
-def read_csv(path: str) -> list[list[str]]:
+def read_table(path: str, image_of: Callable) -> tuple[list[list[str]], list[int]]:
+    """Returns the lines of a table, and how many cells of each column name an image.
+
+    Cells are separated by the first of DELIMITERS with which any of them names an image; the lines
+    are [] if none does.
+    """
+    for sample in (SAMPLE, None):
+        for delimiter in DELIMITERS:
+            lines = read_csv(path, delimiter)
+            hits = count_images(lines[:sample], image_of)
+            if any(hits):
+                return lines, hits
+    return [], []
+
+
+def read_csv(path: str, delimiter: str) -> list[list[str]]:
     """Returns the lines of a CSV file that are not empty, their cells without spaces around."""
     try:
         with Path(path).expanduser().open(newline="", encoding="utf-8-sig") as file:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
+            lines = [
+                [cell.strip() for cell in line] for line in csv.reader(file, delimiter=delimiter)
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"data.labels = {path!r} cannot be read ({error}): set it to '', 'folder', 'cls', "

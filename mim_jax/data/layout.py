@@ -62,12 +62,13 @@ def layout(folders: Sequence[str], tars: Collection[str] = ()) -> Layout:
 
     Splits are sought from the root downwards, below folders that hold all the others, and one level
     below folders of different names. The label is the first folder below the split's that is not a
-    shard; where there is none, the folder above the splits.
+    shard and does not hold all images; where there is none, the folder above the splits.
     """
     parts = [tuple(folder.split("/")) if folder else () for folder in folders]
     level = split_level(parts, tars)
     if level is None:
-        return Layout([], [first_label(part, 0, tars) for part in parts], None)
+        start = shared(parts, [0] * len(parts))
+        return Layout([], [first_label(part, start, tars) for part in parts], None)
     words = [word_at(part, level, tars) if len(part) > level else "" for part in parts]
     splits = [
         name_of_split(word, part[level], words) if len(part) > level else ""
@@ -75,7 +76,8 @@ def layout(folders: Sequence[str], tars: Collection[str] = ()) -> Layout:
     ]
     skip = repeated(parts, words, level)
     starts = [level + 1 + skip[word] for word in words]
-    below = [first_label(part, at, tars) for part, at in zip(parts, starts, strict=True)]
+    more = shared(parts, starts)
+    below = [first_label(part, at + more, tars) for part, at in zip(parts, starts, strict=True)]
     above = [part[level - 1] if 0 < level < len(part) else "" for part in parts]
     if len(set(above) - {""}) < 2:  # one folder that holds the splits
         return Layout(splits, below, None)
@@ -139,6 +141,18 @@ def repeated(parts: Sequence[tuple[str, ...]], words: Sequence[str], level: int)
         if len(part) < level + 2 or not word or split_of(part[level + 1]) != word:
             skip[word] = 0
     return skip
+
+
+def shared(parts: Sequence[tuple[str, ...]], starts: Sequence[int]) -> int:
+    """Returns how many folders from a depth on are the same for all paths, and hold other folders.
+
+    Paths that end at that depth do not count.
+    """
+    rest = [part[at:] for part, at in zip(parts, starts, strict=True) if len(part) > at]
+    count = 0
+    while rest and all(len(x) > count + 1 and x[count] == rest[0][count] for x in rest):
+        count += 1
+    return count
 
 
 def first_label(part: tuple[str, ...], start: int, tars: Collection[str]) -> str:
