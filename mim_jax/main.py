@@ -10,6 +10,9 @@ saving.
 """
 
 import contextlib
+import os
+import signal
+import threading
 from collections.abc import Collection
 from typing import Any
 
@@ -53,6 +56,12 @@ def main(argv: list[str] | None = None) -> int:
         "--from-step", type=int, default=0, help="continue from this checkpoint, not the newest"
     )
     parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=0,
+        help="save and stop after so many minutes, as after SIGTERM; 0: never",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the config and the recipe's arithmetic"
     )
     options, overrides = cli.parse(parser, argv)
@@ -65,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.dry_run:
             print(config, recipe.build(config).summary, f"run directory: {path}", sep="\n")
             return 0
+        if options.max_minutes:
+            stop_after(options.max_minutes)
         change = [key for key in options.change.split(",") if key]
         return run_config(config, path, options.profile, change, options.from_step)
 
@@ -88,6 +99,13 @@ def join(processes: str) -> None:
             "localhost:1234,2,0."
         ) from None
     jax.distributed.initialize(address, numbers[0], numbers[1], heartbeat_timeout_seconds=60)
+
+
+def stop_after(minutes: float) -> None:
+    """Sends SIGTERM to this process after some minutes."""
+    terminate = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    terminate.daemon = True
+    terminate.start()
 
 
 def run_config(

@@ -124,6 +124,64 @@ def test_cluster_launchers_start_the_command(script, program, words, tmp_path):
     assert words in (tmp_path / "said").read_text()
 
 
+LAUNCHERS = {  # script: its environment, the command that a dry run prints
+    "gke.sh": (
+        dict(CLUSTER="c", LOCATION="l", PROJECT="p", COMPUTE="v6e-16", BUCKET="b", IMAGE="i"),
+        "gcluster job submit --project=p --cluster=c --location=l --name=mim-jax --image=i "
+        "--compute-type=v6e-16 --num-slices=1 --mount=gs://b:/bucket:rw --grace-period=2m "
+        "--restarts=100 --restart-on-exit-codes=1,130,143 --command=python -m mim_jax.main "
+        "--config=a.py --config.data.name=folder:/x\\ y --distributed",
+    ),
+    "slurm.sh": (
+        {},
+        "srun --kill-on-bad-exit=1 python -m mim_jax.main --config=a.py "
+        "--config.data.name=folder:/x y --distributed",
+    ),
+    "tpu_vm.sh": (
+        dict(TPU="t", ZONE="z"),
+        "gcloud compute tpus tpu-vm scp --recurse . t:mim_jax_checkout --zone=z --worker=all",
+    ),
+    "local.sh": ({}, "--distributed=localhost:"),
+}
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_a_dry_run_prints_the_command(script):
+    variables, expected = LAUNCHERS[script]
+    count = ["2"] if script == "local.sh" else []
+    call = ["bash", f"launch/{script}", "--dry-run", *count, "--config=a.py"]
+    call.append("--config.data.name=folder:/x y")
+    env = environment(1) | variables
+    done = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+    if variables:  # each is required
+        name = next(iter(variables))
+        env = {key: value for key, value in env.items() if key != name}
+        done = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
+        assert done.returncode != 0
+        assert name in done.stderr
+
+
+def test_launchers_are_sound():
+    shellcheck = shutil.which("shellcheck")
+    if not shellcheck:
+        pytest.skip("needs shellcheck")
+    scripts = sorted(str(path) for path in (ROOT / "launch").glob("*.sh"))
+    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_run_ends_after_its_minutes(tmp_path, command):
+    """As after SIGTERM: it saves, or exits at once if no step is done."""
+    arguments = [*SMOKE, "--config.steps=100000", f"--workdir={tmp_path}"]
+    done = command("mim_jax.main", *arguments, "--max-minutes=0.4")
+    assert done.returncode == 143, done.stderr
+    saved = (tmp_path / "checkpoints").is_dir() and list((tmp_path / "checkpoints").glob("[0-9]*"))
+    assert ("stopped and saved after step" in done.stdout) == bool(saved)
+    assert saved or "stopped: nothing new was saved" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_a_step(command):
     pytest.importorskip("transformers")
