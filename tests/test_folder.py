@@ -310,6 +310,10 @@ def test_shards_named_as_splits(tmp_path):
         ("json:list", {"0.jpg": jpeg(), "0.json": b'{"list": [1]}'}, r"\[1\] is no label"),
         ("cls", {"0.jpg": jpeg(), "0.cls": b"-1"}, "the label -1 is negative"),
         ("cls", {"0.jpg": jpeg(), "0.cls": b"0.5"}, r"the label '0.5' is no whole number"),
+        ("cls", {"0.jpg": jpeg(), "0.cls": b"9" * 5000}, r"its label has 5,000 characters"),
+        ("json:a", {"0.jpg": jpeg(), "0.json": b"[" * 100_000}, "it is nested too deeply"),
+        ("json:a", {"0.jpg": jpeg(), "0.json": b'{"a": NaN}'}, "nan is no label"),
+        ("json:a", {"0.jpg": jpeg(), "0.json": b" " * 2**25}, "it has 33,554,432 bytes"),
     ],
 )
 def test_wrong_labels_beside_images(tmp_path, how, files, sentence):

@@ -169,8 +169,8 @@ class Folder:
         suffix = "." + how.partition(":")[0]
 
         def read(row: int) -> str:
-            content = self.manifest.companion(row, self.names[row], suffix)
             try:
+                content = self.manifest.companion(row, self.names[row], suffix)
                 return "" if content is None else label_in(content, how)
             except ValueError as error:
                 raise UserError(

@@ -16,7 +16,10 @@ LABELS = {  # headers of columns of labels
     *("label", "labels", "label_name", "class", "classes", "class_name", "classname", "category"),
     *("category_name", "target", "finding labels"),
 }
-WHOLE = re.compile(r"[+-]?\d+(\.0*)?")  # "3", and "3.0" as pandas writes it in a column with gaps
+LONGEST = 256  # characters of a label
+WHOLE = re.compile(
+    r"[+-]?\d{1,18}(\.0*)?"
+)  # "3", and "3.0" as pandas writes it in a column with gaps
 OTHERS = {  # headers of columns of something else
     *("split", "set", "subset", "fold", "width", "height", "size", "date", "time", "url", "md5"),
     *("caption", "text", "description", "bbox", "x", "y", "w", "h"),
@@ -210,12 +213,24 @@ def label_in(content: bytes, how: str) -> str:
     """
     text = content.decode("utf-8-sig")
     if how == "cls":
-        return text.strip()
-    value = json.loads(text)
+        return short(text)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     for key in how.removeprefix("json:").split("."):
         if not isinstance(value, dict) or key not in value:
             raise ValueError(f"it has no {key!r}")
         value = value[key]
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"{value!r} is no label")
-    return str(value).strip()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no label")
+    return short(str(value))
+
+
+def short(text: str) -> str:
+    """Returns a label without spaces around it. Raises ValueError if it is too long for one."""
+    if len(label := text.strip()) > LONGEST:
+        raise ValueError(f"its label has {len(label):,} characters")
+    return label

@@ -43,6 +43,7 @@ HEAD = 2**18  # bytes of a tar's member; enough to read size and mode of nearly 
 VERIFY = 10  # seconds in which images of a cached scan are checked for changes
 THREADS = 32  # they mostly wait for disks
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+COMPANION = 2**24  # bytes of the largest file .cls or .json that is read
 COMPANIONS = (".cls", ".json", ".txt")  # files that belong to an image of the same name
 
 
@@ -92,11 +93,16 @@ class Manifest(NamedTuple):
             raise BadImageError(f"cannot be read: {error.strerror}") from error
 
     def companion(self, i: int, name: str, suffix: str) -> bytes | None:
-        """Reads the file .cls or .json beside image i, which has that name; None without one."""
+        """Reads the file .cls or .json beside image i, which has that name; None without one.
+
+        Raises ValueError if it is too large.
+        """
         row, kind = self.rows[i], suffix.removeprefix(".")
         size = row[f"{kind}_bytes"]
         if not size:
             return None
+        if size > COMPANION:
+            raise ValueError(f"it has {size:,} bytes")
         in_tar = row["tar"] >= 0
         path = self.tars[row["tar"]] if in_tar else key_of(name) + suffix
         with open(os.path.join(self.root, path).removesuffix("/"), "rb") as file:
