@@ -161,6 +161,32 @@ def test_rows_without_an_image_are_bad_files(tmp_path):
     assert {name for name, _ in reported} == {f"train.parquet, row {i}" for i in (1, 2)}
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [b"{", b"[]", b'{"info": 1}', b'{"info": {"features": [1]}}', b"\xff", b"[" * 100_000],
+)
+def test_metadata_of_another_form(metadata, tmp_path):
+    content = table(range(4), None).replace_schema_metadata({"huggingface": metadata})
+    write_parquet(tmp_path / "train.parquet", content)
+    dataset = make(tmp_path, split="all", evaluation_split="all")
+    assert dataset.class_names == ("0", "1")
+
+
+def test_labels_that_are_no_classes(tmp_path):
+    """Names are numbered; numbers out of range are reported, missing ones are -1."""
+    named = table(range(4), labels=["dog", "cat", None, "eel"])
+    write_parquet(tmp_path / "names" / "train.parquet", named)
+    settings = dict(split="all", evaluation_split="all")
+    source = make(tmp_path / "names", **settings).train
+    at = {row: i for i, row in enumerate(source.examples.rows.tolist())}
+    assert [source.examples[at[row]]["label"] for row in range(3)] == [1, 0, -1]
+    with pytest.raises(BadImageError, match="its label is 'eel'"):
+        source.examples[at[3]]
+    write_parquet(tmp_path / "large" / "train.parquet", table(range(2), labels=[2**40, 0]))
+    (batch,) = make(tmp_path / "large", **settings, max_bad_fraction=1.0).evaluation_batches(2)
+    assert batch["valid"].sum() == 1
+
+
 def test_large_row_groups_are_refused(tmp_path, monkeypatch):
     write_parquet(tmp_path / "train.parquet", table(range(8)), rows_per_group=8)
     monkeypatch.setattr(arrow, "LARGEST", 1000)

@@ -117,9 +117,17 @@ class Rows:
             )
         if not columns.label:
             return {"image": content}
-        label = record[columns.label]
-        number = self.table.numbers.get(label, -1) if self.table.numbers else label
-        return {"image": content, "label": np.int32(-1 if number is None else number)}
+        return {"image": content, "label": np.int32(self.number_of(record[columns.label]))}
+
+    def number_of(self, label: Any) -> int:
+        """Returns the number of a label, -1 for none. Raises BadImageError for other values."""
+        if label is None or self.table.numbers:
+            return self.table.numbers.get(label, -1)
+        if isinstance(label, str) and label in self.table.class_names:
+            return self.table.class_names.index(label)
+        if not isinstance(label, int) or not -1 <= label < 2**31:
+            raise BadImageError(f"its label is {label!r}, which is not the number of a class")
+        return label
 
     def name(self, i: int) -> str:
         """Returns the file and the row of example i."""
@@ -170,10 +178,19 @@ def split_name(path: str) -> str:
     return "train" if name in ("data", "default", "") or name.isdecimal() else name
 
 
+def features_in(schema: Any) -> dict[str, dict]:
+    """Returns the features in a schema's metadata, {column: feature}, {} if there are none."""
+    try:
+        stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = stored["info"]["features"].items()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+    return {name: x for name, x in features if isinstance(x, dict) and name in schema.names}
+
+
 def columns_of(schema: Any, labels: str, root: str) -> Columns:
     """Finds the columns of images and labels by the features of the schema's metadata."""
-    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = stored.get("info", {}).get("features", {})
+    features = features_in(schema)
     images = [name for name, x in features.items() if x.get("_type") == "Image"]
     images = images or [name for name in ("image", "img") if name in schema.names]
     if "image" in images:
@@ -191,7 +208,9 @@ def columns_of(schema: Any, labels: str, root: str) -> Columns:
             f"{root} has several columns of labels: set data.labels to one of {classes}."
         )
     label = labels or ("label" if "label" in schema.names else "".join(classes))
-    return Columns(images[0], label, features.get(label, {}).get("names") or [])
+    names = features.get(label, {}).get("names")
+    names = [printable(str(name)) for name in names] if isinstance(names, list) else []
+    return Columns(images[0], label, names)
 
 
 def schema_of(path: str) -> Any:
