@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax import flops, main, recipe, schema
+from mim_jax import flops, recipe, schema, training
 from mim_jax.start import Start
 
 
@@ -66,10 +66,10 @@ def test_a_step_of_a_classifier(tuned_blocks, accumulate):
 def share_of_a_peak(monkeypatch, name: str, *overrides: str) -> float:
     config = schema.load(f"configs/{name}.py", ["model.dtype=bfloat16", *overrides], smoke=True)
     run = recipe.build(config)
-    assert main.peak_share(run, config) == 0  # of a CPU, no peak is known
+    assert training.peak_share(run, config) == 0  # of a CPU, no peak is known
     with monkeypatch.context() as patch:
         patch.setitem(flops.PEAKS, "cpu", 1e12)
-        return main.peak_share(run, config)
+        return training.peak_share(run, config)
 
 
 def test_rematerialization_does_not_count(monkeypatch):
