@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from mim_jax import UserError, __version__
@@ -56,8 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"mim_jax {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     options = parser.parse_args(argv[:1])
-    module = importlib.import_module(f"mim_jax.{COMMANDS[options.command][0]}")
-    return module.main(argv[1:])
+    return module_of(options.command).main(argv[1:])
+
+
+def module_of(command: str) -> ModuleType:
+    """Imports the module of a command, and no other's."""
+    return importlib.import_module(f"mim_jax.{COMMANDS[command][0]}")
 
 
 def parser_of(command: str, text: str) -> argparse.ArgumentParser:
@@ -105,9 +110,8 @@ def parse(
     if {"-h", "--help"} & set(argv) and any(word.startswith("--config") for word in argv):
         parser.print_help()
         print("\nkeys of the config:\n")
-        from mim_jax import list_keys
-
-        parser.exit(list_keys.main([word for word in argv if word.startswith("--config")]))
+        config = [word for word in argv if word.startswith("--config")]
+        parser.exit(module_of("keys").main(config))
     options, rest = parser.parse_known_args(argv)
     overrides = []
     while rest:

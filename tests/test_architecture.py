@@ -37,7 +37,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "convert": {
         *("checkpoint", "cli", "convert", "masking", "models", "objectives", "train", "workdir"),
     },
-    "cli": {"list_keys", "workdir"},
+    "cli": {"workdir"},
     "config_files": set(),
     "list_configs": {"cli", "config_files"},
     "list_keys": {"cli", "keys", "objectives", "optim", "schema"},
