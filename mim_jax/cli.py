@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -38,6 +38,10 @@ COMMANDS = {  # name: module with main(argv), what it does
     "configs": ("list_configs", "list the configs that come with mim_jax"),
     "keys": ("list_keys", "list the keys of a config and what they mean"),
 }
+OF_TRAINING = (  # keys and blocks that other commands do not use
+    *("steps", "epochs", "optimizer", "log", "evaluate", "pictures", "probe", "save"),
+    *("divergence", "ema"),
+)
 NO_WRITE = (  # errors that mean: this path cannot be written
     *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
@@ -100,11 +104,12 @@ def workdir_of(options: argparse.Namespace) -> str:
 
 
 def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, unused: Collection[str] = ()
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parses arguments -> options, and the overrides "key=value" of --config.key=value.
 
-    With --help and --config, the keys of the config are listed too.
+    With --help and --config, the keys of the config are listed too. Keys and blocks in `unused`
+    are refused, because they would have no effect.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv) and any(word.startswith("--config") for word in argv):
@@ -118,6 +123,8 @@ def parse(
         flag = rest.pop(0)
         if not flag.startswith("--config."):
             parser.error(f"unknown argument {flag}")
+        if flag.removeprefix("--config.").split("=")[0].split(".")[0] in unused:
+            parser.error(f"{flag} has no effect here: only training uses that key")
         separate = "=" not in flag and rest and not rest[0].startswith("--")
         overrides.append(flag.removeprefix("--config.") + (f"={rest.pop(0)}" if separate else ""))
     return options, overrides

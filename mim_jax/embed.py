@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.parser_of("embed", __doc__)
     cli.add_config(parser, "a run directory, or a config file")
     parser.add_argument("--to", required=True, help="the .npz file or the folder to write")
-    options, overrides = cli.parse(parser, argv)
+    options, overrides = cli.parse(parser, argv, cli.OF_TRAINING)
     if (ending := Path(options.to).suffix) in (".pt", ".pth", ".npy", ".csv", ".parquet", ".h5"):
         parser.error(f"--to={options.to}: {ending} is not written; name an .npz file or a folder")
 

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.parser_of("evaluate", __doc__)
     cli.add_config(parser, "a run directory, or a config file")
     parser.add_argument("--to", default="", help="a .json file to write")
-    options, overrides = cli.parse(parser, argv)
+    options, overrides = cli.parse(parser, argv, cli.OF_TRAINING)
 
     def command() -> int:
         config = schema.load(options.config, overrides, trust_code=options.trust_code)

@@ -92,3 +92,12 @@ def test_a_run_is_continued_where_it_is(tmp_path):
         (["--config=mae_emoji", "--workdir=x"], "x"),
     ]:
         assert cli.workdir_of(cli.parse(parser, words)[0]) == expected
+
+
+@pytest.mark.parametrize("command", ["evaluate", "embed", "tokenize"])
+def test_keys_without_effect_are_refused(command, capsys):
+    arguments = ["--config=mae_emoji", "--config.optimizer.lr=1"]
+    with pytest.raises(SystemExit) as done:
+        cli.main([command, *arguments, *([] if command == "evaluate" else ["--to=x"])])
+    assert done.value.code == 2
+    assert "--config.optimizer.lr=1 has no effect here" in capsys.readouterr().err
