@@ -324,6 +324,10 @@ def set_key(
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{key} = {value!r} must be {getattr(kind, '__name__', kind)}.")
     numbers = [x for x in np.ravel(value).tolist() if isinstance(x, int | float)]
+    default = keys[key].default if isinstance(keys[key].default, tuple) else ()
+    numeric = keys[key].range != Range() or any(isinstance(x, int | float) for x in default)
+    if numeric and isinstance(value, tuple) and len(numbers) < np.size(value):
+        raise UserError(f"{key} = {value!r} must be numbers.")
     if not all(keys[key].range.allows(x) for x in numbers):
         raise UserError(f"{key} = {value!r} must be {keys[key].range}.")
     if kind == int | tuple and isinstance(value, tuple) and len(numbers) != 2:
@@ -344,7 +348,10 @@ def unknown(key: str, keys: Mapping[str, Key]) -> str:
 
 
 def parse(text: str, kind: Any) -> Any:
-    """Parses a value from the command line: a Python literal, true, false, or plain text."""
+    """Parses a value from the command line: a Python literal, true, false, or plain text.
+
+    Names of a tuple are separated by commas: data.bands=red,nir.
+    """
     if kind is str or get_origin(kind) is Literal:
         return text
     if kind is bool and text.lower() in ("true", "false"):
@@ -352,7 +359,8 @@ def parse(text: str, kind: Any) -> Any:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text
+        names = kind is tuple and "," in text
+        return tuple(name.strip() for name in text.split(",")) if names else text
     return int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
 
 

@@ -31,6 +31,8 @@ def test_a_rehearsal_keeps_as_many_tokens_as_patches():
 def test_integers_are_accepted_as_floats():
     assert schema.load(EMOJI, ["optimizer.weight_decay=0"]).optimizer.weight_decay == 0.0
     assert schema.load(EMOJI, ["data.crop_scale=0.5,1"]).data.crop_scale == (0.5, 1)
+    for text in ("red,nir , B02", "('red', 'nir', 'B02')"):
+        assert schema.load(EMOJI, [f"data.bands={text}"]).data.bands == ("red", "nir", "B02")
     assert schema.load(EMOJI, ["log.wandb=2026"]).log.wandb == "2026"
 
 
@@ -47,6 +49,8 @@ def test_integers_are_accepted_as_floats():
         ("data.flip=3", "data.flip = 3 must be bool"),
         ("data.size=large", "data.size = 'large' must be int | tuple"),
         ("data.crop_scale=0.5", "data.crop_scale = 0.5 must be tuple"),
+        ("data.crop_scale=a,b", "data.crop_scale = ('a', 'b') must be numbers"),
+        ("objective.mean=a,b,c", "objective.mean = ('a', 'b', 'c') must be numbers"),
         ("steps=True", "steps = True must be int"),
         ("model=3", "model is a block: set model.size"),
         ("steps", "--config.steps has no value"),
