@@ -125,6 +125,9 @@ def report(options: argparse.Namespace, overrides: list[str]) -> int:
     print(f"compiled in {seconds:.0f} s", flush=True)
 
     found = instructions(text)
+    loops = [x for x in found.values() if x.opcode == "while" and "known_trip_count" not in x.line]
+    if loops:
+        print(f"{len(loops)} loops of unknown length, counted once: {sources(loops)}")
     cycles = kernel_cycles({kernel_of(x, found) for x in found.values() if x.is_kernel})
     rows = collections.Counter()
     for instruction in found.values():
@@ -147,7 +150,11 @@ def report(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def instructions(text: str) -> dict[str, Instruction]:
-    """Returns by name the operations of a compiled program that run, with how often they do."""
+    """Returns by name the operations of a compiled program that run, with how often they do.
+
+    Loops of unknown length are taken to run once, such as those that draw random numbers by
+    rejection and blocks of masks; `report` prints them.
+    """
     computations, entry, name = collections.defaultdict(list), "", ""
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?(%[\w.-]+) \(.*\{$", line):
@@ -163,13 +170,17 @@ def instructions(text: str) -> dict[str, Instruction]:
             yield row._replace(times=times)
             if row.opcode in ("while", "call", "conditional"):
                 count = re.search(r"known_trip_count[^0-9]*(\d+)", row.line)
-                if row.opcode == "while" and not count:
-                    raise UserError(f"{row.name} is a loop of unknown length.")
                 calls = r"(?:body|to_apply|branch_computations|calls)=\{?(%[\w.-]+)"
                 for inner in re.findall(calls, row.line):
                     yield from walk(inner, times * (int(count[1]) if count else 1))
 
     return {row.name: row for row in walk(entry, 1)}
+
+
+def sources(rows: list[Instruction]) -> str:
+    """Returns the names of the operations in Python that operations of a program come from."""
+    names = (re.search(r'op_name="([^"]*)"', row.line) for row in rows)
+    return ", ".join(sorted({match[1] if match else "unknown" for match in names}))
 
 
 def seconds_of(instruction: Instruction, found: dict[str, Instruction], kernels: dict) -> float:
