@@ -31,7 +31,7 @@ import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mim_jax.checkpoint import abstract
-from mim_jax.models.vit import SIZES
+from mim_jax.models.vit import SIZES, vit
 from mim_jax.objectives import mae
 from mim_jax.optim import adamw
 from mim_jax.sharding import by_row, make_mesh, place
@@ -48,7 +48,7 @@ def ours(size: str, images: np.ndarray, dtype: str, remat: str) -> tuple[Callabl
     rng = jax.random.key(0)
 
     def lower(dtype: str, device: jax.Device):
-        model = dict(size=size, patch=PATCH.get(size, 16), dtype=dtype, remat=remat)
+        model = vit(size=size, patch=PATCH.get(size, 16), dtype=dtype, remat=remat)
         objective, mesh = mae.objective(model), make_mesh([device])
         b1, b2 = ADAMW["betas"]
         optimizer = adamw(

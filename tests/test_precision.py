@@ -123,16 +123,6 @@ def test_the_residual_stream_and_what_losses_read_are_float32():
     assert jax.eval_shape(tokenizer.logits, params, images).dtype == jnp.float32
 
 
-def test_statistics_of_targets_are_float32_for_integer_images():
-    """Normalized targets of images in uint8, next to those in float64."""
-    patches = np.random.default_rng(0).integers(256, size=(2, 16, 16, 3), dtype=np.uint8)
-    objective = mae.objective(vit(**SMALL), decoder_width=32, decoder_depth=1)
-    batch = batch_of() | dict(image=np.concatenate([patches, patches]))
-    params, buffers = jax.eval_shape(lambda: objective.init(jax.random.key(0), batch))
-    total, _, _ = jax.eval_shape(objective.loss, params, buffers, batch, jax.random.key(0), 0)
-    assert total.dtype == jnp.float32
-
-
 @pytest.mark.parametrize("kind", ["dalle", "small"])
 def test_a_tokenizer_in_bfloat16_keeps_its_tokens(kind):
     """At most 0.26 % change, as many as in float16 in the original."""
@@ -142,11 +132,14 @@ def test_a_tokenizer_in_bfloat16_keeps_its_tokens(kind):
     images = 0.5 + 0.5 * np.sin(waves[0] * y[..., None] + waves[1] * x[..., None] + waves[2])
     images = jnp.asarray(images, jnp.float32)
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["tokenizer"]
+    # Without the mean of its logit, every token is about as likely as any other.
+    params["output"]["bias"] = -model.logits(params, images).mean((0, 1, 2))
     exact, fast = (
         np.asarray(jax.jit(model.with_dtype(dtype).tokens)(params, images))
         for dtype in ("float32", "bfloat16")
     )
-    assert exact.size == 4096 and len(np.unique(exact)) > 8
+    assert exact.size == 4096
+    assert len(np.unique(exact)) > 8
     assert (exact != fast).mean() <= 0.0026
 
 
