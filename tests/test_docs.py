@@ -134,3 +134,8 @@ def test_the_module_table_is_complete():
     for path in (ROOT / "mim_jax").glob("[a-z]*"):
         name = path.name + "/" * path.is_dir()
         assert f"`{name}`" in text or name == "py.typed", name
+
+
+def test_the_readme_names_every_command():
+    named = re.findall(r"`([a-z]+)`|`mim-jax ([a-z]+)`", (ROOT / "README.md").read_text())
+    assert not cli.COMMANDS.keys() - {name for pair in named for name in pair}
