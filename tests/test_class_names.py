@@ -1,5 +1,7 @@
 """Classes are matched by name: evaluations and labels of data sets in another order."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -102,3 +104,48 @@ def test_names_of_bands(bands, sentence):
     with pytest.raises(UserError, match=sentence):
         data.make(name="emoji", size=16, bands=bands)
     assert data.make(name="emoji", size=16, bands=("r", "g", "b")).bands == ("r", "g", "b")
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict(dict(batch_size=8, steps=40))
+    config.model = dict(width=32, depth=1, heads=2, patch=8, positions="learned")
+    config.objective = dict(name="classify", mean=(0.5,), std=(0.5,))
+    config.data = dict(name="emoji", size=16, labels="folder", crop_scale=(1.0, 1.0))
+    config.optimizer = dict(name="adamw", base_lr=3e-2)
+    config.save = dict(every_steps=40)
+    return config
+"""
+COLORS = dict(ant=(220, 30, 30), bee=(30, 220, 30), cat=(30, 30, 220))
+
+
+def splits_of_colors(root, names):
+    for split in ("train", "val"):
+        for name in names:
+            for i in range(8):
+                path = root / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (16, 16), COLORS[name.split()[-1]]).save(path)
+    return f"--config.data.name=folder:{root}"
+
+
+def test_a_run_is_evaluated_by_the_names_of_its_classes(tmp_path, command):
+    (tmp_path / "config.py").write_text(CONFIG)
+    run, numbers = tmp_path / "run", tmp_path / "metrics.json"
+    data_set = splits_of_colors(tmp_path / "one", COLORS)
+    arguments = [f"--config={tmp_path / 'config.py'}", f"--workdir={run}", data_set]
+    trained = command("mim_jax.main", *arguments)
+    assert trained.returncode == 0, trained.stderr
+    assert "3 classes: ant, bee, cat" in trained.stdout
+    record = json.loads((run / "config.json").read_text())
+    assert record["data"]["class_names"] == ["ant", "bee", "cat"]
+    fewer = splits_of_colors(tmp_path / "fewer", ("bee", "cat"))  # 0 and 1 in their own order
+    evaluated = command("mim_jax.evaluate", f"--config={run}", fewer, f"--to={numbers}")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(numbers.read_text())["accuracy"] == 1
+    other = splits_of_colors(tmp_path / "other", ("big ant", "bee", "cat"))
+    refused = command("mim_jax.evaluate", f"--config={run}", other)
+    assert refused.returncode == 2
+    assert "big ant is not among ant, bee, cat" in refused.stderr
