@@ -8,7 +8,7 @@ Requires a run of configs/mae_camvid.py.
 
 The second command is the same recipe from scratch. CamVid (Brostow et al., 2009), 367 training and
 101 validation images, must be prepared as docs/segmentation.md describes. No value was tuned. The
-results are in docs/segmentation.md.
+results are in docs/results.md.
 """
 
 from ml_collections import ConfigDict
