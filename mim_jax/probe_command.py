@@ -65,13 +65,13 @@ def probe(options) -> int:
         for of_training in (True, False)
     ]
     (train, train_labels), (test, labels) = splits
-    labelled = dataset.num_labels > 0 and min(train_labels.min(), labels.min()) >= 0
+    labeled = dataset.num_labels > 0 and min(train_labels.min(), labels.min()) >= 0
     print(f"{options.source}: {train.shape[1]:,} images of {options.split}", end="")
     print(f", {len(labels):,} of {options.evaluation_split}, {dataset.num_labels} classes")
-    print("layer     rank" + ("    k-NN  linear" if labelled else ""))
+    print("layer     rank" + ("    k-NN  linear" if labeled else ""))
     for layer, (x, y) in enumerate(zip(train, test, strict=True), start=1):
         row = f"{layer:5d} {rank(x):8.1f}"
-        if labelled:
+        if labeled:
             scores = (
                 np.mean(predict(x, train_labels, y) == labels) for predict in (neighbors, linear)
             )
