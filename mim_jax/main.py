@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
             join(options.distributed)
         config = schema.load(options.config, overrides, options.smoke, options.trust_code)
         if options.dry_run:
-            print(config, recipe.build(config).summary, f"run directory: {path}", sep="\n")
+            run = recipe.build(config)
+            Start(run, config).trace_step()  # raises the mistakes that the first step would
+            print(config, run.summary, f"run directory: {path}", sep="\n")
             return 0
         if options.max_minutes:
             stop_after(options.max_minutes)

@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--heads", type=int, default=0, help="if the weights do not say it")
     options = parser.parse_args(argv)
+    if options.images < 0 or options.batch_size < 1:
+        parser.error("--images must be at least 0, --batch-size at least 1")
     return cli.exit_code(lambda: probe(options), "")
 
 

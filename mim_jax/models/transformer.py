@@ -113,7 +113,10 @@ def transform(
     stay names, and scan took 1.7 times the memory (ViT-L on v5e).
     """
     if x.shape[-1] % heads:
-        raise UserError(f"{heads} heads do not divide a width of {x.shape[-1]}.")
+        raise UserError(
+            f"{heads} heads do not divide a width of {x.shape[-1]}: set model.heads (of a decoder: "
+            "objective.decoder_heads) to a divisor."
+        )
     block = Block if remat == "none" else rematerialize(remat)
     outputs = {}
     for i in range(max(layers, default=depth - 1) + 1):
