@@ -292,6 +292,24 @@ def state_before(workdir: str, like: TrainState, step: int) -> TrainState | None
     return TrainState(**restored)
 
 
+def record_in(workdir: str) -> dict:
+    """Returns the record of a run that its newest checkpoint carries.
+
+    Raises UserError if there is none, so that nobody can tell whose checkpoints these are.
+    """
+    folder = Path(workdir).expanduser() / "checkpoints"
+    step = newest(folder)
+    try:
+        record = json.loads((folder / str(step) / "metadata" / "metadata").read_text())
+        if not {"config", "trajectory"} <= record.keys():
+            raise ValueError
+    except (OSError, ValueError, AttributeError):
+        raise UserError(
+            f"{workdir} has checkpoints, but no record of their run: choose another --workdir."
+        ) from None
+    return record
+
+
 def arrays(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
     """Restores the arrays of a checkpoint that the tree `like` names, as numpy arrays."""
     numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)

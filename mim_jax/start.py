@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, schema, workdir
-from mim_jax.checkpoint import abstract
+from mim_jax.checkpoint import abstract, record_in
 from mim_jax.recipe import Run
 from mim_jax.sharding import by_row, place, replicated
 from mim_jax.train import TrainState, initialize, jit_step
@@ -138,9 +138,10 @@ def claim_workdir(
         if key not in trajectory:
             raise UserError(f"--change={key}: the config has no key {key} that decides a run.")
     history: list[dict[str, Any]] = []
-    if workdir.has_checkpoints(path) and workdir.is_run(path):
-        changes = compare_trajectories(path, trajectory, run, config.objective.name, change)
-        history = workdir.read(path).get("history", []) + ([{"changes": changes}] * bool(changes))
+    if workdir.has_checkpoints(path):
+        record = workdir.read(path) or record_in(path)  # config.json may be lost
+        changes = compare_trajectories(path, record, trajectory, run, config.objective.name, change)
+        history = record.get("history", []) + ([{"changes": changes}] * bool(changes))
     folder = workdir.open_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,14 +157,18 @@ def claim_workdir(
 
 
 def compare_trajectories(
-    path: str, trajectory: dict, run: Run, objective: str, change: Collection[str] = ()
+    path: str,
+    record: dict[str, Any],
+    trajectory: dict[str, Any],
+    run: Run,
+    objective: str,
+    change: Collection[str] = (),
 ) -> dict[str, list]:
-    """Compares a trajectory with that of the run in a directory.
+    """Compares a trajectory with that in the record of the run in a directory.
 
     Returns {key: [old value, new value]} of the keys in `change` that differ. Raises UserError if
     any other differs.
     """
-    record = workdir.read(path)
     if workdir.is_converted(record):
         raise UserError(
             f"{path} holds converted weights: set --config.init_from.encoder={path} (or tokenizer) "

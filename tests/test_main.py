@@ -222,6 +222,17 @@ def test_lines_of_a_killed_process_are_survived(finished, tmp_path, capsys):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_lost_config_is_read_from_the_checkpoint(finished, tmp_path, capsys):
+    """Without config.json, other settings are still refused, and the same still accepted."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").unlink()
+    assert main.main([*smoke(tmp_path)[1:], "--config.seed=5"]) == 2
+    assert "holds a run with other settings: seed is 5, was 0" in capsys.readouterr().err
+    assert main.main(smoke(tmp_path)[1:]) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert (tmp_path / "config.json").exists()
+
+
 def test_a_run_does_not_choose_where_compiled_programs_are(finished, tmp_path):
     """A stranger's run could bring a compiled step of its own."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
