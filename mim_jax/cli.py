@@ -44,7 +44,7 @@ OF_TRAINING = (  # keys and blocks that other commands do not use
 )
 NO_WRITE = (  # errors that mean: this path cannot be written
     *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG),
 )
 
 
@@ -146,7 +146,8 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in NO_WRITE:
+        removed = error.errno == errno.ENOENT and bool(workdir) and not os.path.isdir(workdir)
+        if error.errno not in NO_WRITE and not removed:
             raise
         path = error.filename or workdir
         print(f"error: cannot write to {path}: {error.strerror}.", file=sys.stderr)

@@ -59,6 +59,7 @@ def test_a_dry_run_prints_the_config_and_the_arithmetic(capsys, tmp_path):
     [
         (UserError("a is wrong."), 2, "error: a is wrong.\n"),
         (PermissionError(13, "Permission denied", "/x"), 2, "cannot write to /x: Permission"),
+        (FileNotFoundError(2, "No such file", "runs/x/log"), 2, "cannot write to runs/x/log: No"),
         (FloatingPointError("the loss is nan."), 1, "failed: the loss is nan.\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
