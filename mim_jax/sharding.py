@@ -41,7 +41,46 @@ def make_mesh(devices: list | None = None, *, fsdp: int = 1) -> Mesh:
         mesh_utils.create_device_mesh(shape, each, allow_split_physical_axes=True)
         for each in slices.values()
     ]
-    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * 2)
+    rows = [sorted(row, key=coordinates) for grid in grids for row in grid]
+    return Mesh(np.array(rows), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def coordinates(device: jax.Device) -> tuple[int, ...]:
+    """Returns where a TPU lies in its slice; () for other devices, which keep their order."""
+    return tuple(getattr(device, "coords", None) or ())
+
+
+def line_length(mesh: Mesh) -> int:
+    """Returns how many neighbors along `fsdp` lie on one line of a TPU slice.
+
+    It is the whole axis for other devices, or if lines do not divide the axis.
+    """
+    first, *others = (coordinates(device) for device in mesh.devices[0])
+    count, directions = 1, set()
+    for other in others:
+        directions |= {
+            i for i, pair in enumerate(zip(first, other, strict=True)) if len({*pair}) > 1
+        }
+        if len(directions) > 1:
+            break
+        count += 1
+    return count if len(mesh.devices[0]) % count == 0 else len(mesh.devices[0])
+
+
+def scatter(x: jax.Array, side: int, count: int, line: int) -> jax.Array:
+    """Adds x over the `count` devices along `fsdp`; each keeps its part of a side.
+
+    For devices on several lines there are two scatters, across lines and along them. A TPU's
+    compiler turns one over 16 chips on two axes into an all-reduce of the whole array.
+    """
+    options = dict(scatter_dimension=side, tiled=True)
+    if line == count:
+        return jax.lax.psum_scatter(x, "fsdp", **options)
+    across = [list(range(i, count, line)) for i in range(line)]
+    along = [list(range(i, i + line)) for i in range(0, count, line)]
+    for groups in (across, along):
+        x = jax.lax.psum_scatter(x, "fsdp", axis_index_groups=groups, **options)
+    return x
 
 
 def by_row(mesh: Mesh) -> NamedSharding:
@@ -80,6 +119,7 @@ def over_devices(gradient: Callable, mesh: Mesh, accumulate: int) -> Callable:
     (ViT-H with 8 blocks, v5e).
     """
     axes = [axis for axis in AXES if mesh.shape[axis] > 1]
+    line = line_length(mesh)
 
     def gather(x, spec):
         for side, axis in enumerate(spec):
@@ -90,7 +130,7 @@ def over_devices(gradient: Callable, mesh: Mesh, accumulate: int) -> Callable:
     def add_up(x, spec):
         for side, axis in enumerate(spec):
             if axis:
-                x = jax.lax.psum_scatter(x, axis, scatter_dimension=side, tiled=True)
+                x = scatter(x, side, mesh.shape[axis], line)
         return jax.lax.psum(x, tuple(axis for axis in axes if axis not in tuple(spec)))
 
     def call(params, buffers, batch):

@@ -2,13 +2,16 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from benchmarks.pod import collectives
 from mim_jax import UserError
-from mim_jax.sharding import by_row, make_mesh
+from mim_jax.sharding import by_row, line_length, make_mesh, scatter
 from mim_jax.train import jit_step, train
 from tests.tiny_run import EXAMPLE, OBJECTIVE, OPTIMIZER, batches_from, start
 
@@ -105,3 +108,32 @@ def test_copies_do_not_span_slices():
         UserError, match="fsdp = 3 does not divide the 8 devices: set it to a divisor"
     ):
         make_mesh(fsdp=3)
+
+
+@pytest.mark.parametrize("line", [2, 4, 8])
+def test_scatters_over_lines_give_every_device_its_part(line):
+    x = np.random.default_rng(0).normal(size=(8, 16, 3))
+    mesh = make_mesh(fsdp=8)
+    add = jax.shard_map(
+        lambda x: scatter(x[0], 0, 8, line),
+        mesh=mesh,
+        in_specs=P("fsdp"),
+        out_specs=P("fsdp"),
+        check_vma=False,
+    )
+    np.testing.assert_allclose(jax.jit(add)(x), x.sum(0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("places", "length"),
+    [
+        ([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)], 4),
+        ([(0, 0), (0, 1), (1, 0), (1, 1)], 2),
+        ([(0, 0), (1, 0), (2, 0), (3, 0)], 4),
+        ([(0, 0), (0, 1), (1, 0)], 3),  # two do not divide three
+        ([(), (), ()], 3),  # no TPUs
+    ],
+)
+def test_line_length(places, length):
+    mesh = SimpleNamespace(devices=[[SimpleNamespace(coords=place) for place in places]])
+    assert line_length(mesh) == length
