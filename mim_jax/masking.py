@@ -19,10 +19,20 @@ Sampling = Literal["random", "blockwise", "span", "grid", "none"]
 def hide(
     rngs: jax.Array, grid: tuple[int, int], ratio: float, sampling: Sampling = "random"
 ) -> tuple[jax.Array, jax.Array]:
-    """Hides `ratio` of the patches of each image, uniformly at random (MAE, section 3).
+    """Hides a share of the patches of each image, by default uniformly at random (MAE, section 3).
 
-    rngs (b,), one key per image -> indices of visible patches (b, k) and of hidden patches (b, m),
-    both in random order. If another `sampling` hides fewer patches, random ones are added.
+    Args:
+        rngs: (b,), one key per image.
+        grid: rows and columns of patches.
+        ratio: share of the patches to hide.
+        sampling: how patches are chosen, see `sample`. If it hides fewer patches, random ones are
+            added.
+
+    Returns:
+        Indices of visible patches (b, k) and of hidden patches (b, m), both in random order.
+
+    Raises:
+        UserError: if no patch or every patch would be hidden.
     """
     n = math.prod(grid)
     noise = jax.vmap(lambda rng: jax.random.uniform(rng, (n,)))(rngs)
@@ -32,7 +42,7 @@ def hide(
 
 
 def count_visible(n: int, ratio: float) -> int:
-    """Returns how many of n patches stay visible: int(n * (1 - ratio)), as the official code."""
+    """Returns the number of visible patches out of n: int(n * (1 - ratio)), as in MAE's code."""
     return int(n * (1 - ratio))
 
 
@@ -52,13 +62,23 @@ def mask_by_noise(noise: jax.Array, ratio: float) -> tuple[jax.Array, jax.Array]
 def sample(
     rngs: jax.Array, grid: tuple[int, int], count: int, sampling: Sampling, *, min_block=16, unit=1
 ) -> jax.Array:
-    """Draws one mask per image: rngs (b,) -> (b, n), true at no more than `count` patches.
+    """Draws one mask per image.
 
     Args:
+        rngs: (b,), one key per image.
+        grid: rows and columns of patches.
+        count: number of patches to mask.
         sampling: `random`; `blockwise`, blocks of at least `min_block` patches (BEiT), which often
-            masks a few less than `count`; `span`, runs along rows; `grid`, all but one of every
-            2 x 2 patches; `none`.
-        unit: `random` masks squares of `unit` x `unit` patches (SimMIM).
+            masks a few patches less than `count`; `span`, runs along rows; `grid`, all but one of
+            every 2 x 2 patches; `none`.
+        min_block: smallest number of patches in a block.
+        unit: side of the squares of patches that `random` masks (SimMIM).
+
+    Returns:
+        Masks (b, n), true at no more than `count` patches.
+
+    Raises:
+        UserError: if no patch or every patch would be masked.
     """
     rows, columns = grid
     if not 0 < count < rows * columns:
@@ -89,8 +109,8 @@ def rectangle(grid: tuple[int, int], top, left, height, width) -> jax.Array:
 def blockwise(rng: jax.Array, *, grid: tuple[int, int], count: int, min_block: int) -> jax.Array:
     """Adds rectangles until `count` patches are masked (BEiT, algorithm 1, as in its code).
 
-    A block must mask at least one new patch and no more than are missing. After ten failures in a
-    row the mask stays smaller: of 196 patches with a count of 75, 74.5 are masked on average.
+    A rectangle must add at least one patch and must not exceed `count`. After ten failures in a
+    row the mask stays smaller: with a count of 75 out of 196 patches, 74.5 are masked on average.
     """
     aspect = math.log(0.3)
 
@@ -116,9 +136,9 @@ def blockwise(rng: jax.Array, *, grid: tuple[int, int], count: int, min_block: i
 
 
 def span(rng: jax.Array, *, grid: tuple[int, int], count: int) -> jax.Array:
-    """Adds runs along rows until `count` patches are masked, as SpanBERT (Joshi et al., 2019).
+    """Adds runs along rows until `count` patches are masked (SpanBERT, Joshi et al., 2019).
 
-    Lengths are geometric with p = 0.2 and at most 10: 3.8 on average, less where a row ends.
+    Lengths are geometric with p = 0.2 and at most 10: 3.8 on average, less at the end of a row.
     """
     share = 0.2 * 0.8 ** jnp.arange(10)
 
@@ -135,7 +155,7 @@ def span(rng: jax.Array, *, grid: tuple[int, int], count: int) -> jax.Array:
 
 
 def every_fourth(rng: jax.Array, *, grid: tuple[int, int], count: int) -> jax.Array:
-    """Masks all but the first of every 2 x 2 patches (MAE, figure 6), equally for every image."""
+    """Masks all but the first of every 2 x 2 patches (MAE, figure 6), the same in every image."""
     rows, columns = grid
     hidden = rows * columns - -(-rows // 2) * -(-columns // 2)
     if count != hidden:
@@ -158,10 +178,20 @@ SAMPLERS: dict[str, Callable] = dict(
 
 
 def corrupt(rngs: jax.Array, masks: jax.Array, shares: tuple) -> tuple[jax.Array, jax.Array]:
-    """Chooses what replaces masked patches, as BERT does (Devlin et al., 2018, section 3.1).
+    """Chooses what replaces masked patches, as in BERT (Devlin et al., 2018, section 3.1).
 
-    rngs (b,), masks (b, n), shares of (mask token, another patch of the image, the patch itself)
-    -> where the mask token is used (b, n), and the index of the patch at each place (b, n).
+    Args:
+        rngs: (b,), one key per image.
+        masks: (b, n), true where a patch is masked.
+        shares: shares of masked patches that become the mask token, become another patch of the
+            image, and stay unchanged.
+
+    Returns:
+        Whether the mask token is used at each position (b, n), and the index of the patch that is
+        used there otherwise (b, n).
+
+    Raises:
+        UserError: if the shares do not add up to 1.
     """
     token, other, itself = shares
     if abs(token + other + itself - 1) > 1e-6 or min(shares) < 0:

@@ -27,7 +27,7 @@ DISTANCES = {
 class Target(NamedTuple):
     """A prediction target for masked patches, as pure functions."""
 
-    vocabulary: int  # logits per patch; 0: the p*q*c pixels of a patch are predicted
+    vocabulary: int  # number of logits per patch; 0: the p*q*c pixels of a patch are predicted
     init: Callable  # (rng, batch) -> buffers of the target
     of: Callable  # (buffers, batch, normalized images) -> targets of all patches (b, n, ...)
     loss: Callable  # (predicted (b, m, size), targets (b, m, ...)) -> {"loss": (b, m), ...}
@@ -45,7 +45,19 @@ def make(
     std: tuple,
     distance: Distance = "squared",
 ) -> Target:
-    """Returns the target called `name`; `tokenizer` is needed for "tokens" alone."""
+    """Returns a prediction target.
+
+    Args:
+        name: pixels, pixels normalized by the statistics of each patch, or visual tokens.
+        patch: rows and columns of a patch.
+        tokenizer: the dVAE that computes the tokens; required for "tokens" only.
+        mean: mean of the images' channels, for pictures.
+        std: standard deviation of the images' channels, for pictures.
+        distance: distance between predicted and true pixels.
+
+    Raises:
+        UserError: if "tokens" has no tokenizer.
+    """
     if name != "tokens":
         return pixels(patch, mean, std, normalized=name == "normalized_pixels", distance=distance)
     if tokenizer is None:
@@ -54,7 +66,7 @@ def make(
 
 
 def statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the mean and deviation of each patch; the variance is unbiased, as in torch."""
+    """Returns the mean and standard deviation of each patch (unbiased variance, as in PyTorch)."""
     mean, var = patches.mean(-1, keepdims=True), patches.var(-1, keepdims=True, ddof=1)
     return mean, jnp.sqrt(var + 1e-6)
 
@@ -73,7 +85,7 @@ def pixels(
         return {"loss": DISTANCES[distance](difference).mean(-1)}
 
     def paint(buffers, predicted, patches, masked, grid):
-        # A prediction of normalized pixels has no brightness and contrast: use the true ones.
+        # Normalized pixels lack brightness and contrast, so use those of the true patch.
         center, deviation = scale(take(patches, masked))
         caption = "painted, true mean and variance" if normalized else "painted"
         painted = put(patches, masked, predicted.astype(patches.dtype) * deviation + center)

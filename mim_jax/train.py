@@ -15,11 +15,11 @@ from mim_jax.sharding import over_devices, replicated, to_global, whole
 
 
 class TrainState(NamedTuple):
-    """Everything that a run carries from step to step."""
+    """The state of a run, updated in every step."""
 
     step: jax.Array  # number of updates so far
     params: dict  # updated by the optimizer
-    buffers: dict  # carried along, not trained
+    buffers: dict  # part of the state, but not trained
     opt_state: optax.OptState
     ema: dict | None = None  # moving average of params, if the recipe has one
 
@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
 
 
 def initialize(objective: Objective, optimizer, example: dict, seed: int, ema: bool = False):
-    """Returns the state before the first step; `example` {name: ShapeDtypeStruct} is a batch."""
+    """Returns the state before the first step; `example` is a batch, {name: ShapeDtypeStruct}."""
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
     params, buffers = objective.init(jax.random.key(seed), batch)
     average = jax.tree.map(jnp.copy, params) if ema else None
@@ -38,14 +38,14 @@ def initialize(objective: Objective, optimizer, example: dict, seed: int, ema: b
 
 
 def gradient_of(state: TrainState, batch: dict, rng, *, objective, accumulate, mesh):
-    """Returns the gradient, the metrics {name: ()} and the changed buffers of a step."""
+    """Computes the gradient, the metrics {name: ()} and the changed buffers of a step."""
     rng = jax.random.fold_in(rng, state.step)
 
     def total_loss(params, buffers, rows):
         total, weight, (metrics, after) = objective.loss(params, buffers, rows, rng, state.step)
         sums = {"weight": jnp.asarray(weight, total.dtype), "loss": total}
         sums |= {name: mean * weight for name, mean in metrics.items()}
-        # Only buffers that changed are averaged over devices: a frozen tokenizer stays in place.
+        # Only buffers that changed are averaged over devices, which spares a frozen tokenizer.
         return total, (sums, {name: x for name, x in after.items() if x is not buffers[name]})
 
     gradient = over_devices(jax.grad(total_loss, has_aux=True), mesh, accumulate)
@@ -61,7 +61,7 @@ def train_step(
 ):
     """Performs one update: state, batch -> state, metrics {name: ()}.
 
-    An update whose loss or gradient is not finite is not applied: only counters advance.
+    If the loss or the gradient is not finite, the update is skipped and only counters advance.
     """
     grads, metrics, changed = gradient_of(
         state, batch, rng, objective=objective, accumulate=accumulate, mesh=mesh
@@ -80,7 +80,10 @@ def train_step(
 
 
 def jit_step(objective, optimizer, state: TrainState, *, mesh: Mesh, accumulate=1, ema=0.0):
-    """Compiles `train_step`. The state is donated and stays sharded as `state` (or its shapes)."""
+    """Returns `train_step` as a jitted function (state, batch, rng) -> state, metrics.
+
+    The state is donated. It keeps the shardings of `state`, which may consist of shapes only.
+    """
     settings = dict(objective=objective, optimizer=optimizer, mesh=mesh)
     settings |= dict(accumulate=accumulate, ema=ema)
     return jax.jit(
@@ -102,10 +105,21 @@ def train(
     accumulate: int = 1,
     ema: float = 0.0,
 ) -> Iterator[tuple[int, TrainState, dict]]:
-    """Yields (step, state, metrics) after every update, from the state's step up to `steps`.
+    """Trains an objective: yields (step, state, metrics {name: ()}) after every update.
 
-    `batches_from(step)` yields this process's rows of the batches after `step` updates. The state
-    is valid until the next one is requested, because its memory is then reused.
+    A yielded state is valid until the next one is requested, which reuses its memory.
+
+    Args:
+        objective: the losses to minimize.
+        optimizer: the update rule.
+        batches_from: step -> iterator over this process's rows of the batches after `step`
+            updates, as dicts of host arrays.
+        state: the state to continue from; its memory is reused.
+        mesh: the devices.
+        steps: number of updates after which training ends.
+        seed: seed of the random numbers drawn in the loss.
+        accumulate: number of parts of a batch that are processed one after another.
+        ema: decay of the moving average of the parameters; 0: no average.
     """
     rng = jax.random.key(seed)
     step_fn = jit_step(objective, optimizer, state, mesh=mesh, accumulate=accumulate, ema=ema)
@@ -123,11 +137,11 @@ def train(
 
 @functools.cache
 def evaluate_step(objective: Objective, mesh: Mesh) -> Callable:
-    """Compiles (params, buffers, batch, rng) -> sums over valid examples, and their number."""
+    """Returns a function (params, buffers, batch, rng) -> sums and count of valid examples."""
 
     def sums(params, buffers, batch, rng):
         valid = batch["valid"] > 0
-        pick = jax.vmap(jnp.where, (0, 0, None))  # a product would turn a NaN of padding into NaN
+        pick = jax.vmap(jnp.where, (0, 0, None))  # multiplying by `valid` would keep NaN in padding
         values = objective.evaluate(params, buffers, batch, rng)
         return jax.tree.map(lambda x: pick(valid, x, 0).sum(0), values), valid.sum()
 
@@ -137,7 +151,11 @@ def evaluate_step(objective: Objective, mesh: Mesh) -> Callable:
 def evaluate(
     objective: Objective, state: TrainState, batches: Iterable[dict], *, mesh: Mesh, seed: int
 ) -> dict[str, float]:
-    """Returns the means over exactly the valid examples, whatever the batches and devices."""
+    """Returns the metrics of an evaluation: means over all valid examples of the batches.
+
+    The result does not depend on the batch size or the number of devices. Parameters are those of
+    the moving average if the state has one.
+    """
     rng, step = jax.random.key(seed), evaluate_step(objective, mesh)
     params, buffers = whole((state.averaged, state.buffers), mesh)
     count, totals = 0, dict[str, np.ndarray]()

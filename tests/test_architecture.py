@@ -143,9 +143,16 @@ def test_shared_code_names_no_objective():
 
 
 def test_the_reading_path_is_short():
-    """The loop, one objective and the encoder can be read in one sitting."""
-    path = ["train.py", "objectives/mae.py", "models/vit.py"]
-    assert sum(len((ROOT / "mim_jax" / name).read_text().splitlines()) for name in path) <= 420
+    """The loop, one objective and the encoder can be read in one sitting, docstrings aside."""
+    lines = 0
+    for name in ("train.py", "objectives/mae.py", "models/vit.py"):
+        text = (ROOT / "mim_jax" / name).read_text()
+        lines += len(text.splitlines())
+        for node in ast.walk(ast.parse(text)):
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+            if isinstance(node, kinds) and ast.get_docstring(node):
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+    assert lines <= 380
 
 
 def test_functions_are_short():

@@ -117,7 +117,7 @@ def test_a_stem_cannot_hide_patches():
         mae.objective(vit(**model)),
         beit.objective(vit(**model), target="pixels", num_masked=2, min_block=1),
     ):
-        with pytest.raises(UserError, match=r"model.stem sees across patches, also hidden ones"):
+        with pytest.raises(UserError, match=r"model.stem mixes visible and hidden patches"):
             jax.eval_shape(objective.init, jax.random.key(0), a_batch())
     with pytest.raises(UserError, match=r"needs model\.patch = 16"):
         classify.objective(vit(**MODEL, stem="resnet50"), CLASSES)

@@ -376,7 +376,7 @@ def test_pictures_show_masked_and_reconstructed_images():
     [
         (dict(model=dict(patch=7)), "32 x 32 pixels cannot be cut into patches of 7 x 7"),
         (dict(model=dict(heads=5)), "5 heads do not divide a width of 32"),
-        (dict(decoder_width=18), "a width that 4 divides, not 18"),
+        (dict(decoder_width=18), "a width that is a multiple of 4, not 18"),
         (dict(model=dict(width=0)), "set model.size, or"),
         (dict(model=dict(remat="half")), "model.remat = 'half'"),
         (dict(mask_ratio=0.99), "at least one must be visible"),

@@ -1,4 +1,4 @@
-"""MAE's decoder, which predicts hidden patches from the latent of the visible ones.
+"""MAE's decoder, which predicts hidden patches from the encoded visible ones.
 
 Shapes: b images, n patches, k visible, d width, (p, q) patch, c channels.
 """
@@ -12,7 +12,7 @@ from mim_jax.models.transformer import transform
 
 
 class Decoder(nn.Module):
-    """A small transformer over the latent of visible patches and mask tokens."""
+    """A small transformer over the encoded visible patches and mask tokens."""
 
     width: int
     depth: int
@@ -24,9 +24,15 @@ class Decoder(nn.Module):
     def __call__(self, latent, order, *, grid: tuple[int, int], values: int, last: int):
         """latent (b, 1 + k, d), order (b, n) -> predictions of the last patches (b, last, values).
 
-        `order` are the positions of the tokens, visible patches first. Because attention does not
-        depend on the order, positions are shuffled instead of unshuffling the tokens. Predictions
-        are in float32 or better.
+        Tokens are not moved back to image order; instead each gets the position embedding of its
+        patch, because attention does not depend on the order of tokens.
+
+        Args:
+            latent: (b, 1 + k, d), the class token and the encoded patches.
+            order: (b, n), the patch of each token, in the order of `latent`, then hidden patches.
+            grid: rows and columns of patches.
+            values: number of values predicted per patch.
+            last: number of tokens, from the end, to predict.
         """
         b, n = order.shape
         x = Dense(self.width, dtype=self.dtype, wide=True, name="embed")(latent)
@@ -35,7 +41,7 @@ class Decoder(nn.Module):
             mask_token = jnp.broadcast_to(mask_token.astype(x.dtype), (b, hidden, self.width))
             x = jnp.concatenate([x, mask_token], axis=1)
         positions = take(jnp.asarray(sincos2d(grid, self.width), x.dtype), order)
-        x = x.at[:, 1:].add(positions)  # the class token has position zero
+        x = x.at[:, 1:].add(positions)  # the class token has no position
         x = transform(
             x, self.depth, heads=self.heads, dtype=self.dtype, remat=self.remat, last=last
         )

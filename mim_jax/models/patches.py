@@ -1,6 +1,6 @@
 """Images as sequences of patches: cutting, selecting, positions, and assembling.
 
-Shapes: b images, n patches, m of them, d width, (p, q) patch, c channels.
+Shapes: b images, n patches, m selected patches, d width, (p, q) patch, c channels.
 """
 
 import einops
@@ -12,7 +12,11 @@ from mim_jax import UserError
 
 
 def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """Cuts images (b, H, W, c) into patches (b, n, p*q*c), row by row, channels fastest."""
+    """Cuts images (b, H, W, c) into patches (b, n, p*q*c), row by row, channels fastest.
+
+    Raises:
+        UserError: if the patch size does not divide the image size.
+    """
     (p, q), (height, width) = patch, images.shape[1:3]
     if height % p or width % q:
         raise UserError(
@@ -34,29 +38,33 @@ def take(tokens: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def not_blank(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """Returns true for patches of more than one color (b, n); images (b, H, W, c) in [0, 1]."""
+    """Finds patches with more than one color: images (b, H, W, c) in [0, 1] -> (b, n)."""
     patches, channels = patchify(images, patch), images.shape[-1]
     pixels = einops.rearrange(patches, "b n (p c) -> b n p c", c=channels)
     return (jnp.ptp(pixels, axis=2) > 0.02).any(-1)
 
 
 def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
-    """Returns fixed 2-D sine-cosine positions (1, n, d) in float64, in the layout of MAE's code.
+    """Returns fixed 2-D sine-cosine positions (1, n, d) in float64, as in MAE's code.
 
-    The first half of the width encodes the column, the second the row; sines before cosines.
+    The first half of the width encodes the column and the second half the row; in each half, sines
+    come before cosines.
+
+    Raises:
+        UserError: if the width is not a multiple of 4.
     """
     if width % 4:
-        raise UserError(f"sine-cosine positions need a width that 4 divides, not {width}.")
+        raise UserError(f"sine-cosine positions need a width that is a multiple of 4, not {width}.")
     omega = 10000.0 ** -(np.arange(width // 4) / (width / 4))
     y, x = (np.outer(axis.reshape(-1), omega) for axis in np.mgrid[: grid[0], : grid[1]])
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None]
 
 
 def relative_index(grid: tuple[int, int]) -> np.ndarray:
-    """Returns the row of the table of relative position bias (1 + n, 1 + n) by [query, key].
+    """Returns indices [query, key] into a table of relative position bias (1 + n, 1 + n).
 
-    Rows are ordered by the offset from key to query; the last three are for the class token as
-    query, as key, and as both (BEiT's code).
+    Rows of the table are ordered by the offset from key to query. Its last three rows are for the
+    class token as query, as key, and as both (BEiT's code).
     """
     height, width = grid
     y, x = (axis.reshape(-1) for axis in np.mgrid[:height, :width])

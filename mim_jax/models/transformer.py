@@ -1,6 +1,6 @@
-"""The transformer that encoders and decoders are made of.
+"""Transformer blocks, used by the encoder and by MAE's decoder.
 
-Shapes: b images, n tokens, m of them, d width, h heads.
+Shapes: b images, n tokens, d width, h heads.
 """
 
 import functools
@@ -19,10 +19,10 @@ from mim_jax.models.patches import relative_index
 Initializer = Literal["mae", "beit", "beit_finetune", "timm"]
 INITS: dict[
     Initializer, Callable
-] = {  # initializers of kernels, named after the code that they are from
+] = {  # initializers of kernels, named after the code that uses them
     "mae": nn.initializers.xavier_uniform(),
-    "beit": nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0),  # deviation 0.0108
-    "beit_finetune": nn.initializers.normal(0.02),  # of BEiT's classifier without pretraining
+    "beit": nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0),  # std 0.0108
+    "beit_finetune": nn.initializers.normal(0.02),  # BEiT's classifier without pretraining
     "timm": nn.initializers.normal(0.02),
 }
 
@@ -43,22 +43,22 @@ class RelativePositionBias(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then an MLP of four times the width.
 
-    Both branches read the residual stream in the compute dtype and add to it in float32 or better:
-    in bfloat16 most of what deep blocks add would be rounded away.
+    Both branches read the residual stream in the compute dtype and add to it in at least float32:
+    in bfloat16, most of the output of deep blocks would be lost by rounding.
     """
 
     heads: int
     dtype: str
     index: int = 0  # position among the blocks
-    last: int | None = None  # compute only the last tokens; all others are still attended to
+    last: int | None = None  # number of output tokens, from the end; all tokens are attended to
     initializer: Initializer = "mae"
-    layer_scale: float = 0.0  # initial gain of both branches; 0: no gains
+    layer_scale: float = 0.0  # initial gain of both branches; 0: no LayerScale
     key_bias: bool = True
-    grid: tuple[int, int] | None = None  # of the patches, for a relative position bias of its own
+    grid: tuple[int, int] | None = None  # of patches, for a relative position bias of this block
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None, keep: jax.Array | None = None):
-        """x (b, n, d), bias (h, n, n), factors of the branches keep (2, b) -> (b, n or last, d)."""
+        """x (b, n, d), bias (h, n, n), factors of branches keep (2, b) -> (b, n or last, d)."""
         n, width = x.shape[1:]
         last = n if self.last is None else self.last
         norm = functools.partial(LayerNorm, dtype=self.dtype)
@@ -74,7 +74,7 @@ class Block(nn.Module):
 
         x = x.astype(at_least_float32(x.dtype))
         qkv_bias = None
-        if not self.key_bias:  # a bias of keys changes nothing: the softmax takes it out again
+        if not self.key_bias:  # a bias of the keys would cancel in the softmax
             zeros = nn.initializers.zeros
             q, v = self.param("q_bias", zeros, (width,)), self.param("v_bias", zeros, (width,))
             qkv_bias = jnp.concatenate([q, jnp.zeros_like(q), v])
@@ -88,7 +88,7 @@ class Block(nn.Module):
         return add(x, ends(width, name="fc2")(y), 1)
 
     def init_of_ends(self, *args):
-        """Initializes the kernels that branches end with, which BEiT scales down block by block."""
+        """Initializes the last kernel of a branch, which BEiT scales down with depth."""
         scale = (2 * (self.index + 1)) ** -0.5 if self.initializer.startswith("beit") else 1.0
         return scale * INITS[self.initializer](*args)
 
@@ -106,11 +106,28 @@ def transform(
     layers: tuple[int, ...] = (),
     **options,
 ) -> Any:  # an array, or a tuple with `layers`
-    """Applies blocks `block_0` ... and the final `norm` of the calling module to x (b, n, d).
+    """Applies the blocks `block_0`, `block_1`, ... and the final `norm` of the calling module.
 
-    With `layers`, the outputs of these blocks are returned instead, in float32 or better, without
-    a norm. `keep` (depth, 2, b) are the factors of the branches. A loop rather than a scan: names
-    stay names, and scan took 1.7 times the memory (ViT-L on v5e).
+    A loop instead of `scan` keeps one name per block, and `scan` took 1.7 times the memory (ViT-L
+    on TPU v5e).
+
+    Args:
+        x: tokens (b, n, d).
+        depth: number of blocks.
+        heads: number of attention heads.
+        dtype: the compute dtype.
+        remat: none, full, or a name of `jax.checkpoint_policies`.
+        bias: (h, n, n), added to the attention logits of every block.
+        keep: (depth, 2, b), factors of the branches, see `drop_paths`.
+        last: number of tokens, from the end, that the last block computes; None: all.
+        layers: blocks, from 0, whose outputs are returned instead, without a norm.
+        options: other fields of `Block`.
+
+    Returns:
+        Tokens (b, n or last, d), or with `layers` a tuple of tokens in at least float32.
+
+    Raises:
+        UserError: if the heads do not divide the width, or `remat` is unknown.
     """
     if x.shape[-1] % heads:
         raise UserError(
@@ -129,10 +146,10 @@ def transform(
 
 
 def drop_paths(rngs: jax.Array, rate: float, depth: int) -> jax.Array:
-    """Draws stochastic depth (Huang et al., 2016): one key per image (b,) -> factors (depth, 2, b).
+    """Draws the factors of stochastic depth (Huang et al., 2016): keys (b,) -> (depth, 2, b).
 
-    Each branch is dropped independently, with a probability that grows linearly from 0 to `rate`;
-    kept branches are scaled by the inverse of their probability.
+    Each branch is dropped independently, with a probability that grows linearly with depth from 0
+    to `rate`. Kept branches are divided by the probability of keeping them.
     """
     kept = 1 - jnp.linspace(0, rate, depth)[:, None]
     draw = jax.vmap(lambda rng: jax.random.bernoulli(rng, kept, (depth, 2)), out_axes=-1)
@@ -140,7 +157,7 @@ def drop_paths(rngs: jax.Array, rate: float, depth: int) -> jax.Array:
 
 
 def rematerialize(remat: str) -> type[Block]:
-    """Returns Block, recomputing in the backward pass what a checkpoint policy does not save."""
+    """Returns Block with rematerialization under the checkpoint policy `remat`."""
     policy = "nothing_saveable" if remat == "full" else remat
     if not hasattr(jax.checkpoint_policies, policy):
         raise UserError(

@@ -1,4 +1,4 @@
-"""The Vision Transformer: the one encoder that every objective trains.
+"""The Vision Transformer, the encoder of every objective.
 
 Shapes: b images, n patches, k visible patches, d width, h heads, (p, q) patch, c channels.
 """
@@ -33,7 +33,7 @@ SIZES = {
 
 
 class ViT(nn.Module):
-    """An image as a sequence of patches through a transformer (Dosovitskiy et al., 2020)."""
+    """The Vision Transformer: a transformer over patches of an image (Dosovitskiy et al., 2020)."""
 
     patch: tuple[int, int]
     width: int
@@ -46,11 +46,15 @@ class ViT(nn.Module):
         Literal["none", "shared", "own"], "relative position bias, of all blocks or of each"
     ] = "none"
     layer_scale: Annotated[float, NOT_NEGATIVE, "initial LayerScale; 0: no LayerScale"] = 0.0
-    key_bias: Annotated[bool, "a bias of the keys, which BEiT lacks"] = True
+    key_bias: Annotated[bool, "bias of the attention keys; BEiT has none"] = True
     drop_path: Annotated[float, BELOW_ONE, "stochastic depth of the last block"] = 0.0
-    initializer: Annotated[Initializer, "the code to initialize as"] = "mae"
-    stem: Annotated[Literal["none", "resnet50"], "embed features of a ResNet (hybrid)"] = "none"
-    dtype: Annotated[Dtype, "of matrix products; auto: bfloat16, but float32 on a CPU"] = "float32"
+    initializer: Annotated[Initializer, "the code whose initialization is used"] = "mae"
+    stem: Annotated[
+        Literal["none", "resnet50"], "network before the patch embedding (hybrid ViT)"
+    ] = "none"
+    dtype: Annotated[Dtype, "dtype of matrix products; auto: bfloat16, or float32 on a CPU"] = (
+        "float32"
+    )
     remat: Annotated[
         str, FREE, "rematerialization of blocks: none, full, or one of jax.checkpoint_policies"
     ] = "none"
@@ -71,22 +75,27 @@ class ViT(nn.Module):
     ) -> Any:  # an array, or a tuple with `layers`
         """images (b, H, W, c), normalized -> tokens (b, 1 + n, d), the class token first.
 
-        With visible (b, k), only these patches are encoded, in this order: (b, 1 + k, d) (MAE).
-        Where masked (b, n) is true, a learned token replaces the patch (BEiT). With
-        drop_keys (b,), branches are dropped at random (`drop_path`). With `layers`, the tokens
-        after these blocks are returned, before any norm.
+        Args:
+            images: normalized images.
+            visible: (b, k), indices of the only patches to encode, in this order (MAE). The
+                result is (b, 1 + k, d).
+            masked: (b, n), true where a learned token replaces the patch (BEiT).
+            drop_keys: (b,), keys for stochastic depth; without them no branch is dropped.
+            layers: blocks, from 0, whose outputs are returned as a tuple, before the final norm.
+
+        Raises UserError if the arguments do not fit the network or the image size.
         """
         if visible is not None and self.relative_bias != "none":
-            raise UserError("model.relative_bias is for encoders that see all patches, not MAE's.")
+            raise UserError("model.relative_bias needs all patches: with MAE, set it to none.")
         grid, patches = self.grid(images), patchify(images, self.patch)
         if self.stem != "none":
             if visible is not None or masked is not None:
-                raise UserError("model.stem sees across patches, also hidden ones: set it to none.")
+                raise UserError("model.stem mixes visible and hidden patches: set it to none.")
             features = Stem(self.dtype, name="stem")(images)
             patches = features.reshape(*patches.shape[:2], -1)
         if visible is not None:  # before the embedding, so that hidden patches cost nothing
             patches = take(patches, visible)
-        bound = patches.shape[-1] ** -0.5  # torch's default, at which MAE leaves this bias
+        bound = patches.shape[-1] ** -0.5  # PyTorch's default, which MAE keeps
         uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
         embed: dict[str, Any] = dict(bias_init=uniform) if self.initializer == "mae" else {}
         init = INITS[self.initializer]
@@ -116,7 +125,7 @@ class ViT(nn.Module):
         return self.param(name, draw, (1, count, self.width))
 
     def position_table(self, grid: tuple[int, int]) -> jax.Array:
-        """Absolute positions (1, 1 + n, d), the class token's first: zero where they are fixed."""
+        """Absolute positions (1, 1 + n, d), that of the class token first (zero if fixed)."""
         fixed = jnp.pad(jnp.asarray(sincos2d(grid, self.width)), ((0, 0), (1, 0), (0, 0)))
         if self.positions == "sincos":
             return fixed
@@ -126,7 +135,7 @@ class ViT(nn.Module):
 def vit(
     *,
     size: Annotated[
-        Literal["", "Ti", "S", "B", "L", "H"], Smoke(""), "width, depth and heads by a name"
+        Literal["", "Ti", "S", "B", "L", "H"], Smoke(""), "width, depth and heads, by name"
     ] = "",
     patch: Annotated[int | tuple, POSITIVE, "side of a patch in pixels, or (rows, columns)"] = 16,
     width: Annotated[int, NOT_NEGATIVE, Smoke(64), "width of the tokens; 0: by size"] = 0,
@@ -134,7 +143,11 @@ def vit(
     heads: Annotated[int, NOT_NEGATIVE, Smoke(2), "attention heads; 0: by size"] = 0,
     **options: Any,
 ) -> ViT:
-    """Builds a ViT from its `size` in the papers, or from width, depth and heads; see ViT."""
+    """Builds a ViT from the name of its size, or from width, depth and heads.
+
+    `options` are other fields of `ViT`. Raises UserError if the size is not determined, or a stem
+    does not fit the patches.
+    """
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     if options.get("stem", "none") != "none" and patch != (STRIDE, STRIDE):
         raise UserError(f"model.stem needs model.patch = {STRIDE}: its features have that stride.")

@@ -1,8 +1,8 @@
-"""Training objectives. Each file here is one objective, named in a config by the file's name.
+"""Training objectives, one per file. `objective.name` in a config is the name of the file.
 
-A file defines `objective`, a function that returns an `Objective`. Its keyword arguments are the
-keys of the config's block `objective`; the networks `model` and `tokenizer` and the data's
-`num_labels` are passed to a function with these arguments.
+Each file defines `objective`, a function that returns an `Objective`. Its keyword arguments are the
+keys of the config's block `objective`. Its arguments `model`, `tokenizer` and `num_labels`, if
+there are any, get the networks and the number of classes.
 """
 
 import functools
@@ -24,32 +24,32 @@ from mim_jax.normalize import normalize
 
 
 class Objective(NamedTuple):
-    """A training objective as pure functions, as optax.GradientTransformation is for updates.
+    """A training objective: a collection of pure functions, like optax.GradientTransformation.
 
-    `batch` is a dict of arrays (b, ...), one for each of the data set's fields: `image`, `index`
-    and `valid` always, `label` and others where the data has them. `params["encoder"]` is the ViT.
-    `buffers` are carried from step to step but not trained. Draw all randomness of an example from
-    `per_example(rng, batch["index"])`: the result then does not depend on the devices.
+    `batch` is a dict of arrays (b, ...): always `image`, `index` and `valid`, and further fields
+    such as `label` if the data set has them. `params["encoder"]` are the parameters of the ViT.
+    `buffers` are part of the state but not trained. All randomness of an example must be drawn from
+    `per_example(rng, batch["index"])`, so that results do not depend on the number of devices.
 
     Fields with their arguments and results:
         init: (rng, batch) -> params, buffers.
         loss: (params, buffers, batch, rng, step) -> total (), weight (), (metrics, buffers).
             The sum of the losses and its weight; the step adds both over microbatches and devices
-            and divides once. Metrics are means over the same weight. A buffer that changes must
-            change by a mean over rows.
+            and divides once. Metrics are means with the same weight. The change of a buffer must
+            be a mean over rows.
         evaluate: (params, buffers, batch, rng) -> {name: (b, ...)}, which the loop averages over
-            the examples with batch["valid"].
+            valid examples.
         pictures: (params, buffers, batch, rng) -> {caption: images (b, H, W, c) in [0, 1]}.
         predict: (params, buffers, batch) -> logits of the classes (b, k); None if the objective
             does not classify images.
         summarize: {name: mean} -> {name: number or array}, after an evaluation.
         needs: the buffers that must come from another run, named as keys of `init_from`.
-        warn: (step, metrics) -> a warning that says what to change, or "".
-        after: (params, buffers, step) -> buffers, once per update, with the updated parameters,
-            outside the gradient, on arrays sharded like the state. For moving averages.
-        head: prefixes of the parameters and buffers that accompany an encoder when a run starts
-            from a run of the same objective.
-        describe: (images: the shape of an image batch) -> text for the start of a run.
+        warn: (step, metrics) -> a warning that names the key to change, or "".
+        after: (params, buffers, step) -> buffers, called once per update with the updated
+            parameters, outside the gradient, on arrays sharded like the state. For moving averages.
+        head: prefixes of the parameters and buffers that are copied together with the encoder
+            when a run starts from another run of the same objective.
+        describe: (images: ShapeDtypeStruct of an image batch) -> text printed when a run starts.
     """
 
     init: Callable
@@ -66,7 +66,7 @@ class Objective(NamedTuple):
 
 
 def objective_of(methods: type) -> Callable[..., Objective]:
-    """Turns a class, whose attributes are fields of an Objective, into a function returning one.
+    """Turns a class with methods named after Objective's fields into a function that returns one.
 
     The function takes the arguments of the class.
     """
@@ -88,8 +88,8 @@ def per_example(rng: jax.Array, index: jax.Array) -> jax.Array:
 def whole_images(encoder: ViT, mean: tuple, std: tuple) -> Callable:
     """Returns an encoder as a function (params, images (b, H, W, c)) -> tokens (b, 1 + n, d).
 
-    No patch is hidden and no branch dropped. Images are integers in their type's range or floats
-    in [0, 1]. Tokens are normalized if params have a final norm.
+    No patch is hidden and no branch is dropped. Images are integers in their type's range or
+    floats in [0, 1]. Tokens are normalized if the parameters include a final norm.
     """
 
     def encode(params: dict, images: jax.Array) -> jax.Array:
@@ -101,7 +101,7 @@ def whole_images(encoder: ViT, mean: tuple, std: tuple) -> Callable:
     return encode
 
 
-EXTERNAL: dict[str, ModuleType] = {}  # objectives outside the package, by their names in a config
+EXTERNAL: dict[str, ModuleType] = {}  # objectives outside the package, by `objective.name`
 
 
 def names() -> list[str]:
@@ -110,9 +110,12 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Callable:
-    """Returns what the file of an objective calls `objective`. Raises UserError if there is none.
+    """Returns the function `objective` from the file of an objective.
 
-    Nothing outside the package is imported here: see `load_external`.
+    Modules outside the package must be imported with `load_external` first.
+
+    Raises:
+        UserError: if there is no objective of this name.
     """
     if name not in names():
         raise UserError(
@@ -124,10 +127,13 @@ def find(name: str) -> Callable:
 
 
 def load_external(name: str, folder: Path) -> None:
-    """Imports an objective from outside the package: it executes code that the user wrote.
+    """Imports an objective from outside the package, which executes its code.
 
-    `name` is a module as "my_package.my_objective", or "my_objective" for a file in `folder`.
-    Names of built-in objectives and of files that do not exist are left to `find`.
+    `name` is a module such as "my_package.my_objective", or "my_objective" for a file in `folder`.
+    Nothing happens if it is built in or there is no such file; `find` reports the latter.
+
+    Raises:
+        UserError: if the module cannot be imported or does not define `objective`.
     """
     if name in names():
         return
@@ -157,5 +163,5 @@ def load_external(name: str, folder: Path) -> None:
 
 
 def code_of(name: str) -> str:
-    """Returns the file of an external objective, "" for one of this package."""
+    """Returns the path of an external objective's file, "" for a built-in objective."""
     return str(EXTERNAL[name].__file__) if name in EXTERNAL else ""

@@ -23,21 +23,21 @@ from mim_jax.objectives import Objective, per_example
 
 
 class MAE(nn.Module):
-    """The encoder of visible patches and the decoder that predicts hidden ones."""
+    """An encoder of the visible patches and a decoder that predicts the hidden ones."""
 
     encoder: ViT
     decoder: Decoder
     mask_tokens: str = "decoder"
-    vocabulary: int = 0  # logits predicted per patch; 0: its p*q*c pixels
+    vocabulary: int = 0  # number of logits predicted per patch; 0: its p*q*c pixels
 
     def __call__(self, images, visible, hidden, last: int | None = None):
         """images (b, H, W, c), visible (b, k), hidden (b, m) -> predictions (b, m, p*q*c).
 
-        Only hidden patches are decoded, because the loss reads no others. With last=n all patches
-        are decoded, in the order visible, hidden.
+        `visible` and `hidden` are indices of patches. Only hidden patches are predicted, because
+        the loss uses no others. With last=n all patches are predicted, visible ones first.
         """
         order = jnp.concatenate([visible, hidden], axis=1)
-        if self.mask_tokens == "encoder":  # the encoder gets all patches, in their own order
+        if self.mask_tokens == "encoder":  # the encoder gets all patches, in image order
             latent = self.encoder(images, masked=jnp.argsort(order, axis=1) >= visible.shape[1])
             latent = jnp.concatenate([latent[:, :1], take(latent[:, 1:], order)], axis=1)
         else:
@@ -69,7 +69,7 @@ def objective(
     mean: Mean = MEAN,
     std: Std = STD,
 ) -> Objective:
-    """Masked autoencoding with its ablations (He et al., 2021, section 3 and table 1)."""
+    """Returns the objective of masked autoencoding (He et al., 2021, section 3 and table 1)."""
     decoder = Decoder(decoder_width, decoder_depth, decoder_heads, model.dtype, model.remat)
     target = targets.make(target, model.patch, tokenizer, mean=mean, std=std)
     network = MAE(model, decoder, mask_tokens, target.vocabulary)
@@ -91,7 +91,7 @@ def objective(
         return params, target.init(rng, batch)
 
     def losses(params, buffers, batch, rng):
-        """Returns {"loss": (b, m), ...} of the hidden patches."""
+        """Returns the losses of the hidden patches, {"loss": (b, m), ...}."""
         _, hidden, predicted, truth = predict(params, buffers, batch, rng)
         return target.loss(predicted, take(truth, hidden))
 
