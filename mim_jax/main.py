@@ -26,6 +26,7 @@ from mim_jax.recipe import Run
 from mim_jax.start import Start, claim_workdir
 from mim_jax.stop import Stop
 from mim_jax.training import Trace, Training
+from mim_jax.watchdog import Watchdog
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,9 +146,11 @@ def train_config(
     checkpoints = Checkpoints(path, config.save.keep, record)
     if from_step:
         checkpoints.return_to(from_step)
-    training = Training(run, config, path, start, checkpoints, probe, stop)
+    watchdog = Watchdog(config.stall_minutes)
+    training = Training(run, config, path, start, checkpoints, probe, stop, watchdog)
     try:
-        return training.attempts(trace)
+        with watchdog:
+            return training.attempts(trace)
     except Exception as error:
         training.log.event("failed", training.log.last_step, str(error) or type(error).__name__)
         with contextlib.suppress(OSError):  # which would hide the first error

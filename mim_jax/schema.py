@@ -49,6 +49,9 @@ class Top(NamedTuple):
         int, NOT_NEGATIVE, FREE, "devices that share one copy of the state; 0: all of a slice"
     ] = 1
     compile_cache: Annotated[str, FREE, "folder for compiled programs"] = "~/.cache/mim_jax"
+    stall_minutes: Annotated[
+        float, NOT_NEGATIVE, FREE, "minutes without progress after which a process ends; 0: never"
+    ] = 60.0
     ema: Annotated[
         float, BELOW_ONE, "decay of the moving average of parameters for evaluation; 0: none"
     ] = 0.0

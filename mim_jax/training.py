@@ -19,6 +19,7 @@ from mim_jax.sheets import draw_sheet
 from mim_jax.start import Start
 from mim_jax.stop import Stop, StoppedError
 from mim_jax.train import TrainState, evaluate, train
+from mim_jax.watchdog import Watchdog
 
 ACTIONS = ("evaluate", "probe", "pictures", "save")  # blocks of the config with an interval
 
@@ -65,9 +66,11 @@ class Training:
         checkpoints: Checkpoints,
         probe: Probe | None,
         stop: Stop,
+        watchdog: Watchdog,
     ):
         self.run, self.config, self.path, self.start = run, config, path, start
         self.checkpoints, self.probe, self.stop = checkpoints, probe, stop
+        self.watchdog = watchdog
         self.peak_share = peak_share(run, config)
         self.skips: list[tuple[int, int]] = []  # windows of data that this process left out
         self.log = self.log_after(checkpoints.latest or 0)
@@ -197,7 +200,7 @@ class Training:
         failures = self.failures_after(first)
         log.say("compiling the first step")
         trace.after(first)
-        for step, state, metrics in log.timed(steps):
+        for step, state, metrics in self.watchdog.each("a step", log.timed(steps)):
             trace.after(step, metrics)
             stop.after(step)
             failures.after(step, metrics)
@@ -219,7 +222,8 @@ class Training:
                 break
         trace.end(metrics)
         log.flush()
-        self.checkpoints.close()
+        with self.watchdog.during("a save"):
+            self.checkpoints.close()
         if stop.signal and step < run.steps:
             log.say(f"stopped and saved after step {step:,}: run the same command to continue")
             log.event("stopped", step, f"by signal {stop.signal}")
@@ -238,7 +242,11 @@ class Training:
             stop=position + self.run.steps - step,
             on_bad=self.log.bad_file,
         )
-        return self.log.waited(batches)
+        return self.watchdog.each("a batch", self.log.waited(batches))
+
+    def guard(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """Yields the batches of a periodic action, which a signal or a stall ends."""
+        return self.watchdog.each("an evaluation", self.stop.guard(batches))
 
     def is_due(self, block: ConfigDict, step: int) -> bool:
         """Returns whether the action of a block of the config follows a step."""
@@ -253,17 +261,17 @@ class Training:
                 batches = run.data.evaluation_batches(
                     run.rows, limit=config.evaluate.limit, on_bad=log.bad_file
                 )
-                batches = self.stop.guard(batches)
+                batches = self.guard(batches)
                 means = evaluate(run.objective, state, batches, mesh=run.mesh, seed=config.seed)
             log.flush()
             log.evaluation(step, means)
         if self.probe and self.is_due(config.probe, step):
             log.flush()
             with log.pace.action("probe"):
-                means = self.probe(state, self.stop.guard)
+                means = self.probe(state, self.guard)
             log.evaluation(step, means)
         if self.is_due(config.pictures, step) and config.pictures.count:
-            with log.pace.action("pictures"):
+            with log.pace.action("pictures"), self.watchdog.during("pictures"):
                 self.draw(step, state, metrics)
 
     def save(self, step: int, state: TrainState) -> None:
@@ -279,7 +287,7 @@ class Training:
             raise FloatingPointError(
                 f"{names[0]} is not finite after step {step:,}, although the loss is. {ADVICE}."
             )
-        with self.log.pace.action("save"):
+        with self.log.pace.action("save"), self.watchdog.during("a save"):
             self.checkpoints.save(state)
 
     def draw(self, step: int, state: TrainState, metrics: dict) -> None:

@@ -45,9 +45,10 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "inspect": {"cli", "convert"},
     "divergence": set(),
     "stop": set(),
+    "watchdog": set(),
     "training": {
         *("checkpoint", "divergence", "experiment", "flops", "log", "objectives", "probe"),
-        *("recipe", "schema", "sheets", "start", "stop", "train", "workdir"),
+        *("recipe", "schema", "sheets", "start", "stop", "train", "watchdog", "workdir"),
     },
     "replay": {
         *("checkpoint", "cli", "divergence", "objectives", "recipe", "schema", "sharding"),
@@ -56,7 +57,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "experiment": {"checkpoint", "recipe", "schema", "sharding", "start", "train", "workdir"},
     "main": {
         *("checkpoint", "cli", "objectives", "probe", "recipe", "schema", "start", "stop"),
-        *("training", "workdir"),
+        *("training", "watchdog", "workdir"),
     },
     "check": {
         *("cli", "data", "keys", "normalize", "recipe", "schema", "sharding", "sheets"),
