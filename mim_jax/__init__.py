@@ -1,4 +1,4 @@
-"""Masked image modeling in JAX: MAE, BEiT, its tokenizer, and what the papers do with them."""
+"""Masked image modeling in JAX: MAE, BEiT and its tokenizer, fine-tuning and probes."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 class UserError(ValueError):
-    """A mistake of the user, reported in one sentence: what is wrong, where, and what to change.
+    """A user error, reported in one sentence: what is wrong, where, and what to change.
 
     Commands print it without a traceback and exit with code 2.
     """

@@ -55,7 +55,7 @@ def attention_maps(encoder: ViT, params: dict, images: jax.Array, layer: int = -
     dtype = at_least_float32(q.dtype)
     logits = jnp.einsum("bhmd,bhnd->bhmn", q, k, preferred_element_type=dtype)
     logits = logits * q.shape[-1] ** -0.5
-    for owner in (outputs, block):  # a bias that blocks share, and the block's own
+    for owner in (outputs, block):  # a shared bias, and the bias of this block
         if "relative_position_bias" in owner:
             logits += owner["relative_position_bias"]["__call__"][0].astype(dtype)
     return jax.nn.softmax(logits)
@@ -64,16 +64,16 @@ def attention_maps(encoder: ViT, params: dict, images: jax.Array, layer: int = -
 def rows_of(
     maps: np.ndarray, grid: tuple[int, int], query: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Returns what one token attends to: maps (b, h, 1 + n, 1 + n) -> (b, h, rows, columns).
+    """Returns the attention of one token: maps (b, h, 1 + n, 1 + n) -> (b, h, rows, columns).
 
-    The token is the patch `query` = (row, column), or the class token if it is None. The share of
-    the class token as a key has no place in the picture and is left out.
+    The token is the patch `query` = (row, column), or the class token if it is None. Attention to
+    the class token is left out.
     """
     token = 0
     if query is not None:
         if not all(0 <= place < side for place, side in zip(query, grid, strict=True)):
             raise UserError(
-                f"--query={query[0]},{query[1]} is outside of the grid of {grid[0]} x {grid[1]} "
+                f"--query={query[0]},{query[1]} is outside the grid of {grid[0]} x {grid[1]} "
                 "patches, which are counted from 0."
             )
         token = 1 + query[0] * grid[1] + query[1]
@@ -81,7 +81,7 @@ def rows_of(
 
 
 def heat(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Values (b, rows, columns) >= 0 -> colors (b, H, W, 3) in [0, 1], each map up to its maximum.
+    """Colors maps (b, rows, columns) >= 0, each scaled by its maximum -> (b, H, W, 3) in [0, 1].
 
     Each patch is drawn as one rectangle: nothing is interpolated.
     """
@@ -97,7 +97,7 @@ def heat(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def marked(
     images: np.ndarray, query: tuple[int, int], patch: Sequence[int], color=(1.0, 0.1, 0.1)
 ) -> np.ndarray:
-    """Draws a frame around a patch of images (b, H, W, 3), outside of it where there is space."""
+    """Draws a frame around a patch of images (b, H, W, 3), outside the patch if there is space."""
     images, width = images.copy(), max(1, min(images.shape[1:3]) // 80)
     boxes = []
     for place, side, limit in zip(query, patch, images.shape[1:3], strict=True):

@@ -15,7 +15,7 @@ def erase(images: jax.Array, rngs: jax.Array, probability: float) -> jax.Array:
     """Random erasing (Zhong et al., 2017): fills a box in some of the images with noise N(0, 1).
 
     images (b, H, W, c), normalized; rngs (b,), one key per image. The box covers 2 % to a third of
-    the area and has an aspect of 0.3 to 1 / 0.3. Of ten boxes the first that fits is used.
+    the area and has an aspect of 0.3 to 1 / 0.3. The first of ten boxes that fits is used.
     """
 
     def one(image, rng):
@@ -48,7 +48,7 @@ def inside(size: tuple[int, int], top, bottom, left, right) -> jax.Array:
 
 
 def smooth(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-    """Smooths labels (b,) -> targets (b, k): one-hot, `smoothing` of it spread over all classes."""
+    """Smooths labels (b,) -> targets (b, k): one-hot, with `smoothing` spread over all classes."""
     return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
@@ -96,7 +96,7 @@ def draw_share(rng: jax.Array, size: tuple[int, int], mixup: float, cutmix: floa
 def cut(size: tuple[int, int], share, y, x) -> jax.Array:
     """Returns (H, W): 0 in a box around (y, x) that covers 1 - share of the area, 1 outside it.
 
-    The box is clipped to the image, so more than `share` can be 1.
+    The box is clipped to the image, so the share of ones can exceed `share`.
     """
     tall, wide = ((side * jnp.sqrt(1 - share)).astype(int) for side in size)
     top, left = y - tall // 2, x - wide // 2

@@ -1,11 +1,12 @@
-"""Checks in about a minute what a run would do and whether it would start.
+"""Checks within about a minute whether a run would start, and reports what it would do.
 
     mim-jax check --config=configs/mae_base.py --workdir=runs/mae_base
     mim-jax check --config=configs/mae_base.py --all   # decodes every image
 
-Prints the recipe's arithmetic, decodes a sample of the images, performs two steps of the real model
-(on a CPU with fewer images), and draws WORKDIR/check.png, training images as the model gets them.
-Exit codes: 0 the run would start, 1 it would fail, 2 a mistake of the user.
+Prints what follows from the recipe, decodes a sample of the images, performs two steps of the real
+model (on a CPU with fewer images), and draws WORKDIR/check.png, training images as the model gets
+them.
+Exit codes: 0 the run would start, 1 it would fail, 2 user error.
 """
 
 import copy
@@ -36,7 +37,7 @@ from mim_jax.sheets import draw_sheet
 from mim_jax.start import Start, claim_workdir
 from mim_jax.train import TrainState, train
 
-SECONDS = 8  # time to decode images of a split
+SECONDS = 8  # seconds spent on decoding images of a split
 CPU_LIMIT = 5e8  # parameters x images of a step that takes some seconds on a CPU
 PICTURES = 12
 INPUT_PICTURES = ("masked", "truth")  # captions of pictures that do not show a prediction
@@ -71,7 +72,7 @@ def check(config: ConfigDict, path: str, everything: bool = False) -> int:
     say("values", values, *filter(None, [problem]))
     problems += filter(None, [problem])
     problems += check_disk(start.bytes, config.save.keep, path)
-    if workdir.has_checkpoints(path):  # the runs that it started from may be gone
+    if workdir.has_checkpoints(path):  # the runs that it started from may no longer exist
         config.init_from.update({key: x and "random" for key, x in config.init_from.items()})
     problems += check_steps(config, run, start, Path(path) / "check.png")
     say("the run would fail" if problems else "the run would start", *problems)
@@ -83,7 +84,7 @@ def say(title: str, *lines: str) -> None:
 
 
 def few(lines: Iterable[str], most: int = 10) -> list[str]:
-    """Returns the first of many lines, and how many more there are."""
+    """Returns the first of many lines, and the number of those left out."""
     lines = list(lines)
     return lines[:most] + ([f"... and {len(lines) - most:,} more"] if len(lines) > most else [])
 
@@ -101,7 +102,7 @@ class Survey(NamedTuple):
 
 
 def check_images(run: Run, config: ConfigDict, everything: bool) -> list[str]:
-    """Prints which images there are and returns problems."""
+    """Prints statistics of the images and returns problems."""
     problems = []
     if run.data.unread:
         lines = few(f"{name}: {reason}" for name, reason in run.data.unread)
@@ -277,7 +278,7 @@ def batches(run: Run, config: ConfigDict, count: int, steps: int):
 
 
 def draw(run: Run, state: TrainState, config: ConfigDict, path: Path) -> None:
-    """Draws training images as the model gets them, and what the objective hides of them."""
+    """Draws training images as the model receives them, with the hidden patches."""
     count = -(-PICTURES // run.mesh.size) * run.mesh.size
     batch = next(batches(run, config, count, 1))
     columns = {

@@ -49,7 +49,7 @@ class Checkpoints:
         self.folder = Path(workdir).expanduser().absolute() / "checkpoints"
         self.lock = lock(self.folder) if jax.process_index() == 0 else None
         self.latest = newest(self.folder, set_aside=True)
-        self.unread = True  # no save of this process was read back yet
+        self.unread = True  # whether no save of this process has been read back yet
         self.closed = False
         self.manager = manager_of(
             workdir,
@@ -74,7 +74,7 @@ class Checkpoints:
             self.unread = False
 
     def read_back(self, state: TrainState) -> None:
-        """Reads the step from the checkpoint just saved: an unreadable one must not go unnoticed.
+        """Reads the step from the checkpoint just saved, to detect unreadable checkpoints early.
 
         The files themselves are read back when they are signed. Raises UserError.
         """
@@ -95,7 +95,7 @@ class Checkpoints:
     def restore(self, like: TrainState) -> TrainState:
         """Returns the latest state, with the shapes and shardings of `like` (abstract arrays).
 
-        `skips` are those of its run from then on.
+        Sets `skips` to the windows that its run had left out.
         """
         assert self.latest is not None  # there is a checkpoint
         restored = restore(self.manager, self.latest, like._asdict())
@@ -139,7 +139,7 @@ class Checkpoints:
 
 
 def lock(folder: Path) -> IO:
-    """Locks a folder while the file is open: the lock of a killed process is released."""
+    """Locks a folder while the file is open. The lock of a killed process is released."""
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "lock").open("a+")
     try:
@@ -193,10 +193,10 @@ def fault(folder: Path) -> str:
 def newest(folder: Path, set_aside: bool = False, before: float = math.inf) -> int | None:
     """Returns the newest intact step in a folder of checkpoints, None if there is no checkpoint.
 
-    With `before`, only those of steps before it count.
+    With `before`, only earlier steps are considered.
 
-    The first process looks for all. It reports corrupt checkpoints on stderr and, with `set_aside`,
-    renames them. Raises UserError if every checkpoint is corrupt.
+    The first process searches for all of them. It reports corrupt checkpoints on stderr and renames
+    them with `set_aside`. Raises UserError if every checkpoint is corrupt.
     """
     intact, corrupt = -1, {}
     if jax.process_index() == 0:
@@ -235,7 +235,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def without_wildcards(folder: Path) -> Path:
-    """Returns a path to the folder without [ ] * ?, which Orbax expands: if need be, a link."""
+    """Returns a path to the folder without [ ] * ?, which Orbax expands, by a link if necessary."""
     if not set("[]*?") & set(str(folder)):
         return folder
     links = Path(tempfile.mkdtemp(prefix="mim_jax-"))
@@ -270,7 +270,8 @@ def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
 def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
     """Opens a run's checkpoints for reading -> the manager and the newest step.
 
-    `key` is the key or the option that named the run. Raises UserError if there is no checkpoint.
+    `key` is the config key or the option that names the run, for messages. Raises UserError if
+    there is no checkpoint.
     """
     folder = Path(workdir).expanduser() / "checkpoints"
     if not folder.is_dir():
@@ -318,7 +319,7 @@ def arrays(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
 
 
 def peek(workdir: str, like: TrainState) -> TrainState:
-    """Restores the newest state of a run without the optimizer's, with the shardings of `like`.
+    """Restores the newest state of a run except the optimizer state, with `like`'s shardings.
 
     Raises UserError if the run has another model, or no checkpoint.
     """

@@ -1,9 +1,9 @@
-"""The command line: `mim-jax COMMAND`, and what all commands share.
+"""The command line, `mim-jax COMMAND`, and functions that all commands share.
 
     mim-jax train --config=configs/mae_emoji.py      the same as python -m mim_jax.main
     mim-jax evaluate --config=runs/mae_base_finetune
 
-Exit codes: 0 done, 1 failed, 2 a mistake of the user, reported in one sentence, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 user error, reported in one sentence, 130 interrupted.
 """
 
 import argparse
@@ -42,7 +42,7 @@ OF_TRAINING = (  # keys and blocks that other commands do not use
     *("steps", "epochs", "optimizer", "log", "evaluate", "pictures", "probe", "save"),
     *("divergence", "ema"),
 )
-NO_WRITE = (  # errors that mean: this path cannot be written
+NO_WRITE = (  # errors of a path that cannot be written
     *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG),
 )
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def module_of(command: str) -> ModuleType:
-    """Imports the module of a command, and no other's."""
+    """Imports the module of a command."""
     return importlib.import_module(f"mim_jax.{COMMANDS[command][0]}")
 
 
@@ -106,10 +106,10 @@ def workdir_of(options: argparse.Namespace) -> str:
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, unused: Collection[str] = ()
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parses arguments -> options, and the overrides "key=value" of --config.key=value.
+    """Parses arguments; returns the options, and --config.key=value as overrides "key=value".
 
     With --help and --config, the keys of the config are listed too. Keys and blocks in `unused`
-    are refused, because they would have no effect.
+    are errors, because they would have no effect.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv) and any(word.startswith("--config") for word in argv):
@@ -124,7 +124,7 @@ def parse(
         if not flag.startswith("--config."):
             parser.error(f"unknown argument {flag}")
         if flag.removeprefix("--config.").split("=")[0].split(".")[0] in unused:
-            parser.error(f"{flag} has no effect here: only training uses that key")
+            parser.error(f"{flag} has no effect: only training uses that key")
         separate = "=" not in flag and rest and not rest[0].startswith("--")
         overrides.append(flag.removeprefix("--config.") + (f"={rest.pop(0)}" if separate else ""))
     return options, overrides
@@ -170,7 +170,7 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
 def exit_with(main: Callable[[], int]) -> NoReturn:
     """Runs the main function of a process and exits with its code.
 
-    One of several processes that failed does not wait for those that wait for it.
+    A process that failed does not wait for the other processes, which may wait for it.
     """
     try:
         code = main()

@@ -1,4 +1,4 @@
-"""Config files: where they are, what they are about, and the config that each returns."""
+"""Config files: finding them, loading them, and their descriptions."""
 
 import ast
 import difflib
@@ -16,7 +16,7 @@ from mim_jax import UserError
 def folder() -> Path:
     """Returns the folder of the configs that come with the package.
 
-    A wheel has them inside the package, a checkout beside it.
+    They are inside the package in a wheel, and next to it in a checkout.
     """
     package = Path(__file__).parent
     inside = package / "configs"
@@ -65,7 +65,7 @@ def load(path: str) -> dict:
         config = get_config()
     except UserError:
         raise
-    except Exception as error:  # of any kind: it is the user's code
+    except Exception as error:  # the user's code may raise anything
         raise UserError(
             f"{path}, {explain(error, str(file))}: a config is a Python file with get_config()."
         ) from error
@@ -89,7 +89,7 @@ def module_of(file: Path) -> ModuleType:
 
 
 def explain(error: Exception, file: str) -> str:
-    """Returns the line in `file` where an error arose, or in the last file, and its message."""
+    """Returns the message of an error and its line in `file` ("": the innermost file)."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)

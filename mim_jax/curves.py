@@ -1,4 +1,4 @@
-"""Line charts as SVG: small, sharp at any size, and colored by the page's style sheet."""
+"""Line charts as SVG, colored by the style sheet of the page."""
 
 import math
 from collections.abc import Sequence
@@ -39,10 +39,10 @@ def chart(
 ) -> str:
     """Returns an <svg> of some lines over a common axis, of steps or another, from 0 to `last`.
 
-    The vertical axis begins at 0 `from_zero`, otherwise near the lowest value.
+    With `from_zero` the vertical axis begins at 0, otherwise near the lowest value.
 
     Values that are not finite leave a gap and are marked at the top. The scale is logarithmic if
-    positive values span more than two decades, or as `log_scale` says.
+    positive values span more than two decades, unless `log_scale` is given.
     """
     arrays = [np.array(line.points, np.float64).reshape(-1, 2) for line in lines]
     finite = [a[np.isfinite(a[:, 1])] for a in arrays]
@@ -70,11 +70,11 @@ def chart(
 
 
 def limits(values: np.ndarray, marks: Sequence[float], log_scale: bool) -> tuple[float, float]:
-    """Returns the range of the vertical axis: of most values, and of marks that lie near them."""
+    """Returns the range of the vertical axis, which covers most values and the marks near them."""
     if not len(values):
         return 0.0, 1.0
     low, high = values.min(), values.max()
-    if len(values) > 50:  # a few outliers, as in the first steps, may leave the picture
+    if len(values) > 50:  # a few outliers, such as the first steps, may be cut off
         calm_low, calm_high = np.percentile(values, (1, 99))
         room = 0.25 * (calm_high - calm_low)
         low, high = max(low, calm_low - room), min(high, calm_high + room)
@@ -100,7 +100,7 @@ class Axes(NamedTuple):
         return LEFT + (steps - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
     def down(self, values):
-        """Returns vertical positions in pixels; what lies outside is drawn at the border."""
+        """Returns vertical positions in pixels; values outside the range are at the border."""
         scale = np.log if self.log_scale else np.asarray
         low, high = (float(scale(y)) for y in self.y)
         values = np.clip(values, *self.y)
@@ -179,7 +179,7 @@ def binned(points: np.ndarray) -> tuple[list[tuple[float, float, float]], np.nda
 
 
 def binned_places(places: np.ndarray) -> list[float]:
-    """Returns positions in pixels of which neighbors are at least eight pixels apart."""
+    """Returns positions in pixels that are at least eight pixels apart."""
     kept: list[float] = []
     for x in places:
         if not kept or x - kept[-1] >= 8:
@@ -208,7 +208,7 @@ def ticks_log(low: float, high: float) -> list[float]:
 
 
 def labels(values: Sequence[float]) -> list[str]:
-    """Formats the ticks of an axis with as many digits as tell them apart."""
+    """Formats the ticks of an axis with enough digits to distinguish them."""
     texts = [short(value, 1) for value in values]
     spacing = min(np.diff(values), default=math.inf)
     for digits in range(1, 8):
@@ -220,7 +220,7 @@ def labels(values: Sequence[float]) -> list[str]:
 
 
 def short(value: float, digits: int) -> str:
-    """Formats a number with some significant digits, large and small ones by powers of ten."""
+    """Formats a number with a few significant digits; large and small ones with an exponent."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
         mantissa, power = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa}e{int(power)}"
@@ -236,7 +236,7 @@ def whole(value: float) -> str:
 
 
 def summary(line: Series, axis: str) -> str:
-    """Describes a line in a sentence, for those who do not see it."""
+    """Describes a line in a sentence, for screen readers."""
     finite = [(x, y) for x, y in line.points if math.isfinite(y)]
     bad = len(line.points) - len(finite)
     if not finite:

@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is not finite: they are noticed, recorded and left out.
+"""Steps whose loss or gradient is not finite: detection, records and recovery.
 
 The step itself does not apply such an update (train.py). `Failures` records it in RUN/captures. If
-several follow each other, the run returns to a checkpoint and goes on with later data: `Rollback`.
+several follow each other, the run returns to a checkpoint and continues with later data.
 `mim-jax replay RUN` repeats a recorded step.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-CAPTURES = 8  # that are written by a process
+CAPTURES = 8  # most records of failed steps that a process writes
 ADVICE = (
     "Try a lower optimizer.lr or base_lr, a longer warm-up, or optimizer.clip_norm=1; "
     "`mim-jax replay` repeats a failed step"
@@ -22,7 +22,7 @@ ADVICE = (
 
 
 class RollbackError(Exception):
-    """A run cannot go on from its state: it must return to a checkpoint."""
+    """The state of a run is not usable: the run must return to a checkpoint."""
 
     def __init__(self, step: int, last_finite: int):
         super().__init__(f"no loss was finite from step {last_finite + 1:,} to {step:,}")
@@ -30,7 +30,7 @@ class RollbackError(Exception):
 
 
 class Failures:
-    """Follows the losses of a run, one step late, so that no device waits.
+    """Monitors the losses of a run, one step late, so that no device waits.
 
     Args:
         workdir: the run directory.
@@ -39,7 +39,7 @@ class Failures:
             ends the run with FloatingPointError.
         names_of: step -> names of the images of its batch.
         skips: windows of data that are left out, for the captures.
-        say: (step, text), prints and records a message.
+        say: a function (step, text) that prints and records a message.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Failures:
             raise RollbackError(self.last_finite + self.in_a_row, self.last_finite)
 
     def capture(self, step: int, loss: float, norm: float) -> None:
-        """Writes what identifies a failed step, for the first few of them."""
+        """Writes a record that identifies a failed step, for the first few failures."""
         if self.captures == CAPTURES or jax.process_index() > 0:
             return
         self.captures += 1
@@ -113,6 +113,6 @@ def all_finite(tree):
 def data_step(step: int, skips: Sequence[Sequence[int]]) -> int:
     """Returns the position in the data after `step` updates, given the windows left out.
 
-    skips: (step at which a window begins, its length in steps), in the order in which they arose.
+    skips: (step at which a window begins, its length in steps), in the order of the failures.
     """
     return step + sum(length for start, length in skips if start <= step)

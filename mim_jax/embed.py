@@ -1,4 +1,4 @@
-r"""Writes the features of a data set by a trained encoder.
+r"""Writes the features of a data set, computed by a trained encoder.
 
     mim-jax embed --config=runs/mae_base --to=features.npz
     mim-jax embed --config=runs/mae_base --to=train --config.data.evaluation_split=train
@@ -7,10 +7,10 @@ r"""Writes the features of a data set by a trained encoder.
 --config.init_from.encoder=RUN. For the evaluation views of the evaluation split, with no patch
 hidden, the output holds `cls` (images, d), the class token; `mean` (images, d), the mean of the
 patches; `index` (images,), their places in the split; `file_name`, the name of the file or, without
-files, of the example; and `label` and `class_name`, if there are labels. If data.size is not that
-of the encoder, positions are interpolated. Mean and std of the images are the config's if the
-weights do not say them. --to is an .npz file, or a folder for an array_record file,
-which `tfds.builder_from_directory` reads. Exit codes: 0 done, 2 a mistake of the user.
+files, of the example; and `label` and `class_name`, if there are labels. If data.size differs from
+that of the encoder, positions are interpolated. Mean and std of the images are the config's if the
+weights do not record them. --to is an .npz file, or a folder for an array_record file,
+which `tfds.builder_from_directory` reads. Exit codes: 0 done, 2 user error.
 """
 
 import itertools
@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", required=True, help="the .npz file or the folder to write")
     options, overrides = cli.parse(parser, argv, cli.OF_TRAINING)
     if (ending := Path(options.to).suffix) in (".pt", ".pth", ".npy", ".csv", ".parquet", ".h5"):
-        parser.error(f"--to={options.to}: {ending} is not written; name an .npz file or a folder")
+        parser.error(
+            f"--to={options.to}: {ending} files are not supported; pass an .npz file or a folder"
+        )
 
     def command() -> int:
         config = schema.load(options.config, overrides, trust_code=options.trust_code)
@@ -76,9 +78,9 @@ def load(
     Args:
         source: a run directory, a file of weights, a Hugging Face folder, or the name of a model
             that is in the local cache of the Hugging Face Hub.
-        mean: of the images; otherwise what the source says, or ImageNet's.
-        std: the same.
-        heads: number of attention heads, if the source does not say it.
+        mean: mean of the images; by default that of the source, or ImageNet's.
+        std: standard deviation of the images, likewise.
+        heads: number of attention heads, if the source does not record it.
         image_size: interpolate positions to this size; otherwise images must have the size that the
             source was trained with.
 
@@ -170,7 +172,7 @@ def names_of(run: recipe.Run, batch: dict[str, np.ndarray]) -> dict[str, np.ndar
 
 
 def load_for(run: recipe.Run, config: ConfigDict, source: str) -> tuple[Callable, dict]:
-    """Loads the encoder of `source` for the images of a run, whose config fills gaps."""
+    """Loads the encoder of `source` for the images of a run, whose config completes it."""
     ours, theirs = encoder_in(config.to_dict()), encoder_in(workdir.read(source).get("config", {}))
     require_bands(ours, theirs, source)
     missing: dict[str, Any] = {
@@ -184,7 +186,7 @@ def load_for(run: recipe.Run, config: ConfigDict, source: str) -> tuple[Callable
 def save_npz(path: Path, rows: Iterator[dict], split: str) -> tuple[int, int]:
     """Writes all rows to one file -> the number of images and the width of a feature."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:  # before the work, which would be lost if it cannot be written
+    with path.open("wb") as file:  # opened early, so that no work is lost if it cannot be written
         batches = list(rows)
         arrays = {name: np.concatenate([row[name] for row in batches]) for name in batches[0]}
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

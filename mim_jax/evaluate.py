@@ -3,9 +3,9 @@ r"""Evaluates a run on every example of its evaluation split, or of another spli
     mim-jax evaluate --config=runs/mae_base_finetune
     mim-jax evaluate --config=runs/mae_base_finetune --config.data.evaluation_split=test
 
---config is a run directory, or a config file with --config.init_from.encoder=RUN: a classifier as
-that config describes it, trained or converted. --to=FILE.json also writes the numbers. With
-classes a table by class is printed. Exit codes: 0 done, 2 a mistake of the user.
+--config is a run directory, or a config file with --config.init_from.encoder=RUN: a classifier,
+trained or converted, with the network of that config. --to=FILE.json also writes the numbers. If
+there are classes, a table by class is printed. Exit codes: 0 done, 2 user error.
 """
 
 import json
@@ -48,7 +48,7 @@ def evaluate_run(path: str, config, to: str) -> int:
     run = recipe.build(config, class_names=class_names)
     run.require_labels(config.data.evaluation_split)
     start = Start(run, config)
-    if to:  # open the file before the work, which would be lost if it cannot be written
+    if to:  # opened early, so that no work is lost if it cannot be written
         Path(to).parent.mkdir(parents=True, exist_ok=True)
         Path(to).open("a").close()
     if source == path:

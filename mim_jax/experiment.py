@@ -17,18 +17,18 @@ from mim_jax.train import TrainState, evaluate, train
 
 
 class Experiment:
-    """A run that lives in memory: nothing is written to disk.
+    """A run in memory: nothing is written to disk.
 
         experiment = mim_jax.build("mae_emoji", steps=100)
         for step, state, metrics in experiment.train():
             print(step, float(metrics["loss"]))
         experiment.evaluate(state)
 
-    Interrupting the loop ends it: `experiment.train(state)` continues from that state.
+    If the loop is interrupted, `experiment.train(state)` continues from the last state.
 
     Attributes:
         config: the complete config.
-        run: what it describes: networks, objective, optimizer, data and mesh.
+        run: the networks, objective, optimizer, data and mesh that it describes.
     """
 
     def __init__(self, config: ConfigDict):
@@ -49,8 +49,8 @@ class Experiment:
         """Yields (step, state, metrics {name: ()}) after every update.
 
         Args:
-            state: where to start; by default the initial state, with the parts that the config
-                takes from other runs. Its memory is reused: it is not valid afterwards.
+            state: the state to start from; by default the initial state, with the parts that the
+                config takes from other runs. Its memory is reused: it is not valid afterwards.
         """
 
         def batches_from(step: int) -> Iterator[dict]:

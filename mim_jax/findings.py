@@ -1,4 +1,4 @@
-"""What a run's newest checkpoint does with images of its evaluation split, for a report.
+"""Examines a run's newest checkpoint on images of its evaluation split, for a report.
 
 Shapes: b images, k classes, v codes, (h, w) a grid of tokens.
 """
@@ -17,7 +17,7 @@ from mim_jax.recipe import Run
 from mim_jax.sharding import replicated, to_global, whole
 from mim_jax.start import Start
 
-SHOWN = 4  # images of which maps are drawn
+SHOWN = 4  # images whose attention maps are drawn
 HARDEST = 12  # images whose label is least expected
 TOKENIZED = 256  # images whose tokens are counted
 PREDICTED = 5000  # images that are classified, at most
@@ -25,7 +25,7 @@ SMALLEST = 224  # side of images whose attention is drawn: smaller ones are enla
 
 
 class Hard(NamedTuple):
-    """An image that the classifier gets wrong, or nearly."""
+    """An image whose label has a low predicted probability."""
 
     image: np.ndarray  # (H, W, c) in [0, 1]
     name: str
@@ -60,7 +60,7 @@ class Codebook(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What was found; None where a run has nothing of the kind."""
+    """Results of an examination; None for those that do not apply to a run."""
 
     attention: pictures.Columns | None = None
     codebook: Codebook | None = None
@@ -71,15 +71,15 @@ class Findings(NamedTuple):
 def examine(path: str, trust_code: bool = False) -> Findings:
     """Examines the newest checkpoint of a run.
 
-    Nothing that goes wrong ends a report: the reason is among what is missing.
+    Errors do not end a report: their messages are listed in `missing`.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     missing = []
     try:
         config = recipe.fit_to_devices(schema.load(path, trust_code=trust_code))
         run = recipe.build(config)
         images = first_images(run, TOKENIZED)
-    except Exception as error:  # data that is elsewhere, code that is not trusted
+    except Exception as error:  # for example missing data, or code that is not trusted
         return Findings(missing=(f"nothing can be computed from the checkpoint: {error}",))
     parts = {
         "attention": lambda: attention_of(path, run, images[:SHOWN]),
@@ -88,10 +88,10 @@ def examine(path: str, trust_code: bool = False) -> Findings:
     }
     for name, compute in parts.items():
         try:
-            found[name] = compute()
+            results[name] = compute()
         except Exception as error:
             missing.append(f"{name}: {error or type(error).__name__}")
-    return Findings(**found, missing=tuple(missing))
+    return Findings(**results, missing=tuple(missing))
 
 
 def first_images(run: Run, count: int) -> np.ndarray:
@@ -105,7 +105,7 @@ def attention_of(path: str, run: Run, images: np.ndarray) -> pictures.Columns | 
     if run.model is None:
         return None
     if run.model.stem != "none":
-        raise UserError("maps of encoders with a ResNet stem are not drawn")
+        raise UserError("attention maps of encoders with a ResNet stem are not supported")
     size = max(SMALLEST, *run.data.image.size)
     p, q = run.model.patch
     middle = size // p // 2, size // q // 2

@@ -1,7 +1,7 @@
 """Floating-point operations of a training step, and the peaks of chips.
 
 The utilization (MFU) of a chip is the operations that a step needs, per second, divided by the
-chip's peak. Counted are matrix products and convolutions, with two operations per multiplication
+chip's peak. Only matrix products and convolutions count, with two operations per multiplication
 and addition, as in the PaLM paper (Chowdhery et al., 2022, appendix B).
 """
 
@@ -43,7 +43,7 @@ def peak(device_kind: str) -> float:
 def of_step(step: ClosedJaxpr) -> float:
     """Returns the operations of a traced step on each device.
 
-    Results that nothing reads, such as the gradient of the images, do not count.
+    Unused results, such as the gradient of the images, do not count.
     """
     jaxpr = step.jaxpr
     return count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
@@ -52,7 +52,7 @@ def of_step(step: ClosedJaxpr) -> float:
 def count(jaxpr: Jaxpr) -> float:
     """Returns the operations of matrix products and convolutions in a program.
 
-    Of alternatives the most expensive counts, and of a `while`, whose length is unknown, one round.
+    The most expensive branch of a `cond` counts, and one iteration of a `while`.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -68,7 +68,7 @@ def count(jaxpr: Jaxpr) -> float:
             total += 2 * products * outputs / math.prod(settings["lhs_dilation"])
         elif name == "cond":
             total += max(count(branch.jaxpr) for branch in settings["branches"])
-        elif name != "pallas_call":  # a kernel is one of alternatives, another of which counts
+        elif name != "pallas_call":  # the alternative of a kernel counts instead
             rounds = settings["length"] if name == "scan" else 1
             total += rounds * sum(count(inner) for inner in inside(settings))
     return total
@@ -80,7 +80,7 @@ def shape_of(variable: Any) -> tuple[int, ...]:
 
 
 def inside(settings: Mapping[str, Any]) -> list[Jaxpr]:
-    """Returns the programs among the settings of an operation."""
+    """Returns the programs among the parameters of an operation."""
     programs = []
     for value in settings.values():
         for entry in value if isinstance(value, tuple | list) else (value,):

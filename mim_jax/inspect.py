@@ -1,4 +1,4 @@
-"""Prints the contents of a run, a file of weights or a folder of Hugging Face.
+"""Prints the contents of a run, a file of weights or a Hugging Face folder.
 
 mim-jax inspect runs/mae_base
 mim-jax inspect mae_pretrain_vit_base.pth
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns its exit code."""
     parser = cli.parser_of("inspect", __doc__)
     parser.add_argument(
-        "source", help="a run, a .pth or .safetensors file, or a folder of Hugging Face"
+        "source", help="a run, a .pth or .safetensors file, or a Hugging Face folder"
     )
     options = parser.parse_args(argv)
     return cli.exit_code(lambda: show(options.source), options.source)

@@ -1,12 +1,11 @@
-"""Annotations for config keys: the range, the meaning and the rehearsal value of an argument.
+"""Annotations for config keys: the range, the meaning and the rehearsal value of a key.
 
 A config key is a keyword argument of the function that its block configures. Everything else about
 the key is written beside the argument:
 
     mask_ratio: Annotated[float, Range(0, 1), "share of patches hidden from the encoder"] = 0.75
 
-The last string is the key's meaning. A range is needed only for numbers, `Smoke` and the markers
-only where they apply.
+The string is the key's meaning. Only numbers need a range; `Smoke` and the markers are optional.
 """
 
 import math
@@ -41,20 +40,20 @@ class Smoke(NamedTuple):
 
 
 class Marker(NamedTuple):
-    """A property that a key has or has not."""
+    """A property of a key, such as `FREE`."""
 
     name: str
 
 
-Dtype = Literal["auto", "bfloat16", "float32", "float64"]  # float16 would need a scaled loss
+Dtype = Literal["auto", "bfloat16", "float32", "float64"]  # float16 would need loss scaling
 POSITIVE = Range(1)
 NOT_NEGATIVE = Range(0)
 SHARE = Range(0, 1)
 BELOW_ONE = Range(0, 1, below=True)
-# A number of images that must divide the images which a device processes at once. A rehearsal and
-# the preflight check set such a key to that number of images, unless it is 0.
+# A number of images that must divide the number of images that a device processes at once.
+# `--smoke` and `mim-jax check` set such a key to the latter, unless it is 0.
 PER_DEVICE = Marker("per device")
-# A key that does not change what is learned, so that a run may continue with another value.
+# A key that does not change what a run learns; a run may continue with another value.
 FREE = Marker("free")
 
 
@@ -70,7 +69,7 @@ class Key(NamedTuple):
 
 
 def key_of(annotation: Any, default: Any) -> Key:
-    """Reads the type of an argument, with what it is annotated with."""
+    """Returns the key that an annotated argument describes."""
     metadata = getattr(annotation, "__metadata__", ())
 
     def first(kind: type, otherwise: Any) -> Any:

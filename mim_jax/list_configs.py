@@ -1,7 +1,7 @@
 """Lists the configs that come with the package, by paper.
 
     mim-jax configs
-    mim-jax configs cifar     # those whose name or description has this word
+    mim-jax configs cifar     # configs with this word in their name or description
 
 Each is the name that --config takes. `mim-jax keys --config=NAME` lists its keys.
 """

@@ -21,9 +21,9 @@ from mim_jax import UserError, workdir
 
 
 class Pace:
-    """Durations of the periodic actions of a run, to estimate the time that is left.
+    """Durations of the periodic actions of a run, for an estimate of the remaining time.
 
-    `every` is {name of an action: its interval in steps}; each is also due after the last step.
+    `every` is {name of an action: its interval in steps}. All actions are due after the last step.
     """
 
     def __init__(self, steps: int, every: Mapping[str, int]):
@@ -45,7 +45,7 @@ class Pace:
         return steps // every - step // every + int(steps % every > 0 and step < steps)
 
     def left(self, step: int, per_step: float) -> float:
-        """Returns the seconds that are left: steps, and the actions that were measured before."""
+        """Returns the remaining seconds of steps and of the actions measured so far."""
         seconds = (self.steps - step) * per_step
         for name, durations in self.seconds.items():
             if typical := durations[1:] or durations:  # the first action includes compilation
@@ -68,8 +68,8 @@ class Log:
         trackio: project of Trackio, "" for none.
         warn: (step, metrics) -> a warning, or "".
         every: {name of a periodic action: its interval in steps}.
-        devices: number of chips that share a batch.
-        peak_share: the share of a chip's peak that one image per second uses; 0: unknown.
+        devices: number of devices that share a batch.
+        peak_share: share of a device's peak FLOP/s that one image per second uses; 0: unknown.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Log:
         self.warning = warning
 
     def evaluation(self, step: int, means: Mapping[str, float | np.ndarray]) -> None:
-        """Writes the means over the evaluation split that are numbers, and those that are not."""
+        """Writes the results of an evaluation: numbers as metrics, arrays to evaluation.json."""
         arrays = {name: np.asarray(x).tolist() for name, x in means.items() if np.ndim(x)}
         if arrays and self.writes:
             path = self.workdir / "evaluation.json"
@@ -183,7 +183,7 @@ class Log:
             self.say(f"{len(files):,} files are not readable images: see bad_files.jsonl")
 
     def bad_file(self, name: str, reason: str) -> None:
-        """Records a file that cannot be used, with the reason. Every process does."""
+        """Records a file that cannot be used, with the reason. Every process records its own."""
         if self.bad_files({"file": name, "reason": reason}):
             print(f"cannot use {name}: {reason} (in bad_files.jsonl)", flush=True)
 
@@ -221,7 +221,7 @@ def format_speed(values: Mapping[str, float], devices: int) -> str:
 def memory() -> dict[str, float]:
     """Returns the peak memory in GiB of this process and, where JAX reports it, of its device."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, else KiB
+    peak *= 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     values = {"host_memory_gib": peak / 2**30}
     return values | ({"device_memory_gib": device / 2**30} if device else {})
@@ -246,7 +246,7 @@ def sinks(workdir: str, step: int, tensorboard: bool, wandb: str, trackio: str) 
 
 
 def json_lines(path: Path, step: int):
-    """Appends to `path`, without records after `step`: they will be repeated."""
+    """Appends records to `path`, after removing those after `step`, which will be repeated."""
     kept = [record for record in workdir.read_lines(path) if step_of(record) <= step]
     if path.exists() and len(kept) < len(path.read_bytes().splitlines()):
         workdir.write_lines(path, kept)
@@ -259,7 +259,7 @@ def json_lines(path: Path, step: int):
 
 
 def lines_once(path: Path):
-    """Returns a function that appends a record to `path` unless it is there -> whether it did."""
+    """Returns a function that appends a record to `path` if it is new, and returns whether."""
     records = workdir.read_lines(path)
     if path.exists() and len(records) < len(path.read_bytes().splitlines()):
         workdir.write_lines(path, records)
@@ -284,7 +284,7 @@ def step_of(record: Mapping) -> float:
 
 
 def optional(package: str, extra: str):
-    """Imports a package that the core installation lacks."""
+    """Imports an optional package."""
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -5,7 +5,7 @@
     mim-jax train --config=configs/mae_base.py --smoke
 
 The run directory holds config.json, metrics.jsonl, checkpoints/ and pictures/. Exit codes: 0 done,
-1 failed, 2 a mistake of the user, reported in one sentence, 130 and 143 stopped by a signal after
+1 failed, 2 user error, reported in one sentence, 130 and 143 stopped by a signal after
 saving.
 """
 
@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def join(processes: str) -> None:
-    """Makes this process one of several; with "" JAX finds the others.
+    """Connects this process to the others of a run; with "" JAX finds them.
 
-    If one dies silently, the others end when its heartbeat has been missing for a minute.
+    If one of them dies, the others end when its heartbeat has been missing for a minute.
     """
     if not processes:
         jax.distributed.initialize(heartbeat_timeout_seconds=60)
@@ -123,9 +123,9 @@ def run_config(
     Args:
         config: the complete config.
         path: the run directory.
-        profile: "FIRST:LAST" step of a trace, "" for none.
-        change: keys that may differ from those of the run that is continued.
-        from_step: the checkpoint to continue from, 0 for the newest.
+        profile: steps to trace, "FIRST:LAST"; "" for none.
+        change: keys whose values may differ from those of the run that is continued.
+        from_step: step of the checkpoint to continue from; 0: the newest.
 
     Returns:
         The exit code.
@@ -137,7 +137,7 @@ def run_config(
 def train_config(
     config: ConfigDict, path: str, profile: str, change: Collection[str], from_step: int, stop: Stop
 ) -> int:
-    """Does what run_config describes, until a signal arrives."""
+    """Implements `run_config`, until a signal arrives."""
     run = recipe.build(config)
     run.require_labels(config.data.evaluation_split)
     start, trace, probe = Start(run, config), Trace(profile, path), probe_of(run, config)
@@ -153,13 +153,13 @@ def train_config(
             return training.attempts(trace)
     except Exception as error:
         training.log.event("failed", training.log.last_step, str(error) or type(error).__name__)
-        with contextlib.suppress(OSError):  # which would hide the first error
+        with contextlib.suppress(OSError):  # so that it does not hide the first error
             checkpoints.close()  # after the save in progress
         raise
 
 
 def record_of(run: Run, config: ConfigDict, trajectory: dict[str, Any]) -> dict[str, Any]:
-    """Returns what config.json and the checkpoints of a run record."""
+    """Returns the record for config.json and the checkpoints of a run."""
     record = workdir.record_of(
         config.to_dict(),
         trajectory,
@@ -177,7 +177,7 @@ def record_of(run: Run, config: ConfigDict, trajectory: dict[str, Any]) -> dict[
 
 
 def probe_of(run: Run, config: ConfigDict) -> Probe | None:
-    """Returns the probe that the config asks for."""
+    """Returns the probe that the config describes."""
     if not config.probe.images:
         return None
     run.data.require_one_size()

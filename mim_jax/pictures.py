@@ -5,7 +5,7 @@ r"""Draws what a checkpoint makes of images: a PNG file, or arrays in a notebook
     mim-jax pictures tokenize runs/dvae_emoji cat.png
     mim-jax pictures segment runs/ade20k_beit_base street.jpg
 
-CKPT is a run directory, converted weights, a file of weights or a folder of Hugging Face.
+CKPT is a run directory, converted weights, a file of weights or a Hugging Face folder.
 
 reconstruct: patches are hidden at random, as in training, and predicted.
 attend: the attention of the class token, and of the patches that --query names, to all patches; on
@@ -15,7 +15,7 @@ tokenize: the visual tokens of a dVAE, one color each, and the images decoded fr
 segment: the predicted class of every pixel, with the classes that take most of an image.
 
 --config.KEY=VALUE changes a key of the checkpoint's config, as --config.objective.target=pixels.
-Exit codes: 0 done, 2 a mistake of the user.
+Exit codes: 0 done, 2 user error.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def reconstruct(
     """Hides patches of images at random, as in training, and predicts them.
 
     Args:
-        source: a run, a file of weights or a folder of Hugging Face.
+        source: a run, a file of weights or a Hugging Face folder.
         images: files, Pillow images or arrays (H, W, c).
         mask_ratio: share of the patches that are hidden; default: that of training.
         seed: seed of the hidden patches.
@@ -180,7 +180,7 @@ def attend(
     is framed in the image. Brightness is relative to the brightest patch of a map.
 
     Args:
-        source: a run, a file of weights or a folder of Hugging Face.
+        source: a run, a file of weights or a Hugging Face folder.
         images: files, Pillow images or arrays (H, W, c).
         queries: patches by row and column of the grid, from 0.
         layer: the block, from 0; negative numbers count from the last.

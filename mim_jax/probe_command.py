@@ -9,7 +9,7 @@ each block, of whole central crops. Classifiers see the first --images images of
 and are judged on those of the evaluation split; the linear one is ridge regression on standardized
 features. Without labels only the rank is printed (RankMe, Garrido et al., 2023). Compare encoders
 of one method only: MAE's and BEiT's features do not cluster as those of contrastive methods do.
-Exit codes: 0 done, 2 a mistake of the user.
+Exit codes: 0 done, 2 user error.
 """
 
 from collections.abc import Iterator

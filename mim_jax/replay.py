@@ -6,7 +6,7 @@ r"""Repeats a step of a run whose loss or gradient was not finite, and says what
 Trains from the newest checkpoint before that step up to it, which gives the state that the run had
 there; then computes loss and gradient of the step in the run's dtype and in float32. If float32 is
 finite, the dtype is too narrow; if not, look at the images that are named, and at the learning
-rate. Nothing is written. Exit codes: 0 done, 2 a mistake of the user.
+rate. Nothing is written. Exit codes: 0 done, 2 user error.
 """
 
 import json

@@ -7,7 +7,7 @@ The page holds everything itself: it loads nothing from elsewhere. What is compu
 checkpoint (attention, tokens, predictions) needs the run's data; --files-only leaves it out. The
 report of a run that still goes on, or that was killed, shows what there is. Extra: [report].
 
-Exit codes: 0 done, 2 a mistake of the user.
+Exit codes: 0 done, 2 user error.
 """
 
 import base64

@@ -4,7 +4,7 @@
     mim-jax runs gs://bucket/experiments --metric=evaluate/accuracy
 
 A run is finished, failed, stopped by a signal, running, or stale: its process has ended without a
-word, as when it was killed. Exit codes: 0 done, 2 a mistake of the user.
+word, as when it was killed. Exit codes: 0 done, 2 user error.
 """
 
 import math

@@ -6,8 +6,8 @@ r"""Writes the visual tokens of a data set, by a trained tokenizer.
 
 --config is the directory of a run that trained a tokenizer. For the evaluation views of the
 evaluation split the file holds `tokens` (images, h, w); `index` (images,), their places in the
-split; `label`, if there are labels; and the size of the `vocabulary`. Exit codes: 0 done, 2 a
-mistake of the user.
+split; `label`, if there are labels; and the size of the `vocabulary`. Exit codes: 0 done, 2 user
+error.
 """
 
 import functools
@@ -51,7 +51,7 @@ def write(path: str, config: ConfigDict, to: str) -> int:
         )
     Path(to).parent.mkdir(parents=True, exist_ok=True)
     vocabulary = run.tokenizer.encoder.vocabulary
-    with open(to, "wb") as file:  # before the work, which would be lost if it cannot be written
+    with open(to, "wb") as file:  # opened early, so that no work is lost if it cannot be written
         arrays = tokens(run, config, source_run(path, config, "tokenizer"))
         np.savez_compressed(file, vocabulary=vocabulary, **arrays)  # type: ignore[arg-type]
     images, per_image = len(arrays["tokens"]), arrays["tokens"][0].size

@@ -128,7 +128,7 @@ def test_rows_by_query():
     row = attend.rows_of(maps, (2, 3), (1, 2))
     assert row[1, 2, 0, 1] == maps[1, 2, 6, 2]
     for query in ((2, 0), (0, 3), (-1, 0)):
-        with pytest.raises(UserError, match="outside of the grid of 2 x 3"):
+        with pytest.raises(UserError, match="outside the grid of 2 x 3"):
             attend.rows_of(maps, (2, 3), query)
 
 

@@ -101,4 +101,4 @@ def test_keys_without_effect_are_refused(command, capsys):
     with pytest.raises(SystemExit) as done:
         cli.main([command, *arguments, *([] if command == "evaluate" else ["--to=x"])])
     assert done.value.code == 2
-    assert "--config.optimizer.lr=1 has no effect here" in capsys.readouterr().err
+    assert "--config.optimizer.lr=1 has no effect:" in capsys.readouterr().err

@@ -280,4 +280,4 @@ def test_models_of_the_hub_are_taken_from_its_cache(tmp_path, monkeypatch):
 def test_other_endings_are_refused(runs, capsys):
     with pytest.raises(SystemExit):
         embed.main([f"--config={runs / 'mae_base'}", "--to=x.pt"])
-    assert ".pt is not written; name an .npz file or a folder" in capsys.readouterr().err
+    assert ".pt files are not supported; pass an .npz file or a folder" in capsys.readouterr().err

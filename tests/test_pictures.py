@@ -162,7 +162,7 @@ def test_the_command(runs, images, tmp_path, capsys):
     assert cli.main([*command, "--config.objective.sampling=grid"]) == 0
     assert Image.open(to).size[1] > 3 * 128
     assert cli.main(["pictures", "attend", run, str(images[0]), f"--to={to}", "--query=0,30"]) == 2
-    assert "--query=0,30 is outside of the grid of 30 x 30" in capsys.readouterr().err
+    assert "--query=0,30 is outside the grid of 30 x 30" in capsys.readouterr().err
     for text in ("no such file", "not an image"):
         path = tmp_path / f"{text}.png"
         if text.startswith("not"):

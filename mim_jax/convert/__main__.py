@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns its exit code."""
     parser = cli.parser_of("convert", __doc__)
     parser.add_argument(
-        "source", help="a run, a .pth or .safetensors file, or a folder of Hugging Face"
+        "source", help="a run, a .pth or .safetensors file, or a Hugging Face folder"
     )
     parser.add_argument(
         "destination", help="a .pth or .safetensors file; for hf and mim_jax a folder"

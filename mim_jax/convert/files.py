@@ -1,4 +1,4 @@
-"""Loads and saves weights: runs, files of PyTorch and safetensors, folders of Hugging Face."""
+"""Loads and saves weights: runs, files of PyTorch and safetensors, Hugging Face folders."""
 
 import hashlib
 import inspect
@@ -44,7 +44,7 @@ OBJECTIVE_KEYS = ("mean", "std", "target", "mask_ratio", "pooling", "layers")  #
 
 
 def load_weights(path: str | Path, **options: Any) -> tuple[dict, Network, dict[str, Any]]:
-    """Loads a run, a file of weights or a folder of Hugging Face.
+    """Loads a run, a file of weights or a Hugging Face folder.
 
     `options` are those of `from_torch` and take precedence over what the source says; false values
     are ignored. Returns our parameters, their network, and the other entries of the source.
@@ -82,7 +82,7 @@ def read_record(text: str) -> dict[str, Any]:
 
 
 def read_folder(path: Path) -> dict[str, np.ndarray]:
-    """Reads the arrays of a folder of Hugging Face, in one file or in several."""
+    """Reads the arrays of a Hugging Face folder, in one file or in several."""
     for name in FOLDER:
         if (path / name).exists():
             return read_file(path / name, whole=True).arrays
@@ -97,7 +97,7 @@ def read_folder(path: Path) -> dict[str, np.ndarray]:
             files = [read_file(path / part, whole=True) for part in sorted(set(parts))]
             return {name: x for file in files for name, x in file.arrays.items()}
     raise UserError(
-        f"{printable(path)} is neither a run, with checkpoints, nor a folder of Hugging Face, with "
+        f"{printable(path)} is neither a run, with checkpoints, nor a Hugging Face folder, with "
         f"{' or '.join(FOLDER)}."
     )
 

@@ -1,4 +1,4 @@
-"""Reads and writes folders of Hugging Face: config.json and the files beside it."""
+"""Reads and writes Hugging Face folders: config.json and the files beside it."""
 
 import json
 from pathlib import Path
