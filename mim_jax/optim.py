@@ -22,10 +22,9 @@ def warmup_and_decay(
 ) -> optax.Schedule:
     """Returns the rate by step: a warm-up from 0 to `lr`, then a decay to `min_lr`.
 
-    code: "mae" and "beit" have half a cosine, see `warmup_cosine`; "mmseg" has a line, see
-        `warmup_linear`.
+    code: "mae" or "beit", see `warmup_cosine`; or "mmseg", see `warmup_linear`.
 
-    Raises UserError for lengths or rates that do not go together.
+    Raises UserError if the warm-up is longer than the run, or `min_lr` exceeds `lr`.
     """
     if not warmup_steps < steps:
         raise UserError(
@@ -56,8 +55,8 @@ def warmup_cosine(
 def warmup_linear(lr: float, *, min_lr: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """Returns the rate by step: linear from `lr` at step 0 to `min_lr`, times a linear warm-up.
 
-    As mmsegmentation's policy "poly" with power 1 and linear warm-up, which decays from the first
-    step on. Its warm-up starts at 1e-6 of the rate, this one at 0.
+    This is mmsegmentation's policy "poly" with power 1 and linear warm-up, in which the decay
+    starts at the first step. Its warm-up starts at 1e-6 of the rate, this one at 0.
     """
     line = optax.linear_schedule(lr, min_lr, steps)
     warmup = optax.linear_schedule(0.0 if warmup_steps else 1.0, 1.0, warmup_steps)
@@ -67,8 +66,8 @@ def warmup_linear(lr: float, *, min_lr: float, warmup_steps: int, steps: int) ->
 def matrices(params: dict, but: tuple[str, ...] = ()) -> dict:
     """Returns true for parameters with weight decay: those with two or more axes.
 
-    Class and mask tokens have three axes, so that they decay as in MAE's optimizer; parameters
-    named in `but` do not.
+    Class and mask tokens have three axes, so they decay as in MAE's code. Parameters named in `but`
+    do not decay.
     """
     return jax.tree.map_with_path(lambda path, x: x.ndim > 1 and path[-1].key not in but, params)
 

@@ -1,4 +1,4 @@
-r"""Draws what a checkpoint makes of images: a PNG file, or arrays in a notebook.
+r"""Draws the output of a checkpoint for images: as a PNG file, or as arrays in a notebook.
 
     mim-jax pictures reconstruct runs/mae_emoji cat.png dog.png --mask-ratio=0.5
     mim-jax pictures attend mae_pretrain_vit_base.pth cat.png --query=14,10 --layer=-1
@@ -7,14 +7,14 @@ r"""Draws what a checkpoint makes of images: a PNG file, or arrays in a notebook
 
 CKPT is a run directory, converted weights, a file of weights or a Hugging Face folder.
 
-reconstruct: patches are hidden at random, as in training, and predicted.
+reconstruct: hides patches at random, as in training, and predicts them.
 attend: the attention of the class token, and of the patches that --query names, to all patches; on
     average over the heads and of each head (figures of DINO and of BEiT). Positions are
     interpolated to --size.
 tokenize: the visual tokens of a dVAE, one color each, and the images decoded from them.
-segment: the predicted class of every pixel, with the classes that take most of an image.
+segment: the predicted class of every pixel, with the most frequent classes of an image.
 
---config.KEY=VALUE changes a key of the checkpoint's config, as --config.objective.target=pixels.
+--config.KEY=VALUE changes a key of the checkpoint's config: --config.objective.target=pixels.
 Exit codes: 0 done, 2 user error.
 """
 
@@ -106,7 +106,7 @@ def head_of(text: str) -> int | str:
     raise argparse.ArgumentTypeError(f"{text} must be a number from 0, or average")
 
 
-# --- What can be drawn. Each function returns columns of images, one row after another. ---
+# --- Drawings. Each function returns columns of images. ---
 
 
 def reconstruct(
@@ -127,11 +127,11 @@ def reconstruct(
         mask_ratio: share of the patches that are hidden; default: that of training.
         seed: seed of the hidden patches.
         tokenizer: a dVAE, if the target is tokens and the source does not hold their dVAE.
-        overrides: other keys of the config, as "objective.target=pixels".
+        overrides: other keys of the config, for example "objective.target=pixels".
         trust_code: allow a run to import its objective from outside mim_jax.
 
     Returns:
-        The objective's columns, as "masked", "painted" and "original".
+        The objective's pictures by caption, for example "masked", "painted" and "original".
 
     Raises:
         UserError: if the source does not predict hidden patches.
@@ -174,10 +174,10 @@ def attend(
     size: int = ATTENTION_SIZE,
     heads: int = 0,
 ) -> Columns:
-    """Draws what the class token and the patches in `queries` attend to.
+    """Draws attention maps of the class token and of the patches in `queries`.
 
-    For each image there is a row for the class token, then one for each query (row, column), which
-    is framed in the image. Brightness is relative to the brightest patch of a map.
+    Each image has a row for the class token, then one for each query, whose patch is framed in the
+    image. Brightness is relative to the brightest patch of a map.
 
     Args:
         source: a run, a file of weights or a Hugging Face folder.
@@ -186,7 +186,7 @@ def attend(
         layer: the block, from 0; negative numbers count from the last.
         head: one head, from 0, or "average"; default: the average and each head.
         size: side of the images in pixels, to which positions are interpolated.
-        heads: number of heads, if the source does not say it.
+        heads: number of heads, if the source does not record it.
 
     Raises:
         UserError: if the source has no encoder, or no such layer, head or patch.
@@ -207,7 +207,7 @@ def attend(
     rows, drawn = [], to_rgb(np.asarray(unit(pixels))) / 255
     tile = sides if head is not None else (sides[0] // 2, sides[1] // 2)
     maps_of = jax.jit(functools.partial(attention_maps, network.encoder), static_argnums=2)
-    for i in range(len(pixels)):  # one by one: maps at this size take memory
+    for i in range(len(pixels)):  # one at a time, to bound the memory of large maps
         one = normalize(pixels[i : i + 1], statistics["mean"], statistics["std"])
         maps = np.asarray(maps_of(params["encoder"], one, layer))
         for query in (None, *queries):
@@ -272,13 +272,13 @@ def segment(
     overrides: Sequence[str] = (),
     trust_code: bool = False,
 ) -> Columns:
-    """Draws the predicted class of every pixel, and the classes that take most of an image.
+    """Draws the predicted class of every pixel, and the most frequent classes of an image.
 
     Args:
         source: a run that classifies pixels.
         images: files, Pillow images or arrays (H, W, c), of any size.
         size: shorter side of the resized images in pixels; default: that of the run.
-        overrides: other keys of the config, as "objective.mirror=true".
+        overrides: other keys of the config, for example "objective.mirror=true".
         trust_code: allow a run to import its objective from outside mim_jax.
 
     Returns:
@@ -308,7 +308,9 @@ def segment(
         pixels = decoded(image, config.data.channels, dtype_of(image))
         shape = fitted(width_and_height(pixels)[::-1], short, config.data.long_side or 4 * short)
         pixels = resize(pixels, shape, config.data.evaluation_interpolation)[None]
-        labels = np.full((1, *shape), len(names), np.int32)  # of no class: they are unknown
+        labels = np.full(
+            (1, *shape), len(names), np.int32
+        )  # not a class: the true labels are unknown
         batch = dict(image=pixels, segmentation=labels, index=np.zeros(1, np.int32))
         drawn = draw(params, buffers, batch, jax.random.key(0))
         drawn = {k: np.asarray(x)[0, : shape[0], : shape[1]] for k, x in drawn.items()}
@@ -325,8 +327,8 @@ def legend(
     prediction: np.ndarray, names: Sequence[str], colors: Sequence[Sequence[int]]
 ) -> np.ndarray:
     """Returns an image (H, W, 3) that names the colors of a prediction (H, W, 3)."""
-    found = (prediction * 255).round().astype(int)
-    shares = [(np.all(found == color, axis=-1)).mean() for color in colors]
+    pixels = (prediction * 255).round().astype(int)
+    shares = [(np.all(pixels == color, axis=-1)).mean() for color in colors]
     order = [i for i in np.argsort(shares)[::-1] if shares[i] > 0]
     height, width = max(144, prediction.shape[0]), max(240, prediction.shape[1])
     picture = Image.new("RGB", (width, height), "white")
@@ -375,7 +377,7 @@ def complete(config: dict, source: str | Path, overrides: Sequence[str]) -> Conf
     """Returns the complete config of a checkpoint, in float32, changed by overrides "key=value"."""
     name = config["objective"]["name"]
     if name not in objectives.names():
-        raise UserError(f"{source} holds an encoder alone: it cannot reconstruct images.")
+        raise UserError(f"{source} holds only an encoder: it cannot reconstruct images.")
     takes = inspect.signature(objectives.find(name)).parameters
     given = dict(batch_size=1, optimizer={"name": min(optim.OPTIMIZERS)}) | config
     given["objective"] = {k: x for k, x in config["objective"].items() if k in takes or k == "name"}

@@ -1,7 +1,7 @@
 """Probes of an encoder during training: k-NN, a linear classifier, and the rank of the features.
 
 Features are the mean of the patches' tokens of whole evaluation views, of training and evaluation
-images alike: nothing is hidden and nothing is random.
+images. No patch is hidden and nothing is random.
 
 For ImageNet, lightly's benchmarks report for MAE's ViT-B after 100 epochs 46 % by a linear probe,
 11 % by k-NN and 81 % fine-tuned; for BEiT's last layer about 20 % and 5 %, although it fine-tunes

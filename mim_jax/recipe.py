@@ -35,7 +35,7 @@ class Run(NamedTuple):
     steps_per_epoch: float
     rows: int  # images processed at once, over all devices: a batch, or one part of it
     labeled: bool  # whether the objective needs labels
-    summary: str  # the recipe's arithmetic, as text
+    summary: str  # text printed at the start, see `describe`
 
     @property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -56,7 +56,7 @@ class Run(NamedTuple):
 def build(config: ConfigDict, devices: list | None = None, class_names: Sequence[str] = ()) -> Run:
     """Builds a run on all devices or on the given ones. Opens data sets, but compiles nothing.
 
-    With `class_names`, the data set's labels are the numbers of its classes among these names.
+    With `class_names`, labels are indices into these names.
 
     Raises:
         UserError: if the config cannot be run on these devices.
@@ -103,7 +103,7 @@ def build(config: ConfigDict, devices: list | None = None, class_names: Sequence
 
 
 def with_dtypes(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
-    """Returns the config as a dict, in which networks have the dtype that "auto" stands for."""
+    """Returns the config as a dict, with the dtype "auto" of networks replaced."""
     default = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     settings = config.to_dict()
     for name in schema.NETWORKS:
@@ -160,8 +160,8 @@ def in_steps(block: Mapping, name: str, steps_per_epoch: float) -> int:
 def warmup_of(config: ConfigDict, steps: int, steps_per_epoch: float) -> int:
     """Returns the length of the warm-up in steps.
 
-    In a run that is too short for the recipe's, as a trial of a large recipe, it is a tenth of the
-    run; `describe` says so.
+    If a run is too short for the configured warm-up, for example a trial of a large recipe, it is a
+    tenth of the run; `describe` reports it.
     """
     warmup = in_steps(config.optimizer, "warmup", steps_per_epoch)
     return warmup if warmup < steps else steps // 10
@@ -173,7 +173,7 @@ def learning_rate(config: ConfigDict) -> float:
 
 
 def describe(run: Run, config: ConfigDict) -> str:
-    """Returns the recipe's arithmetic as text."""
+    """Returns what follows from the recipe as text: batch, epochs, rates, masked patches."""
     image, size, steps = run.example["image"], config.batch_size, run.steps
     _, height, width, channels = image.shape
     warmup = warmup_of(config, steps, run.steps_per_epoch)
@@ -209,9 +209,9 @@ def describe(run: Run, config: ConfigDict) -> str:
 
 
 def observe_values(run: Run, config: ConfigDict) -> tuple[str, str]:
-    """Returns which values some training images have, and why they do not suit the objective.
+    """Describes the values of some training images, and why they do not suit the objective.
 
-    The second text is "" if they do.
+    The second text is "" if they suit it.
     """
     values = observe(run.data.train, run.data.image.shape[2], limit=OBSERVED)
     settings = config.objective
@@ -237,7 +237,7 @@ def encoder_of(run: Run, config: ConfigDict):
 
 
 def fit_to_devices(config: ConfigDict) -> ConfigDict:
-    """Changes the config of a run so that its batches can be evaluated on the devices at hand."""
+    """Changes the config of a run so that its batches can be evaluated on the local devices."""
     devices, parts = jax.device_count(), jax.device_count() * config.accumulate
     config.update(
         fsdp=math.gcd(config.fsdp or devices, devices),

@@ -1,12 +1,12 @@
-r"""Repeats a step of a run whose loss or gradient was not finite, and says what was not.
+r"""Repeats a step of a run whose loss or gradient was not finite, and reports what was not.
 
     mim-jax replay --config=runs/mae_base                  # the newest of RUN/captures
     mim-jax replay --config=runs/mae_base --step=12345
 
 Trains from the newest checkpoint before that step up to it, which gives the state that the run had
-there; then computes loss and gradient of the step in the run's dtype and in float32. If float32 is
-finite, the dtype is too narrow; if not, look at the images that are named, and at the learning
-rate. Nothing is written. Exit codes: 0 done, 2 user error.
+then; and computes loss and gradient of the step in the run's dtype and in float32. If float32 is
+finite, the dtype is too narrow; if not, look at the listed images and at the learning rate. Nothing
+is written. Exit codes: 0 done, 2 user error.
 """
 
 import json
@@ -25,7 +25,7 @@ from mim_jax.sharding import to_global
 from mim_jax.start import Start
 from mim_jax.train import TrainState, gradient_of, train
 
-SHOWN = 20  # images and arrays that are named
+SHOWN = 20  # images and arrays that are listed
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,9 +3,9 @@
     mim-jax report runs/mae_emoji
     mim-jax report runs/a runs/b --to=compare.html
 
-The page holds everything itself: it loads nothing from elsewhere. What is computed from the newest
-checkpoint (attention, tokens, predictions) needs the run's data; --files-only leaves it out. The
-report of a run that still goes on, or that was killed, shows what there is. Extra: [report].
+The page is self-contained: it loads no other files. Sections that are computed from the newest
+checkpoint (attention, tokens, predictions) need the run's data; --files-only leaves them out. A
+report can also be written for a run that is still running or was killed. Extra: [report].
 
 Exit codes: 0 done, 2 user error.
 """
@@ -33,12 +33,12 @@ from mim_jax.sheets import to_rgb
 
 LARGEST = 5_000_000  # bytes of a page
 FRAMES = 9  # sheets of pictures over time
-MATRIX = 24  # classes of which a whole confusion matrix is shown
+MATRIX = 24  # largest number of classes for which a confusion matrix is shown
 MOST_FAULTS = 20  # warnings and failures that are listed
 EVALUATION = "evaluate/"
 TEMPLATES = epath.Path(__file__).parent / "templates"
 
-TITLES = {  # metrics that charts begin with, and what they mean
+TITLES = {  # titles and meanings of the metrics that are shown first
     "loss": ("Loss", "what is minimized"),
     "accuracy": ("Accuracy", "share of predictions that are right"),
     "miou": ("Mean IoU", "intersection over union, averaged over classes"),
@@ -59,7 +59,7 @@ TITLES = {  # metrics that charts begin with, and what they mean
     "host_memory_gib": ("Host memory", "peak in GiB"),
 }
 LINEAR = ("lr",)  # metrics that a logarithmic scale would distort
-FROM_ZERO = (  # metrics whose small changes say nothing
+FROM_ZERO = (  # metrics whose small changes are not meaningful
     *("images_per_second", "mfu", "input_wait", "device_memory_gib", "host_memory_gib"),
     "used",
 )
@@ -81,11 +81,11 @@ def main(argv: list[str] | None = None) -> int:
     def command() -> int:
         template()  # fail early if Jinja is missing
         recorded = [read_run(path) for path in options.runs]
-        found = [
+        findings = [
             Findings() if options.files_only else examine(str(run.path), options.trust_code)
             for run in recorded
         ]
-        page = fitted(recorded, found)
+        page = fitted(recorded, findings)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(page)
         print(f"{to}: {len(page.encode()) / 1e6:.1f} MB")
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fitted(runs: Sequence[RecordedRun], findings: Sequence[Findings]) -> str:
-    """Returns the page, with as many pictures as it has space for."""
+    """Returns the page, with as many pictures as the size limit allows."""
     frames = FRAMES
     while len((page := render(runs, findings, frames)).encode()) > LARGEST and frames:
         frames //= 2
@@ -122,7 +122,7 @@ def template():
 
 
 def render(runs: Sequence[RecordedRun], findings: Sequence[Findings], frames: int = FRAMES) -> str:
-    """Returns the HTML page of some runs and what was found of each."""
+    """Returns the HTML page of some runs and the findings of each."""
     style, script = (TEMPLATES.joinpath(f"report.{kind}").read_text() for kind in ("css", "js"))
     names = distinct([run.name for run in runs])
     sections = [
@@ -170,8 +170,8 @@ class Chart(NamedTuple):
 
 def charts(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
     """Returns a chart of each metric that any run has, known ones first."""
-    found = {name: None for run in runs for record in run.metrics for name in record}
-    metrics = dict.fromkeys(name.removeprefix(EVALUATION) for name in found)
+    recorded = {name: None for run in runs for record in run.metrics for name in record}
+    metrics = dict.fromkeys(name.removeprefix(EVALUATION) for name in recorded)
     order = [name for name in TITLES if name in metrics]
     order += sorted(name for name in metrics if name not in (*TITLES, *HIDDEN))
     drawn, last = [], max((run.step for run in runs), default=0)
@@ -201,7 +201,7 @@ def spelled(metric: str) -> str:
 
 
 def references(metric: str, runs: Sequence[RecordedRun]) -> list[Reference]:
-    """Returns values that a metric can be compared with: those of chance, and limits."""
+    """Returns reference values of a metric: the chance level, and limits."""
     marks = set()
     for run in runs:
         objective, classes = run.config["objective"], len(class_names(run))
@@ -276,7 +276,7 @@ def differences(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
 def section(
     run: RecordedRun, found: Findings, name: str, color: int, frames: int
 ) -> dict[str, Any]:
-    """Returns everything that the page says about one run, as the template names it."""
+    """Returns the template's variables for one run."""
     names = class_names(run)
     return dict(
         name=name,
@@ -353,7 +353,7 @@ def duration(seconds: float) -> str:
 
 
 def problems(run: RecordedRun) -> list[tuple[str, str]]:
-    """Returns warnings and faults: where, and what."""
+    """Returns warnings and failures: (place, text)."""
     rows = []
     if run.status == "stale":
         rows.append(

@@ -3,8 +3,8 @@
     mim-jax runs runs
     mim-jax runs gs://bucket/experiments --metric=evaluate/accuracy
 
-A run is finished, failed, stopped by a signal, running, or stale: its process has ended without a
-word, as when it was killed. Exit codes: 0 done, 2 user error.
+A run is finished, failed, stopped by a signal, running, or stale: its process ended without a
+record, for example because it was killed. Exit codes: 0 done, 2 user error.
 """
 
 import math
@@ -21,7 +21,7 @@ LOWER_IS_BETTER = ("loss", "error", "kl", "norm")  # parts of the names of such 
 
 
 class RecordedRun(NamedTuple):
-    """What the files of a run directory say."""
+    """The contents of the files of a run directory."""
 
     path: epath.Path
     record: dict[str, Any]  # config.json
@@ -85,10 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def command() -> int:
-        found = list(runs_below(options.root))
-        if not found:
+        runs = list(runs_below(options.root))
+        if not runs:
             raise UserError(f"there are no runs below {options.root}.")
-        print(table([row_of(run, options.root, options.metric) for run in found]))
+        print(table([row_of(run, options.root, options.metric) for run in runs]))
         return 0
 
     return cli.exit_code(command, options.root)
@@ -120,7 +120,7 @@ def is_step(record: Mapping[str, Any]) -> bool:
 
 
 def runs_below(root: str | epath.PathLike) -> Iterator[RecordedRun]:
-    """Yields the runs in and below a directory, by name. A run is not searched for others."""
+    """Yields the runs in and below a directory, by name, without searching inside runs."""
     folder = workdir.open_path(root)
     if not folder.is_dir():
         raise UserError(f"there is no directory {root}.")
@@ -149,7 +149,7 @@ def best(metric: str, points: Iterable[tuple[int, float]]) -> tuple[int, float] 
 
 
 def headline(run: RecordedRun) -> str:
-    """Returns the metric that says most about a run."""
+    """Returns the most informative metric of a run."""
     names = {name for record in run.metrics for name in record}
     preferred = ("evaluate/miou", "evaluate/accuracy", "evaluate/loss", "loss")
     return next((name for name in preferred if name in names), "loss")

@@ -1,4 +1,4 @@
-"""The keys of a config: their types, ranges, defaults and meanings, and how they are set.
+"""Config keys: collecting their types, ranges, defaults and meanings, and setting them.
 
 Every block of a config configures one or two functions (or NamedTuples); their keyword arguments
 are the block's keys. A config may leave out what has a default.
@@ -103,11 +103,11 @@ class Evaluate(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Sheets of what the objective makes of images of the evaluation split."""
+    """Sheets of the objective's pictures of images of the evaluation split."""
 
     every_epochs: Annotated[Epochs, Smoke(0.0)] = 0.0
     every_steps: Annotated[Steps, Smoke(10)] = 0
-    count: Annotated[  # a tuple has a method of this name
+    count: Annotated[  # overrides the method of NamedTuple
         int, NOT_NEGATIVE, FREE, "images on a sheet; 0: no pictures"
     ] = 12  # type: ignore[assignment]
 
@@ -190,7 +190,8 @@ def keys_of(config: Mapping) -> dict[str, Key]:
 def keys_of_function(function: Callable, every: bool = False) -> dict[str, Key]:
     """Returns the keys among the arguments of a function or NamedTuple: those with annotations.
 
-    With `every`, as of an objective, which may be a user's: all that the builder does not supply.
+    With `every`, also those without annotations, except arguments that the builder supplies. This
+    is for objectives, which may be a user's.
     """
     hints = get_type_hints(function, include_extras=True)
     keys = {}
@@ -218,7 +219,7 @@ def load(
 ) -> ConfigDict:
     """Returns the complete config of a Python file or of a run, changed by overrides "key=value".
 
-    With `smoke` the config is made small first: a tiny model, the built-in images, 20 steps.
+    With `smoke` the config is first reduced to a tiny model, the built-in images and 20 steps.
     An objective outside the package is imported if a config file or an override names it, and if a
     run does only with `trust_code`.
 
@@ -249,7 +250,7 @@ def load(
     if smoke:
         shrink(config)
     keys = keys_of(config)
-    if workdir.is_run(path):  # a stranger's run must not name the folder of compiled programs
+    if workdir.is_run(path):  # an untrusted run must not choose the folder of compiled programs
         config.compile_cache = keys["compile_cache"].default
     for key, text in changes:
         set_key(config, keys, key, text, typed=True)
@@ -274,12 +275,12 @@ def load_objective(given: dict, path: str, named_by_user: bool, trust_code: bool
         objectives.load_external(name, folder)
     except UserError:
         raise
-    except Exception as error:  # of any kind: it is the user's code
+    except Exception as error:  # the user's code may raise anything
         raise UserError(f"objective.name = {name!r}: {config_files.explain(error, '')}.") from error
 
 
 def read(path: str) -> dict:
-    """Returns the config of a run directory, or what the get_config() of a config file returns."""
+    """Returns the config of a run directory, or the result of a config file's get_config()."""
     if not workdir.is_run(path):
         return config_files.load(path)
     record = workdir.read(path)
@@ -353,7 +354,7 @@ def unknown(key: str, keys: Mapping[str, Key]) -> str:
 def parse(text: str, kind: Any) -> Any:
     """Parses a value from the command line: a Python literal, true, false, or plain text.
 
-    Names of a tuple are separated by commas: data.bands=red,nir.
+    Names in a tuple may be separated by commas: data.bands=red,nir.
     """
     if kind is str or get_origin(kind) is Literal:
         return text
@@ -376,16 +377,16 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# --- What configs have in common. ---
+# --- Operations on complete configs. ---
 
 
 def networks(config: Mapping) -> dict[str, Any]:
-    """Builds the networks of a config: {"model": ViT, "tokenizer": DVAE}, as far as it has them."""
+    """Builds the networks that a config has, {"model": ViT, "tokenizer": DVAE}."""
     return {name: build(**config[name]) for name, build in NETWORKS.items() if name in config}
 
 
 def shrink(config: ConfigDict) -> None:
-    """Turns a config into a rehearsal of its run that takes less than a minute on two cores."""
+    """Reduces a config to a rehearsal that takes less than a minute on two cores."""
     keys, devices = keys_of(config), jax.device_count()
     p, q = next(iter(networks(config).values())).patch
     rows = 2 * -(-8 // devices)  # per device, and even: mixup takes pairs
@@ -402,7 +403,7 @@ def shrink(config: ConfigDict) -> None:
 
 
 def trajectory(config: ConfigDict, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns everything that decides what a run learns: equal for runs that learn the same."""
+    """Returns the keys that determine what a run learns: equal for runs that learn the same."""
     keys = keys_of(config)
     decisive = {k: v for k, v in flatten(config).items() if FREE not in keys[k].markers}
     return decisive | {f"data set's {k}": v for k, v in fingerprint.items()}

@@ -13,7 +13,7 @@ LINE = 18  # height of a line of the legend
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:
-    """Images (b, H, W, c) in [0, 1] -> (b, H, W, 3) uint8; of many channels the first three."""
+    """Converts images (b, H, W, c) in [0, 1] to (b, H, W, 3) uint8, by the first three channels."""
     if images.shape[-1] < 3:
         images = images[..., :1].repeat(3, axis=-1)
     return (np.clip(images[..., :3], 0, 1) * 255).round().astype(np.uint8)
@@ -30,7 +30,7 @@ def stretched(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def lay_out(
     legend: Mapping[str, tuple[int, int, int]], font: Any, width: int
 ) -> tuple[dict[str, tuple[int, int]], int]:
-    """Returns where each name of a legend goes, line by line, and the height of all lines."""
+    """Returns the position of each name of a legend, and the height of all lines."""
     places, x, y = {}, MARGIN, 0
     for name in legend:
         needed = LINE + round(font.getlength(name)) + 2 * MARGIN

@@ -32,7 +32,7 @@ class Start:
         )
         shapes = jax.eval_shape(self.initialize)
         self.shardings = place(shapes, run.mesh)
-        self.like = jax.tree.map(abstract, shapes, self.shardings)  # as a checkpoint is restored
+        self.like = jax.tree.map(abstract, shapes, self.shardings)  # for restoring a checkpoint
 
     @property
     def parameters(self) -> int:
@@ -50,7 +50,7 @@ class Start:
         Raises UserError if `entire` is set and any parameter would stay random.
         """
         sources = {k: x for k, x in self.config.init_from.items() if x not in ("", "random")}
-        for key, source in sources.items():  # before anything is compiled
+        for key, source in sources.items():  # checked before anything is compiled
             if not (workdir.open_path(source) / "checkpoints").is_dir():
                 raise UserError(
                     f"init_from.{key} = {source} is not a run directory: {how_to(key, source)}"
@@ -93,7 +93,7 @@ class Start:
 
 
 def how_to(key: str, source: str) -> str:
-    """Returns what to do if init_from's `source` is not a run directory."""
+    """Returns advice for the case that init_from's `source` is not a run directory."""
     path = Path(source)
     for folder in path.absolute().parents:
         if (folder / "checkpoints").is_dir() and path.exists():
@@ -105,11 +105,11 @@ def how_to(key: str, source: str) -> str:
 
 
 def source_run(path: str, config: ConfigDict, key: str) -> str:
-    """Returns the run whose weights are meant: `path`, or the one that init_from's `key` names."""
+    """Returns the run whose weights to use: `path`, or the value of init_from's `key`."""
     source = path if workdir.is_run(path) else config.init_from[key]
     if source in ("", "random"):
         raise UserError(
-            f"{path} is not a run: set --config.init_from.{key}=RUN to the run that is meant."
+            f"{path} is not a run: set --config.init_from.{key}=RUN to the intended run."
         )
     return source
 
@@ -117,9 +117,9 @@ def source_run(path: str, config: ConfigDict, key: str) -> str:
 def claim_workdir(
     path: str, run: Run, config: ConfigDict, state_bytes: int, change: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Creates a run directory if it is free or belongs to this very run.
+    """Creates a run directory, or checks that it belongs to the same run.
 
-    A run that never saved leaves its directory free.
+    A directory without a checkpoint may be used by any run.
 
     Args:
         change: keys that may differ from those of the run that is continued.
@@ -136,7 +136,9 @@ def claim_workdir(
     trajectory = json.loads(json.dumps(trajectory))  # tuples become lists, as in a record
     for key in change:
         if key not in trajectory:
-            raise UserError(f"--change={key}: the config has no key {key} that decides a run.")
+            raise UserError(
+                f"--change={key}: the config has no key {key} that changes what a run learns."
+            )
     history: list[dict[str, Any]] = []
     if workdir.has_checkpoints(path):
         record = workdir.read(path) or record_in(path)  # config.json may be lost
@@ -180,7 +182,7 @@ def compare_trajectories(
         raise UserError(
             f"{path} holds a run of {theirs}, this is one of {objective}: choose another --workdir."
         )
-    # A key that is newer than the saved run had its default value in that run.
+    # A key that did not exist when the run was saved had its default value.
     defaults = schema.trajectory(schema.complete(record["config"]), run.data.fingerprint)
     saved = json.loads(json.dumps(defaults)) | saved
     changes = {

@@ -18,10 +18,10 @@ class StoppedError(Exception):
 
 
 class Stop:
-    """A context in which SIGINT, SIGTERM and SIGHUP stop a run after the step at hand.
+    """A context in which SIGINT, SIGTERM and SIGHUP stop a run after the current step.
 
-    Until a step is done there is nothing to save: the process exits at once, even while it
-    compiles. A second signal ends it at once too. In a notebook, where the process must go on,
+    Before the first step there is nothing to save: the process exits at once, even while it
+    compiles. A second signal also ends it at once. In a notebook, where the process must continue,
     KeyboardInterrupt is raised instead. The previous handlers are restored at the end.
 
     SIGTERM may reach any of several processes: JAX notifies the others, and all stop after the
@@ -30,7 +30,7 @@ class Stop:
 
     def __init__(self):
         self.signal = 0
-        self.unsaved = False  # whether a step was done
+        self.unsaved = False  # whether a step has been done
         self.previous: dict[int, Any] = {}
         self.exits = "ipykernel" not in sys.modules
 
@@ -70,7 +70,7 @@ class Stop:
         os.close(reader)
 
     def after(self, step: int) -> None:
-        """Notes that a step is done. Asks the other processes, if there are any."""
+        """Records that a step is done, and whether another process received a signal."""
         self.unsaved = True
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
@@ -78,6 +78,6 @@ class Stop:
     def guard(self, batches: Iterator[dict]) -> Iterator[dict]:
         """Yields the batches of a periodic action. Raises StoppedError after a signal."""
         for batch in batches:
-            if self.signal and jax.process_count() == 1:  # several must do the same
+            if self.signal and jax.process_count() == 1:  # several processes must act alike
                 raise StoppedError
             yield batch

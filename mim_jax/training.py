@@ -76,14 +76,14 @@ class Training:
         self.log = self.log_after(checkpoints.latest or 0)
 
     def attempts(self, trace: Trace) -> int:
-        """Trains to the end. Where no loss is finite any more, returns to a checkpoint and goes on.
+        """Trains to the end. If losses stop being finite, continues from a checkpoint.
 
         Returns the exit code. Raises FloatingPointError if that does not help.
         """
         run, config, log = self.run, self.config, self.log
         first = self.checkpoints.latest or 0
         state = self.state()
-        if jax.process_index() == 0:  # the directory is ours now, and the run can start
+        if jax.process_index() == 0:  # after the directory is locked and the state restored
             workdir.write(self.path, self.checkpoints.record)
         log.say(f"{config.objective.name}: {self.start.parameters:,} parameters\n{run.summary}")
         log.unread(run.data.unread)
@@ -121,7 +121,7 @@ class Training:
         return state
 
     def roll_back(self, error: RollbackError, first: int) -> int:
-        """Chooses the checkpoint to return to -> its step. Data up to the failure is left out.
+        """Returns the step of the checkpoint to return to. Skips the data up to the failure.
 
         If no loss was finite since step `first`, its checkpoint is not used again.
         """
@@ -162,7 +162,7 @@ class Training:
         )
 
     def failures_after(self, step: int) -> Failures:
-        """Returns what follows the losses after a step."""
+        """Returns a monitor of the losses after a step."""
 
         def names_of(step: int) -> list[str]:
             position = data_step(step - 1, self.checkpoints.skips)
@@ -196,7 +196,9 @@ class Training:
             accumulate=self.config.accumulate,
             ema=self.config.ema,
         )
-        rates = np.asarray(run.schedule(np.arange(run.steps)))  # at once: a step never waits
+        rates = np.asarray(
+            run.schedule(np.arange(run.steps))
+        )  # all in advance, so that no step waits for them
         failures = self.failures_after(first)
         log.say("compiling the first step")
         trace.after(first)
@@ -254,7 +256,7 @@ class Training:
         return step == self.run.steps or (every > 0 and step % every == 0)
 
     def act(self, step: int, state: TrainState, metrics: dict) -> None:
-        """Evaluates, probes and draws, as far as it is due. Raises StoppedError after a signal."""
+        """Evaluates, probes and draws if these are due. Raises StoppedError after a signal."""
         run, config, log = self.run, self.config, self.log
         if self.is_due(config.evaluate, step):
             with log.pace.action("evaluate"):

@@ -15,17 +15,17 @@ from mim_jax.models.resize import POSITIONS, RELATIVE, fit
 from mim_jax.models.vit import ViT, vit
 from mim_jax.train import TrainState
 
-# By key of init_from. The first part lies in the params, the buffers or, if some of it is frozen,
-# in both; the others lie beside it.
+# By key of init_from. The first part is in the params, in the buffers or, if some of it is frozen,
+# in both; the others are next to it.
 PARTS = {"encoder": ("encoder",), "tokenizer": ("tokenizer", "decoder")}
-# Arrays of a head whose last axis is that of the classes.
+# Arrays of a head whose last axis is over the classes.
 CLASSIFIER = re.compile(r"(^head(_\d+)?|/classes/conv)/(kernel|bias)$")
 # Arrays of an encoder that one of two runs may lack: a head may bring its own norm.
 OPTIONAL = ("mask_token", "norm/bias", "norm/scale")
 
 
 class Encoder(NamedTuple):
-    """What a config says about an encoder beyond the shapes of its arrays."""
+    """Settings of an encoder that the shapes of its arrays do not determine."""
 
     objective: str = ""
     model: ViT | None = None
@@ -39,7 +39,7 @@ class Encoder(NamedTuple):
 
 
 def encoder_in(config: Mapping[str, Any]) -> Encoder:
-    """Reads the config of a run or of converted weights, which may not say the number of heads."""
+    """Reads an encoder's settings from the config of a run or of converted weights."""
     if "model" not in config:
         return Encoder()
     objective, block = config["objective"], dict(config["model"])
@@ -111,7 +111,7 @@ def start_from(
         return x if array is None else jax.device_put(array.astype(x.dtype), x.sharding)
 
     state = state._replace(**{f: jax.tree.map_with_path(value, x) for f, x in fields.items()})
-    # A copy, because the step writes its new average over the old one.
+    # A copy, because the step overwrites the average in place.
     return state if state.ema is None else state._replace(ema=jax.tree.map(jnp.copy, state.params))
 
 
@@ -142,7 +142,7 @@ def fit_part(
 def compare(ours: Encoder, theirs: Encoder, source: str, bands_fitted: bool = False) -> None:
     """Raises UserError if an encoder would compute something else with the same arrays.
 
-    With `bands_fitted` the patch embedding is for our bands already.
+    With `bands_fitted` the patch embedding is already for our bands.
     """
     if ours.model is None or theirs.model is None:
         return
@@ -189,7 +189,7 @@ def compare_statistics(ours: Encoder, theirs: Encoder, source: str) -> None:
 
 
 def of_bands(values: tuple, bands: Sequence[str], chosen: Sequence[str]) -> tuple:
-    """Returns those of the values, one for each band or one for all, that are of chosen bands."""
+    """Returns the values of chosen bands, from one value for each band or one for all."""
     if not chosen or len(values) not in (1, len(bands)):
         return values
     return tuple(values[bands.index(band) if len(values) > 1 else 0] for band in chosen)
@@ -236,7 +236,7 @@ def fit_classes(
 ) -> tuple[dict[str, np.ndarray], str]:
     """Returns the arrays of a head with classes in our order, and text about what was changed.
 
-    Arrays of a classifier are left out if the classes are others.
+    Arrays of a classifier are left out if the classes differ.
     """
     if not (ours and theirs) or list(ours) == list(theirs):
         return head, ""

@@ -1,4 +1,4 @@
-"""The run directory: which files it holds, and what its config.json records.
+"""The run directory: its files, and the record in its config.json.
 
     config.json       the complete config, versions, devices, and the trajectory
     metrics.jsonl     one JSON object per record (log.py)
@@ -8,7 +8,7 @@
     pictures/         sheets of images
     checkpoints/      states by Orbax (checkpoint.py)
 
-The trajectory is everything that decides what a run learns: a run continues only if it is the same.
+The trajectory is everything that determines what a run learns: a run continues only if it is equal.
 A directory of converted weights has a config.json too, but no trajectory to continue.
 """
 
@@ -58,7 +58,7 @@ def read(workdir: str | epath.PathLike) -> dict[str, Any]:
 
 
 def write(workdir: str | epath.PathLike, record: Mapping[str, Any]) -> None:
-    """Writes config.json. Other processes may read it at any moment and find it complete."""
+    """Writes config.json atomically, because other processes may read it at any moment."""
     path = open_path(workdir) / "config.json"
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=2) + "\n")
@@ -68,7 +68,7 @@ def write(workdir: str | epath.PathLike, record: Mapping[str, Any]) -> None:
 def read_lines(path: str | epath.PathLike) -> list[dict[str, Any]]:
     """Returns the objects of a JSON Lines file, [] if there is none.
 
-    Lines that a killed process left incomplete, and whatever else is no object, are left out.
+    Lines that are not JSON objects, such as those of a killed process, are left out.
     """
     path = open_path(path)
     records = []
@@ -81,7 +81,7 @@ def read_lines(path: str | epath.PathLike) -> list[dict[str, Any]]:
 
 
 def write_lines(path: str | epath.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
-    """Replaces a JSON Lines file, which is complete at any moment."""
+    """Replaces a JSON Lines file atomically."""
     path = open_path(path)
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -94,7 +94,7 @@ def record_of(
     devices: str,
     code: str,
 ) -> dict[str, Any]:
-    """Returns the record of a run, which its checkpoints carry as well.
+    """Returns the record of a run, which is also stored in its checkpoints.
 
     `code` is the file of an objective outside the package, "" otherwise.
     """

@@ -1,6 +1,6 @@
-"""Attention: every query is a weighted mean of values, by its similarity to their keys.
+"""Multi-head attention, with an implementation for each platform.
 
-Shapes: b images, n tokens, m of them as queries, h heads, d width of a head.
+Shapes: b images, n tokens, m queries, h heads, d width of a head.
 """
 
 import functools
@@ -21,10 +21,10 @@ def attention(
     The features of qkv are queries, keys and values, each head by head. The softmax is in float32
     or better. Which implementation is compiled depends on the platform that it is compiled for:
 
-    - TPUs in bfloat16: kernels over qkv as it is (attention_tpu.py);
+    - TPUs in bfloat16: kernels on the fused qkv (attention_tpu.py);
     - NVIDIA GPUs in half precision and without a bias: cuDNN (attention_gpu.py);
     - CPUs: `plain`, with a softmax of their own (cpu.py);
-    - all else: `plain`.
+    - all others: `plain`.
     """
     last = last or qkv.shape[1]
     plain_of = functools.partial(plain, heads=heads, last=last)
@@ -47,7 +47,7 @@ def plain(
     last: int,
     softmax: Callable = jax.nn.softmax,
 ) -> jax.Array:
-    """`attention` in plain operations: the reference for all others."""
+    """`attention` in plain JAX operations, the reference for the other implementations."""
     q, k, v = split_heads(qkv, heads)
     scores = jnp.promote_types(q.dtype, jnp.float32)
     q = q[:, :, -last:]

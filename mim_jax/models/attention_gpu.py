@@ -1,6 +1,6 @@
-"""Attention by cuDNN's flash attention, which never writes the weights (b, h, m, n) down.
+"""Attention by cuDNN's flash attention, which does not store the weights (b, h, m, n).
 
-Shapes: b images, n tokens, m of them as queries, h heads, d width of a head.
+Shapes: b images, n tokens, m queries, h heads, d width of a head.
 """
 
 import functools
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 
 def supports(qkv: jax.Array, heads: int) -> bool:
-    """Returns whether cuDNN has attention for qkv (b, n, 3 h d), and is there to be compiled for.
+    """Returns whether cuDNN is available and supports attention for qkv (b, n, 3 h d).
 
-    It is for half precision and some widths of a head. A bias is left to the plain implementation:
-    cuDNN has its gradient in half precision only, and slowly.
+    It supports half precision and some widths of a head. With a bias the plain implementation is
+    used, because cuDNN computes the gradient of the bias slowly and in half precision only.
     """
     width = qkv.shape[-1] // 3 // heads
     half = qkv.dtype in (jnp.bfloat16, jnp.float16)
@@ -24,10 +24,10 @@ def supports(qkv: jax.Array, heads: int) -> bool:
 
 @functools.cache
 def has_cudnn() -> bool:
-    """Returns whether JAX runs on NVIDIA GPUs that cuDNN has it for: Ampere and later.
+    """Returns whether JAX runs on NVIDIA GPUs that cuDNN's attention supports: Ampere and later.
 
-    cuDNN is needed already where a program is traced, so that a process without a GPU could not
-    compile for one. Processes with a GPU may still compile for a CPU.
+    Tracing already requires cuDNN, so a process without a GPU cannot compile for one. Processes
+    with a GPU can still compile for a CPU.
     """
     if "cuda" not in jax.extend.backend.get_backend().platform_version:
         return False
@@ -37,8 +37,8 @@ def has_cudnn() -> bool:
 def attention(qkv: jax.Array, *, heads: int, last: int) -> jax.Array:
     """qkv (b, n, 3 h d) -> (b, m, h d), of the `last` m queries.
 
-    cuDNN wants even lengths: where they are odd there is one more query, whose answer is dropped,
-    and one more key, which is not attended to.
+    cuDNN requires even lengths. Odd ones are padded by a query, whose result is dropped, and by a
+    key, which is masked.
     """
     q, k, v = einops.rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=heads)
     n = k.shape[1]

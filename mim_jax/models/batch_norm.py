@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 from mim_jax import UserError
 
-COLLECTION = "batch_statistics"  # of the running statistics
+COLLECTION = "batch_statistics"  # holds the running statistics
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # mmcv's kaiming_init
 
 
 class BatchNorm(nn.Module):
     """Batch normalization (Ioffe & Szegedy, 2015) with statistics of `group` consecutive images.
 
-    Groups replace the devices of the original codes, so that the result is the same on any mesh.
+    Groups replace the devices of the original code, so that the result is the same on any mesh.
     `group` must divide the images of a device, or be the whole batch, whose statistics are then
     averaged over devices (SyncBN). The running statistics for evaluation are as in PyTorch:
     momentum 0.1 and the unbiased variance.
@@ -31,7 +31,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool) -> jax.Array:
-        """x (b, ..., c) -> (b, ..., c), in float32 or better inside."""
+        """x (b, ..., c) -> (b, ..., c); computed in at least float32."""
         shape, dtype, channels = x.shape, x.dtype, x.shape[-1]
         x = x.astype(jnp.promote_types(dtype, jnp.float32))
         mean = self.variable(COLLECTION, "mean", jnp.zeros, (channels,), x.dtype)
@@ -61,7 +61,7 @@ class BatchNorm(nn.Module):
             groups = len(x) // self.group
         else:
             raise UserError(
-                f"{self.key} = {self.group} does not divide the {len(x)} images that are computed "
+                f"{self.key} = {self.group} does not divide the {len(x)} images that are processed "
                 "at once: make it a divisor of batch_size / devices / accumulate, or batch_size "
                 "with accumulate = 1."
             )

@@ -1,6 +1,6 @@
-"""What is computed in another way on a CPU, because it is faster there.
+"""Alternative implementations that are faster on a CPU, but not on accelerators.
 
-Measured by benchmarks/step_time.py. Accelerators are better off without both.
+Measured by benchmarks/step_time.py.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 def product(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
     """Returns x (..., d) times kernel (d, e) as one product of two matrices.
 
-    It takes a quarter off a training step.
+    This saves a quarter of the time of a training step.
     """
     y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, **options)
     return y.reshape(*x.shape[:-1], -1)

@@ -25,16 +25,16 @@ from mim_jax.models.layers import add_bias, at_least_float32
 class Conv(nn.Module):
     """A convolution that keeps the resolution, or changes it by a factor of `stride`.
 
-    Without a dtype it computes in float32 or better; a product is then three bfloat16 products on a
-    TPU, and one in TF32 on a GPU. The default initialization is OpenAI's: zero biases, and kernels
-    that keep the variance.
+    Without a dtype it computes in at least float32: a product is then three bfloat16 products on a
+    TPU, and one TF32 product on a GPU. The default initialization is OpenAI's: zero biases, and
+    kernels that keep the variance.
     """
 
     width: int
-    side: int  # of the kernel
+    side: int  # side of the kernel in pixels
     dtype: str | None
     stride: int = 1
-    enlarge: bool = False  # a transposed convolution
+    enlarge: bool = False  # use a transposed convolution
     kernel_init: Callable = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
     bias_init: Callable = nn.initializers.zeros
 
@@ -87,7 +87,7 @@ class Block(nn.Module):
     """
 
     width: int
-    sides: tuple[int, int, int, int]  # of the kernels
+    sides: tuple[int, int, int, int]  # sides of the kernels in pixels
     gain: float
     dtype: str
 
@@ -117,7 +117,7 @@ class DalleEncoder(nn.Module):
         """images (b, H, W, c), mapped -> logits (b, h, w, v)."""
         gain = ((self.layers + 1) * self.blocks) ** -2
         x = space_to_depth(images, self.stem)
-        side = 7 if self.stem == 1 else 3  # a stem widens what a kernel sees
+        side = 7 if self.stem == 1 else 3  # a stem enlarges the receptive field
         x = Conv(self.width, side, None, name="input")(x)
         for group in range(self.layers + 1):
             if group:
@@ -180,7 +180,7 @@ class SmallBlock(nn.Module):
 class SmallEncoder(nn.Module):
     """Convolutions of stride two, each followed by residual blocks.
 
-    All are in float32 or better, whatever the dtype, because no branch is scaled down.
+    They compute in at least float32 regardless of `dtype`, because no branch is scaled down.
     """
 
     vocabulary: int
@@ -239,12 +239,12 @@ Likelihood = Literal["logit_laplace", "mse", "smooth_l1"]
 
 
 class DVAE(NamedTuple):
-    """Encoder and decoder as pure functions of their parameters.
+    """A dVAE: encoder and decoder as pure functions of their parameters.
 
-    In a tree with the parameters of both, those of the encoder are called `tokenizer`.
+    The parameters of the encoder are called `tokenizer`, those of the decoder `decoder`.
     """
 
-    encoder: Any  # a module
+    encoder: Any  # an encoder module
     decoder: Any
     patch: tuple[int, int]  # the pixels of a token
     channels: int
@@ -282,7 +282,7 @@ class DVAE(NamedTuple):
         if height % p or width % q or channels != self.channels:
             raise UserError(
                 f"the dVAE makes a token of {p} x {q} pixels with {self.channels} channels: images "
-                f"of {height} x {width} x {channels} cannot be cut so; change their size, or "
+                f"of {height} x {width} x {channels} do not fit; change their size, or "
                 "tokenizer.layers, stem and channels."
             )
 
@@ -348,8 +348,8 @@ def dvae(
 ) -> DVAE:
     """Builds a dVAE with one token per square of stem * 2**layers pixels a side.
 
-    `dalle` with its defaults is OpenAI's; `small` with likelihood="mse" is that of BEiT's code. A
-    `stem` makes convolutions cheaper on a CPU.
+    `dalle` with its defaults is OpenAI's network; `small` with likelihood="mse" is that of BEiT's
+    code. A `stem` makes convolutions cheaper on a CPU.
     """
     if kind == "dalle" and width % 4:
         raise UserError(f"tokenizer.width = {width} must be a multiple of 4 for kind 'dalle'.")

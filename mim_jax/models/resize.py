@@ -30,7 +30,7 @@ def fit(
 
     Absolute positions and relative position bias are resized from the grid `before` to the grid
     `after`. A shared bias is copied to blocks that have their own. If positions were `fixed`,
-    learned ones start from them. All other arrays keep their shapes.
+    learned ones start with their values. All other arrays keep their shapes.
 
     Raises:
         UserError: if an array must be resized and one of the grids is unknown (None).
@@ -50,7 +50,7 @@ def fit(
             if before and after and before != after:
                 fitted[name] = resize(array, before, after)
             elif array.shape != shape and not (before and after):
-                raise UserError(f"{name} cannot be resized: the images' size before is unknown.")
+                raise UserError(f"{name} cannot be resized: the original image size is unknown.")
     return fitted
 
 
@@ -76,7 +76,9 @@ def resize_relative(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray:
     places, targets = zip(*axes, strict=True)
     image = table[:-3].reshape(2 * before[0] - 1, 2 * before[1] - 1, -1)
     for axis, side in enumerate(before):
-        image = image.repeat(2, axis) if side == 1 else image  # what is one row is so everywhere
+        image = (
+            image.repeat(2, axis) if side == 1 else image
+        )  # a single row is constant along the axis
     kx, ky = (min(3, len(x) - 1) for x in places)
 
     def resized(column):
@@ -87,9 +89,9 @@ def resize_relative(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray:
 
 
 def spread(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the places of the old distances, -(before - 1) to before - 1, and the new ones.
+    """Returns coordinates of the old distances, -(before - 1) to before - 1, and of the new ones.
 
-    A single old distance is put in two places.
+    A single old distance gets two coordinates.
     """
     near, far = before - 1, after - 1
     if near == 0:

@@ -56,7 +56,7 @@ class Classes(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Feature maps of four scales from four blocks of a ViT, which all have one scale.
+    """Feature maps of four scales, computed from four blocks of a ViT, which have one scale.
 
     The first is enlarged four times, the second two times, by learned deconvolutions, the third is
     kept, the fourth is halved by max pooling (BEiT, semantic_segmentation/backbone/beit.py).

@@ -1,6 +1,6 @@
-"""Sliding windows over, and interpolation of, batches of padded images of different sizes.
+"""Sliding windows and interpolation for batches of padded images of different sizes.
 
-Images (b, H, W, c) of a batch share a shape; each fills the upper left part of its own size.
+All images of a batch (b, H, W, c) are padded to one shape, below and to the right.
 
 Shapes: b images, H and W of a padded image, c channels, k classes.
 """
@@ -28,9 +28,8 @@ def sliding_logits(
 ) -> jax.Array:
     """Averages the logits of windows: images (b, H, W, c), sizes (b, 2) -> (b, H, W, k).
 
-    Windows start every `stride` pixels; the last ones end where the image ends (mmsegmentation's
-    slide_inference). Pixels beyond an image's size get no meaningful logits. An image that is
-    smaller than the window is padded to it.
+    Windows start every `stride` pixels; the last ones end at the end of the image (mmsegmentation's
+    slide_inference). Logits of padding are arbitrary. Images smaller than the window are padded.
     """
     images = at_least(images, window)
     shape = images.shape[1:3]
@@ -42,7 +41,7 @@ def sliding_logits(
     def add(sums, place):
         total, weights = sums
         starts = jnp.minimum(place * jnp.asarray(stride), ends)  # (b, 2)
-        # A window counts unless the one before already ended at the image's end.
+        # A window counts unless the previous one already ended at the end of the image.
         counts_too = ((place == 0) | ((place - 1) * jnp.asarray(stride) < ends)).all(-1)  # (b,)
 
         def cut(x, start):
@@ -73,7 +72,7 @@ def mean_probabilities(
     flip: bool,
     window: tuple[int, int],
 ) -> jax.Array:
-    """Averages probabilities (b, H, W, k) over resized, and with `flip` mirrored, images."""
+    """Averages probabilities (b, H, W, k) over resized and, with `flip`, mirrored images."""
     shape = tuple(max(sides) for sides in zip(images.shape[1:3], window, strict=True))
     total = jnp.zeros(())
     for scale in scales:
@@ -110,8 +109,8 @@ def interpolate(
 ) -> jax.Array:
     """Interpolates x (b, H, W, c) at `places` of its rows (axis 0) or columns (axis 1).
 
-    Places are those after resizing from sizes `before` to `after` (b, 2). Values at places beyond
-    an image's size are arbitrary.
+    `places` are coordinates after resizing from sizes `before` to `after` (b, 2). Values outside an
+    image are arbitrary.
     """
 
     def one(x, before, after):

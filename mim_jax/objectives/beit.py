@@ -1,7 +1,7 @@
 """BEiT (Bao et al., 2021): predict the visual tokens of masked patches.
 
-With pixels instead of tokens it is SimMIM (Xie et al., 2021); the ablations of BEiT's table 4 lie
-in between.
+With pixels instead of tokens this is SimMIM (Xie et al., 2021). Ablations of BEiT's table 4 are
+combinations of the keys.
 
 Shapes: b images, n patches, m predicted patches, v vocabulary, (p, q) patch, c channels.
 """
@@ -32,7 +32,7 @@ class BEiT(nn.Module):
     """The encoder and a linear head for the predicted patches."""
 
     encoder: ViT
-    vocabulary: int = 0  # logits predicted per patch; 0: its p*q*c pixels
+    vocabulary: int = 0  # number of logits predicted per patch; 0: its p*q*c pixels
 
     @nn.compact
     def __call__(self, images, masked, places, drop_keys=None):
@@ -50,13 +50,13 @@ class Masked(NamedTuple):
     images: jax.Array  # (b, H, W, c), normalized
     corrupted: jax.Array  # the same, with some patches replaced by others
     mask_tokens: jax.Array  # (b, n), true where the mask token replaces a patch
-    places: jax.Array  # (b, m), indices of the patches to predict
-    weight: jax.Array  # (b, m), false where a place is only padding
+    places: jax.Array  # (b, m), indices of patches to predict
+    weight: jax.Array  # (b, m), false where `places` is padding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskedImageModeling:
-    """Masked image modeling with an encoder that sees mask tokens (Bao et al., 2021, section 2).
+    """Masked image modeling with mask tokens in the encoder (Bao et al., 2021, section 2).
 
     The loss is the mean over all masked patches of the batch. The corruption is BERT's.
     """

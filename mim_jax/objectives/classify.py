@@ -26,14 +26,14 @@ from mim_jax.normalize import MEAN, STD, Mean, Std, denormalize, normalize
 from mim_jax.objectives import objective_of, per_example
 
 MLP = ("norm2", "fc1", "fc2", "gamma_2")  # the second half of a block
-STATISTICS = "batch_statistics"  # the collection of BatchNorm's running averages
+STATISTICS = "batch_statistics"  # holds BatchNorm's running averages
 
 
 class BatchNorm(nn.Module):
     """Batch normalization without gain and bias: PyTorch's BatchNorm1d(affine=False, eps=1e-6).
 
-    Each `group` of consecutive rows has its own statistics, as the rows of a device in MAE's code.
-    The running averages used in evaluation are of the unbiased variance.
+    Each `group` of consecutive rows has its own statistics, like the rows of a device in MAE's
+    code. Evaluation uses running averages of the mean and the unbiased variance.
     """
 
     group: int

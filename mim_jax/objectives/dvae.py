@@ -68,13 +68,13 @@ def one_hot(logits: jax.Array) -> jax.Array:
 
 
 def perplexity(counts: jax.Array) -> jax.Array:
-    """Returns the exponential of the entropy of counts (v,): how many codes are in even use."""
+    """Returns the exponential of the entropy of counts (v,): the effective number of codes."""
     share = counts / counts.sum()
     return jnp.exp(-jax.scipy.special.xlogy(share, share).sum())
 
 
 class Forward(NamedTuple):
-    """The results of a pass through encoder and decoder."""
+    """The results of a forward pass through encoder and decoder."""
 
     images: jax.Array  # (b, H, W, c) in [0, 1]
     logits: jax.Array  # (b, h, w, v)
@@ -88,10 +88,10 @@ class Forward(NamedTuple):
 class DiscreteVAE:
     """A dVAE with the paper's schedules (appendix A.2), which are cosines of the step.
 
-    The KL divergence is summed over an image's tokens, as ln f is over its pixels. The use of codes
-    is measured in cells that are not of one color. `balance` weighs how far it is from even, the
-    part of the KL divergence that all images share (Hoffman & Johnson, 2016): it brings unused
-    codes back.
+    The KL divergence is summed over the tokens of an image, as ln f is summed over its pixels. The
+    use of codes is measured in cells with more than one color. `balance` weighs the divergence of
+    this use from uniform, the part of the KL divergence that all images share (Hoffman & Johnson,
+    2016); it makes unused codes likely again.
     """
 
     tokenizer: DVAE
@@ -120,7 +120,7 @@ class DiscreteVAE:
     def init(self, rng, batch):
         images, v = unit(batch["image"]), self.vocabulary
         n = self.cells(images).shape[1]
-        # Statistics start as those of an even use, so that a collapse shows within the window.
+        # Statistics start uniform, so that a collapse becomes visible within the window.
         buffers = dict(
             usage=jnp.full(v, n / v),
             kl=math.log(v),

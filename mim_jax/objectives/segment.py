@@ -95,10 +95,10 @@ class Segmenter(nn.Module):
 class Segmentation:
     """Classification of every pixel into one of the classes; pixels of other labels are ignored.
 
-    With the head "upernet" as BEiT's and MAE's code (mmsegmentation's UPerHead on a feature pyramid
-    of four blocks, with one auxiliary decoder on the third), with "setr_pup" as BEiT's table 3
-    (Zheng et al., 2021: the last block is decoded, the others by auxiliary decoders), with "linear"
-    as a probe of dense features, best with `frozen`.
+    The decoder "upernet" is that of BEiT's and MAE's code (mmsegmentation's UPerHead on a feature
+    pyramid of four blocks, with an auxiliary decoder on the third). "setr_pup" is that of BEiT's
+    table 3 (Zheng et al., 2021: the last block is decoded, the others by auxiliary decoders).
+    "linear" probes dense features, best with `frozen`.
     """
 
     head = ("head", "pyramid", "auxiliary", COLLECTION)
@@ -106,7 +106,7 @@ class Segmentation:
     model: ViT
     segmentation_classes: tuple[str, ...]
     segmentation_colors: tuple[tuple[int, int, int], ...]
-    image_size: tuple[int, int]  # that is trained, the window of evaluation
+    image_size: tuple[int, int]  # of training crops and of windows in evaluation
     _: dataclasses.KW_ONLY
     decoder: Annotated[Decoder, "what classifies the pixels"] = "upernet"
     layers: Annotated[
@@ -154,7 +154,7 @@ class Segmentation:
         if self.decoder == "upernet" and len(layers) != 4:
             raise UserError(f"objective.layers = {layers}: UPerNet takes four blocks.")
         if not self.scales:
-            raise UserError("objective.scales must have at least one scale, as (1.0,).")
+            raise UserError("objective.scales must have at least one scale, for example (1.0,).")
 
     @property
     def decoded(self) -> tuple[int, ...]:
@@ -167,7 +167,7 @@ class Segmentation:
 
     @property
     def step(self) -> tuple[int, int]:
-        """Distance of windows in pixels."""
+        """Distance between windows in pixels."""
         height, width = (max(1, int(side * self.stride)) for side in self.image_size)
         return height, width
 
@@ -295,7 +295,7 @@ def sizes_of(batch: dict, name: str) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the losses (b, H, W) of logits (b, H, W, k), 0 where a label is no class."""
+    """Returns the losses (b, H, W) of logits (b, H, W, k), 0 for ignored labels."""
     labeled = labels < logits.shape[-1]
     known = jnp.where(labeled, labels, 0).astype(jnp.int32)
     values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, known)
@@ -308,10 +308,10 @@ def count(
     """Compares scores (b, h, w, k) with labels (b, H, W) -> confusion (b, k, k), losses (b,).
 
     Scores are interpolated to the resolution of the labels. confusion[i, truth, prediction] is a
-    number of pixels, losses[i] a sum over them. Pixels whose label is no class do not count.
+    number of pixels, losses[i] a sum over them. Pixels with an ignored label do not count.
     """
     num_classes, (height, width) = scores.shape[-1], labels.shape[1:3]
-    labels = jnp.pad(  # with a label that is no class
+    labels = jnp.pad(  # with an ignored label
         labels.astype(jnp.int32), ((0, 0), (0, -height % ROWS), (0, 0)), constant_values=num_classes
     )
     columns = jnp.arange(width)
@@ -334,6 +334,6 @@ def count(
 
 
 def paint(labels: jax.Array, colors: Sequence[tuple[int, int, int]]) -> jax.Array:
-    """Returns the colors (b, H, W, 3) in [0, 1] of labels (b, H, W), black for no class."""
+    """Returns the colors (b, H, W, 3) in [0, 1] of labels (b, H, W); ignored labels are black."""
     table = jnp.asarray([*colors, (0, 0, 0)], jnp.float32) / 255
     return table[jnp.minimum(labels, len(colors)).astype(jnp.int32)]
