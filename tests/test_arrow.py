@@ -125,7 +125,7 @@ def test_columns(tmp_path):
     with pytest.raises(UserError, match=r"several columns of labels: set data.labels to one of"):
         make(tmp_path / "two")
     assert make(tmp_path / "two", labels="coarse", evaluation_split="all").class_names == ("y", "z")
-    with pytest.raises(UserError, match=r"data.labels = 'no' is no column of"):
+    with pytest.raises(UserError, match=r"data.labels = 'no' is not a column of"):
         make(tmp_path / "two", labels="no")
 
 

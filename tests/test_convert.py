@@ -496,7 +496,7 @@ def test_errors_are_one_sentence(tmp_path, capsys):
         ("short.pth", "b.pth", "mae", "damaged or cut off"),
         ("resnet.pth", "b.pth", "mae", "no supported layout has arrays of these names"),
         ("nothing.pth", "b.pth", "mae", "nothing.pth: No such file"),
-        ("empty", "b.pth", "mae", "is neither a run, with checkpoints"),
+        ("empty", "b.pth", "mae", "is neither a run with checkpoints"),
         ("run", "b.txt", "mae", "must end with .safetensors or .pth"),
         ("run", "no/where/b.pth", "mae", "there is no folder"),
         ("run", "run", "mim_jax", "already holds checkpoints"),

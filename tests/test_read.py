@@ -525,7 +525,7 @@ def test_names_and_shapes_of_strangers_are_bounded():
         beit |= {f"blocks.{i}.attn.{x}_bias": np.zeros(12, np.float32) for x in "qv"}
     with pytest.raises(UserError, match="images of 500 x 500 patches are too large"):
         from_torch(beit)
-    with pytest.raises(UserError, match="positions are for 4 patches, the images have 9 x 9"):
+    with pytest.raises(UserError, match="positions are for 4 patches, but the images have 9 x 9"):
         from_torch(vit_state(), heads=3, grid=(9, 9))
 
 
@@ -558,7 +558,7 @@ CONFIG = dict(hidden_size=12, num_attention_heads=3, image_size=16, patch_size=8
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
-        ("config.json", "[1]", "must be a JSON object, and is a list"),
+        ("config.json", "[1]", "must be a JSON object, not a list"),
         ("config.json", "{", "cannot read"),
         ("config.json", b"\xff\xfe{}", "cannot read"),
         ("config.json", "[" * 100_000, "cannot read"),
@@ -574,10 +574,10 @@ CONFIG = dict(hidden_size=12, num_attention_heads=3, image_size=16, patch_size=8
         ("config.json", CONFIG | dict(layer_norm_eps="1e-6"), "layer_norm_eps = 1e-6 must be"),
         ("config.json", CONFIG | dict(layer_norm_eps=float("nan")), "layer_norm_eps = nan"),
         ("config.json", CONFIG | dict(hidden_act=["gelu"]), "must be gelu"),
-        ("preprocessor_config.json", "[]", "must be a JSON object, and is a list"),
+        ("preprocessor_config.json", "[]", "must be a JSON object, not a list"),
         ("preprocessor_config.json", dict(image_mean="half"), "mean = half must be a list"),
         ("preprocessor_config.json", dict(image_mean=["0.5"]), "mean = 0.5 must be a number"),
-        ("model.safetensors.index.json", "[]", "must be a JSON object, and is a list"),
+        ("model.safetensors.index.json", "[]", "must be a JSON object, not a list"),
         ("model.safetensors.index.json", dict(weight_map=["a"]), "must have a weight_map"),
         ("model.safetensors.index.json", dict(weight_map={"a": 1}), "must have a weight_map"),
         ("model.safetensors.index.json", dict(weight_map={"a": "../b"}), "must have a weight_map"),

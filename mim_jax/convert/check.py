@@ -11,7 +11,7 @@ from mim_jax.masking import mask_by_noise
 from mim_jax.models.patches import take
 
 TOLERANCE = 1e-8  # of the largest value of an output
-MASK_RATIO = 0.75  # used here whatever the network was trained with
+MASK_RATIO = 0.75  # used regardless of the ratio in training
 
 
 def example(network: Network) -> dict[str, np.ndarray]:

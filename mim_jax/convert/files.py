@@ -1,4 +1,4 @@
-"""Loads and saves weights: runs, files of PyTorch and safetensors, Hugging Face folders."""
+"""Loads and saves weights: runs, PyTorch and safetensors files, Hugging Face folders."""
 
 import hashlib
 import inspect
@@ -46,7 +46,7 @@ OBJECTIVE_KEYS = ("mean", "std", "target", "mask_ratio", "pooling", "layers")  #
 def load_weights(path: str | Path, **options: Any) -> tuple[dict, Network, dict[str, Any]]:
     """Loads a run, a file of weights or a Hugging Face folder.
 
-    `options` are those of `from_torch` and take precedence over what the source says; false values
+    `options` are those of `from_torch` and take precedence over those in the source; false values
     are ignored. Returns our parameters, their network, and the other entries of the source.
     Raises UserError if the source cannot be read or holds another network.
     """
@@ -97,7 +97,7 @@ def read_folder(path: Path) -> dict[str, np.ndarray]:
             files = [read_file(path / part, whole=True) for part in sorted(set(parts))]
             return {name: x for file in files for name, x in file.arrays.items()}
     raise UserError(
-        f"{printable(path)} is neither a run, with checkpoints, nor a Hugging Face folder, with "
+        f"{printable(path)} is neither a run with checkpoints nor a Hugging Face folder with "
         f"{' or '.join(FOLDER)}."
     )
 
@@ -160,7 +160,7 @@ def network_of_run(
 
 
 def build(function: Callable, settings: dict, **options: Any) -> Any:
-    """Calls `vit` or `dvae` with the settings of a config that it still takes, in float32."""
+    """Calls `vit` or `dvae` with those settings of a config that it accepts, in float32."""
     names = keys_of(function)
     settings = {name: value for name, value in settings.items() if name in names}
     settings |= {name: value for name, value in options.items() if value}
@@ -175,7 +175,7 @@ def keys_of(function: Callable) -> set[str]:
 
 
 def story(params: dict, network: Network) -> str:
-    """Describes a network in a line."""
+    """Describes a network in one line."""
     count = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
     title = "ours" if network.layout == "mim_jax" else LAYOUTS[network.layout].title
     title += f" from its entry {printable(network.entry)}" if network.entry else ""
@@ -210,7 +210,7 @@ def story(params: dict, network: Network) -> str:
 
 
 def kind_of_dvae(tokenizer: DVAE) -> str:
-    """Returns the key of KINDS of a dVAE."""
+    """Returns the kind of a dVAE, a key of KINDS."""
     return next(kind for kind, parts in KINDS.items() if isinstance(tokenizer.encoder, parts[0]))
 
 
@@ -257,7 +257,7 @@ def has_mask_token(params: dict) -> bool:
 
 
 def save_file(path: Path, state: dict[str, np.ndarray], network: Network) -> None:
-    """Saves a state dict, and what `read_record` reads beside it."""
+    """Saves a state dict, together with the record that `read_record` reads."""
     if not path.absolute().parent.is_dir():
         raise UserError(f"there is no folder {printable(path.parent)} for {printable(path.name)}.")
     heads = network.model.heads if isinstance(network.model, ViT) else 0
@@ -274,7 +274,7 @@ def save_file(path: Path, state: dict[str, np.ndarray], network: Network) -> Non
 
 
 def save_run(path: Path, params: dict, network: Network) -> str:
-    """Saves a folder that init_from takes."""
+    """Saves a run directory that init_from accepts."""
     from mim_jax.checkpoint import Checkpoints
     from mim_jax.train import TrainState
 
@@ -293,7 +293,7 @@ def save_run(path: Path, params: dict, network: Network) -> str:
 
 
 def config_of(network: Network) -> dict[str, dict[str, Any]]:
-    """Returns the config that `network_of_run` reads."""
+    """Returns the config of a network, as `network_of_run` reads it."""
     model, metadata = network.model, network.metadata
     objective = {"name": network.kind} | {k: metadata[k] for k in OBJECTIVE_KEYS if k in metadata}
     data = dict(channels=network.channels, crop_fraction=metadata.get("crop_fraction", 0.875))

@@ -112,8 +112,8 @@ def increase(numbers: Sequence[int]) -> bool:
 def fits_beit(params: dict, network: Network) -> bool:
     """Returns whether transformers' BeitForSemanticSegmentation can hold a segmenter.
 
-    Its decoder has the encoder's width, and it cannot decode the last block: its `out_indices` end
-    at the depth, and index i stands for block i - 2, counted from 0.
+    Its decoder has the width of the encoder, and it cannot decode the last block: its `out_indices`
+    are at most the depth, and index i selects block i - 2, counted from 0.
     """
     module = segmenter(params, network, network.encoder)
     return (
@@ -124,7 +124,7 @@ def fits_beit(params: dict, network: Network) -> bool:
 def without_key_bias(params: dict) -> dict:
     """Returns parameters whose attention has no key bias.
 
-    A key bias adds the same number to all logits of a query, which a softmax ignores.
+    A key bias adds the same number to all logits of a query, which does not change the softmax.
     """
     encoder = dict(params["encoder"])
     for name, block in encoder.items():
@@ -152,7 +152,7 @@ def fit_dvae(params: dict, tokenizer: DVAE, to: str) -> tuple[str, dict]:
 
 
 def encoder_only(params: dict, network: Network) -> tuple[dict, Network]:
-    """Returns the encoder without its mask token, as other tasks take it from pretraining."""
+    """Returns the encoder without its mask token, as for tasks after pretraining."""
     network.encoder  # noqa: B018 - raises UserError for a dVAE
     encoder = {name: x for name, x in params["encoder"].items() if name != "mask_token"}
     params = {"encoder": encoder} | {k: params[k] for k in ("fc_norm",) if k in params}

@@ -1,4 +1,4 @@
-"""Reads and writes Hugging Face folders: config.json and the files beside it."""
+"""Reads and writes Hugging Face folders: config.json and preprocessor_config.json."""
 
 import json
 from pathlib import Path
@@ -88,8 +88,8 @@ def with_decoder(
 ) -> dict[str, Any]:
     """Returns the config of BEiT with UPerNet, given that of its encoder.
 
-    `out_indices` count the embeddings as 0. BeitForSemanticSegmentation takes the state before
-    these, UperNetForSemanticSegmentation the state itself.
+    `out_indices` count the embeddings as 0. BeitForSemanticSegmentation uses the state before each
+    index, UperNetForSemanticSegmentation the state at the index.
     """
     auxiliary = state.get("auxiliary_head.classifier.weight")
     decoder: dict[str, Any] = dict(
@@ -125,14 +125,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {printable(path)}: {printable(error)}.") from error
     if not isinstance(entries, dict):
-        raise UserError(
-            f"{printable(path)} must be a JSON object, and is a {type(entries).__name__}."
-        )
+        raise UserError(f"{printable(path)} must be a JSON object, not a {type(entries).__name__}.")
     return entries
 
 
 def number(name: str, value: Any, least: float = 1, most: float = 2**20) -> Any:
-    """Returns a number of a config, whole if `least` is. Raises UserError for other values."""
+    """Returns a number of a config, an integer if `least` is. Raises UserError for other values."""
     kind = "a whole number" if isinstance(least, int) else "a number"
     types = int if isinstance(least, int) else int | float
     if not isinstance(value, types) or isinstance(value, bool) or not least <= value <= most:
@@ -158,7 +156,7 @@ def pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def read_metadata(entries: dict[str, Any]) -> dict[str, Any]:
-    """Returns the entries that belong into a network's metadata.
+    """Returns the entries that belong in a network's metadata.
 
     Raises UserError if one is of an unexpected type.
     """
@@ -219,7 +217,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def decoded_layers(folder: Path, entries: dict[str, Any]) -> list[int]:
     """Returns the blocks that a segmentation model decodes, from 0; [] for other models.
 
-    Raises UserError for a decoder that our arrays would fit, but that computes something else.
+    Raises UserError for a decoder with arrays of the same shapes that computes something else.
     """
     names, indices = entries.get("architectures"), entries.get("out_indices")
     scales = entries.get("pool_scales", list(POOLS.values()))

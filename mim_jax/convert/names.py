@@ -10,7 +10,7 @@ WRAPPERS = (  # modules that training code puts around others
     *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
     *("_forward_module",),
 )
-# Of several networks, the average of the weights, else MoCo v3's encoder.
+# Entries that are preferred: an average of the weights, then MoCo v3's encoder.
 PREFERRED = (
     r"(?i)(^|[._])(ema|teacher|target_encoder|averaged?|swa)(?=[._])",
     r"(^|\.)base_encoder\.",
@@ -19,7 +19,7 @@ BARE = "embeddings.cls_token"  # an encoder of Hugging Face without a head
 
 
 def unwrap(names: Iterable[str]) -> dict[str, str]:
-    """Returns {name without wrappers: name}. Raises UserError if two names become one."""
+    """Returns {name without wrappers: name}. Raises UserError if two names become equal."""
     unwrapped: dict[str, str] = {}
     for name in names:
         short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -48,7 +48,7 @@ def find(names: Collection[str], entry: str = "") -> tuple[str, str, str]:
 
     Returns the prefix of its names ("model."), its layout ("" if there is no network), and the
     entry if a choice was made. An average of weights is preferred to the weights. Raises UserError
-    if there are several networks without a preference, or none in the entry.
+    if no network is preferred among several, or if the entry has none.
     """
     networks = prefixes(names)
     if entry:
@@ -97,7 +97,7 @@ def shortened(names: list[str], limit: int = 6) -> str:
 def printable(text: object, limit: int = 200) -> str:
     """Returns text without control characters or invalid UTF-8, which are escaped, and shortened.
 
-    Names in files of strangers may contain anything.
+    Names in untrusted files may contain anything.
     """
     text = str(text)
     text = text if len(text) <= limit else f"{text[:limit]}..."

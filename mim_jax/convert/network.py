@@ -30,7 +30,7 @@ DECODER_HEADS = {512: 16}  # the official MAE
 
 
 class Network(NamedTuple):
-    """The modules that parameters belong to, and what is known about their images and origin."""
+    """The modules that parameters belong to, and properties of their images and origin."""
 
     model: ViT | DVAE  # a ViT with 0 heads if their number is unknown
     kind: str  # mae, beit, classify, segment, encoder, dvae
@@ -131,7 +131,7 @@ def describe_dvae(shapes: dict[str, tuple]) -> DVAE:
     dalle = any("group_" in path for path in shapes)
     encoder, decoder = shapes.get("tokenizer/output/kernel"), shapes.get("decoder/output/kernel")
     if not 0 < len(layers) <= 10 or not (encoder or decoder):
-        raise UserError("these are neither the weights of an encoder nor of a dVAE.")
+        raise UserError("the weights belong to neither an encoder nor a dVAE.")
     codebook = shapes.get("decoder/input/kernel" if dalle else "decoder/codebook", (8192, 0))
     first = shapes.get("tokenizer/input/kernel") or shapes.get("tokenizer/layer_1/kernel")
     return dvae(
@@ -149,20 +149,22 @@ def describe_dvae(shapes: dict[str, tuple]) -> DVAE:
 def check_grid(grid: tuple[int, int], learned: tuple | None, table: tuple | None) -> None:
     """Raises UserError unless positions, absolute (1, 1 + n, d) or relative (r, h), are for a grid.
 
-    Also limits the number of patches: tables are built that grow with it.
+    Also limits the number of patches, because tables grow with it.
     """
     (rows, columns), n = grid, grid[0] * grid[1]
     size = f"{rows} x {columns} patches"
     if learned and learned[1] != 1 + n:
-        raise UserError(f"the positions are for {learned[1] - 1} patches, the images have {size}.")
+        raise UserError(
+            f"the positions are for {learned[1] - 1} patches, but the images have {size}."
+        )
     if table and table[0] != (2 * rows - 1) * (2 * columns - 1) + 3:
-        raise UserError(f"{table[0]} relative positions are not for images of {size}.")
+        raise UserError(f"{table[0]} relative positions do not fit images of {size}.")
     if n > (2**13 if table else 2**16):
         raise UserError(f"images of {size} are too large.")
 
 
 def kind_of(params: dict) -> str:
-    """Returns what an encoder was trained as, by the parts beside it."""
+    """Returns the task of an encoder, given the other parts of the checkpoint."""
     if "decoder" in params:
         return "mae"
     if "head" not in params:
@@ -188,9 +190,9 @@ def square(count: int, what: str) -> tuple[int, int]:
 
 
 def whole(params: dict, network: Network, dtype: str = "float32") -> nn.Module:
-    """Returns the module of an encoder and the parts beside it: MAE, BEiT, Classifier, ... or ViT.
+    """Returns the module of an encoder and its other parts: MAE, BEiT, Classifier, ... or ViT.
 
-    A number of heads that is unknown is 1: it changes no shape.
+    An unknown number of heads is replaced by 1, which does not change shapes.
     """
     encoder, kind = network.encoder, kind_of(params)
     encoder = encoder.clone(heads=encoder.heads or 1, dtype=dtype)
@@ -213,7 +215,7 @@ def whole(params: dict, network: Network, dtype: str = "float32") -> nn.Module:
 
 
 def segmenter(params: dict, network: Network, encoder: ViT) -> Segmenter:
-    """Returns the module of an encoder and the decoders beside it."""
+    """Returns the module of an encoder and its segmentation decoders."""
     head, auxiliary = params["head"], params.get("auxiliary") or params.get("auxiliary_0")
     decoder = "upernet" if "pyramid" in params else "setr_pup" if "conv_3" in head else "setr_naive"
     decoder = decoder if "fusion" in head or "conv_0" in head else "linear"
@@ -234,7 +236,7 @@ def segmenter(params: dict, network: Network, encoder: ViT) -> Segmenter:
 
 
 def outputs_of(params: dict, name: str) -> int:
-    """Returns how many values a linear layer predicts."""
+    """Returns the number of outputs of a linear layer."""
     arrays = params.get(name, {})
     return np.shape(arrays.get("bias", arrays.get("kernel", np.empty(1))))[-1]
 

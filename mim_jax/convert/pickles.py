@@ -1,4 +1,4 @@
-"""Reads PyTorch's pickles with bounded work, and runs nothing.
+"""Reads PyTorch's pickles with bounded work, and without executing code.
 
 A pickle is a program: it may call any function, and a few hundred bytes of it can make Python's
 unpickler allocate gigabytes or run for years. This interpreter has a fixed list of names. Each
@@ -38,11 +38,11 @@ STORAGES = {  # others are bytes of any dtype
 
 
 class RefusedError(Exception):
-    """A file asks for something that is not on the list, or for too much of it."""
+    """A pickle refers to a name that is not allowed, or exceeds a limit."""
 
 
 class Inert:
-    """Stands for an object of any class: it keeps its state and does nothing."""
+    """Replaces an object of any class: it keeps the state and does nothing."""
 
     def __init__(self, name: str):
         self.name = name
@@ -93,7 +93,7 @@ def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> T
     if not (valid and is_sizes(shape) and is_sizes(strides) and len(shape) == len(strides)):
         raise RefusedError("it has a tensor of unknown form")
     dtype = more[2] if len(more) > 2 else storage.dtype
-    known = isinstance(dtype, np.dtype)  # others, as float4, have no type in NumPy
+    known = isinstance(dtype, np.dtype)  # others, such as float4, have no type in NumPy
     return Tensor(storage, dtype, offset, shape, strides) if known else Inert("torch.Tensor")
 
 
@@ -113,7 +113,7 @@ def mapping(pairs: Any = ()) -> dict:
 
 
 def set_item(target: dict, key: Any, value: Any) -> None:
-    """Sets an item of a dict. A key that is not a scalar is replaced: its hash may take forever."""
+    """Sets an item of a dict. Keys that are not scalars are replaced: hashing them may be slow."""
     is_scalar = key is None or isinstance(key, bool | int | float | str | bytes)
     target[key if is_scalar else object()] = value
 
@@ -144,7 +144,7 @@ INERT_PREFIXES = ("dall_e.", "torch.nn.modules.", "torch._utils._rebuild_")
 
 
 def find(name: str) -> Any:
-    """Returns what a name stands for. Raises RefusedError if it is not on the list."""
+    """Returns the replacement of a name. Raises RefusedError if the name is not allowed."""
     name = name.replace("torch.cuda.", "torch.").replace("__builtin__.", "builtins.")
     module, _, attribute = name.rpartition(".")
     if module == "torch" and attribute in DTYPES:
@@ -159,7 +159,7 @@ def find(name: str) -> Any:
 
 
 def storage(reference: Any) -> Any:
-    """Returns what a persistent id refers to: a storage, or the class of a module."""
+    """Returns the object of a persistent id: a storage, or the class of a module."""
     if isinstance(reference, tuple) and len(reference) > 1 and reference[0] == "module":
         return reference[1]
     if isinstance(reference, tuple) and len(reference) > 2 and reference[0] == "storage":
@@ -196,7 +196,7 @@ class Machine:
         self.work = 0  # items that calls have read
 
     def call(self, function: Any, values: Any) -> Any:
-        """Returns the object that a function or class stands for, called with a tuple."""
+        """Calls the replacement of a function or class with a tuple of arguments."""
         if not isinstance(function, Inert) or not isinstance(values, tuple):
             raise RefusedError("it calls something that is not a function")
         self.work += len(values) + sum(len(x) for x in values if isinstance(x, list | tuple))
@@ -209,7 +209,7 @@ class Machine:
         return FUNCTIONS[function.name](*values)
 
     def pop_mark(self) -> list:
-        """Returns what lies above the last mark."""
+        """Pops and returns the items above the last mark."""
         start = self.marks.pop()
         values = self.stack[start:]
         del self.stack[start:]
@@ -285,8 +285,8 @@ class Machine:
 def unpickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     """Reads one pickle of bytes in memory. Returns its object and the storages that it refers to.
 
-    Raises RefusedError for names that are not on the list and for too many opcodes, and another
-    exception for damaged bytes.
+    Raises RefusedError for names that are not allowed and for too many opcodes, and other
+    exceptions for damaged bytes.
     """
     machine = Machine()
     for count, (opcode, value, _) in enumerate(pickletools.genops(file)):

@@ -1,6 +1,6 @@
-"""Reads files of weights safely, PyTorch's and safetensors, and runs nothing that is in them.
+"""Reads PyTorch and safetensors files of weights, without executing code in them.
 
-Torch is not needed. What a file makes this reader allocate is bounded by the file's size.
+Torch is not needed. The memory that is allocated is bounded by the size of the file.
 """
 
 import functools
@@ -24,14 +24,14 @@ from mim_jax.convert.pickles import RefusedError, Tensor
 LEGACY = 0x1950A86A20F9469CFC6C  # the first pickle of torch.save before 1.6
 MAX_PICKLE = 2**26  # bytes
 FREE = 2**26  # bytes that a file of any size may use
-PER_BYTE = 4  # bytes that it may use besides, per byte of its size: shared weights are read twice
+PER_BYTE = 4  # additional bytes per byte of its size: shared weights are read twice
 SAFETENSORS = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
     **{"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "C64": np.complex64},
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "BOOL": np.bool_},
     **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
 }
-OTHERS = {  # files that are mistaken for weights, by how they begin
+OTHERS = {  # formats that are mistaken for weights, by their first bytes
     b"\x89HDF": "an HDF5 file, as Keras writes it",
     b"\x93NUMPY": "a single NumPy array",
     b"GGUF": "a GGUF file",
@@ -45,11 +45,11 @@ OTHERS = {  # files that are mistaken for weights, by how they begin
 
 
 class UnsupportedError(Exception):
-    """A file is intact, but not a file of weights that can be read."""
+    """A file is intact, but its format is not supported."""
 
 
 class Contents(NamedTuple):
-    """What a file holds of a network."""
+    """The contents of a file of weights."""
 
     arrays: dict[str, np.ndarray]  # {"blocks.0.norm1.weight": ..., ...}
     entries: dict[str, Any]  # the numbers and texts beside the weights
@@ -67,7 +67,7 @@ class Budget:
         self.limit = self.left = FREE + PER_BYTE * size
 
     def spend(self, count: int) -> None:
-        """Takes bytes off. Raises RefusedError if there are too few."""
+        """Reduces the budget. Raises RefusedError if it is exhausted."""
         self.left -= count
         if self.left < 0:
             raise RefusedError(f"its arrays take more than {self.limit / 2**20:,.0f} MiB")
@@ -131,7 +131,7 @@ def read_file(path: str | Path, entry: str = "", whole: bool = False) -> Content
 
 
 def other(start: bytes) -> str:
-    """Returns what a file is that begins with these bytes."""
+    """Returns the format of a file that begins with these bytes."""
     if not start:
         return "empty"
     if start[257:262] == b"ustar":

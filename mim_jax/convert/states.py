@@ -1,4 +1,4 @@
-"""Converts state dicts of PyTorch's models to our parameters and back, as numpy arrays.
+"""Converts state dicts of PyTorch models to the parameters of mim_jax and back, in NumPy.
 
 Shapes: b batch, n patches, d width, (p, q) patch or kernel, c channels, o outputs, i inputs.
 """
@@ -21,7 +21,7 @@ from mim_jax.models.patches import relative_index, sincos2d
 from mim_jax.models.stem import STRIDE
 
 BUFFERS = r"(.*\.)?(relative_position_index|num_batches_tracked|k_bias)"  # computed, not learned
-NOT_PARTS = "|".join(  # arrays that other models have beside their encoder
+NOT_PARTS = "|".join(  # arrays of other models that do not belong to the encoder
     (
         r"(vit\.)?pooler\.dense\.\w+|head\.\d+\..*|(student|predictor)\..*",
         r"(fpn\d?|decode_head|auxiliary_head)\..*",  # segmentation
@@ -51,7 +51,7 @@ def from_torch(
         entry: the entry of the checkpoint to take, if there are several networks.
         options: arguments of `describe` that arrays do not determine: heads, decoder_heads, grid.
 
-    Returns the parameters and their network. Raises UserError if no layout has such names, and if
+    Returns the parameters and their network. Raises UserError if no layout has these names, or if
     arrays are missing, unexpected or of a wrong shape.
     """
     layout, state, left_out, entry = recognize(arrays(state), entry)
@@ -99,7 +99,7 @@ def to_torch(params: dict, network: Network | None = None, *, layout: str) -> di
     """Converts our parameters to a state dict.
 
     Arguments:
-        network: as `from_torch` returns it; by default, what the shapes determine.
+        network: the result of `from_torch`; by default, derived from the shapes.
         layout: "mae", "beit", "timm" (the encoder and its head), "hf", or a key of LAYOUTS.
 
     Raises UserError if the layout cannot hold the network.
@@ -213,7 +213,7 @@ def fused(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             fused[f"{place}qkv.{leaf}"] = np.concatenate(order)
         elif leaf == "bias" and "key" not in thirds:
             fused |= {f"{place}{part[0]}_bias": x for part, x in thirds.items()}
-        else:  # no table has these names: they are reported as unexpected
+        else:  # unknown names are reported as unexpected
             fused |= {f"{place}{part}.{leaf}": x for part, x in thirds.items()}
     return fused
 
@@ -284,7 +284,7 @@ def grid_of(flat: dict, patch: tuple[int, int], size: tuple[int, int] | None) ->
 
 
 def without_fixed(flat: dict, grid: tuple[int, int] | None) -> tuple[dict, tuple | None]:
-    """Drops tables of sine-cosine positions, which we compute. Returns the arrays and the grid.
+    """Drops tables of sine-cosine positions, which mim_jax computes. Returns arrays and grid.
 
     A table with other values was learned: an encoder keeps it, MAE's decoder cannot have one.
     """
@@ -312,7 +312,7 @@ def far_from_fixed(table: np.ndarray, grid: tuple[int, int], shift: int = 0) -> 
 
 
 def is_moco_small(table: np.ndarray | None, grid: tuple[int, int]) -> bool:
-    """Returns whether positions are MoCo v3's, whose ViT-S has 12 heads, where others have 6."""
+    """Returns whether positions are those of MoCo v3's ViT-S, which has 12 heads instead of 6."""
     return table is not None and table.shape[2] == 384 and far_from_fixed(table, grid, 192) <= FIXED
 
 
@@ -322,7 +322,7 @@ def sines(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 def fixed(params: dict, network: Network, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """Returns tables of positions that others store and we compute, by our names."""
+    """Returns tables of positions that mim_jax computes and others store, by our names."""
     tables = {}
     if network.encoder.positions == "sincos":
         tables["encoder/positions"] = network.encoder.width
@@ -334,7 +334,7 @@ def fixed(params: dict, network: Network, dtype: np.dtype) -> dict[str, np.ndarr
 
 
 def index_buffers(network: Network) -> dict[str, np.ndarray]:
-    """Returns the buffers that the official BEiT stores beside tables of relative positions."""
+    """Returns the buffers that BEiT's code stores with tables of relative positions."""
     bias = network.encoder.relative_bias
     places = ["rel_pos_bias"] if bias == "shared" else []
     if bias == "own":

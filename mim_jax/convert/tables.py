@@ -1,7 +1,7 @@
 """The names of our parameters in other libraries, as tables that are read in both directions.
 
-`{i}` stands for a number. `*` stands for weight or bias, and in our names for kernel (scale for a
-norm) or bias. Sources: the keys of the official MAE, BEiT and DALL-E, of timm and transformers.
+`{i}` matches a number. `*` matches weight or bias, and in our names kernel (scale for a norm) or
+bias. Sources: the keys of the official MAE, BEiT and DALL-E, of timm and transformers.
 """
 
 from typing import NamedTuple

@@ -22,8 +22,8 @@ def outputs(
 ) -> tuple[str, dict[str, np.ndarray]]:
     """Returns the name of PyTorch's model, and its outputs in float64 by name.
 
-    Transformers runs its own layouts, and timm its own if it is installed. The official code of the
-    others does not run on a current PyTorch; they are computed in plain torch.
+    Models of transformers, and of timm if it is installed, run in these libraries. The official
+    code of the others does not run on a current PyTorch, so they are written in plain PyTorch.
 
     batch: `image` (b, H, W, c), `masked` (b, n), and `noise` (b, n), by which MAE hides patches.
     """
@@ -40,7 +40,7 @@ def outputs(
 
 
 def of_transformers(state, network, layout, images, batch):
-    """Runs the model that from_pretrained makes of the folder that `write` writes."""
+    """Writes a Hugging Face folder, loads it with from_pretrained, and runs the model."""
     with extra():
         import transformers
     with tempfile.TemporaryDirectory() as folder:
@@ -51,8 +51,8 @@ def of_transformers(state, network, layout, images, batch):
         unpooled = name == "BeitModel" and "pooler.layernorm.weight" not in state
         options |= dict(add_pooling_layer=False) if name == "ViTModel" or unpooled else {}
         with contextlib.redirect_stderr(io.StringIO()):
-            model, info = getattr(transformers, name).from_pretrained(folder, **options)
-    wrong = [key for kind in info.values() for key in kind]
+            model, problems = getattr(transformers, name).from_pretrained(folder, **options)
+    wrong = [key for kind in problems.values() for key in kind]
     if wrong:
         raise UserError(f"transformers does not accept the arrays {wrong[:6]}.")
     model.eval()

@@ -25,10 +25,10 @@ Photographic = Literal["bilinear", "bicubic", "lanczos"]
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A data set as a run uses it.
+    """A data set of a run: batches for training and for evaluation.
 
-    Batches are dicts of numpy arrays (b, ...) with the data set's fields, of which an iterator
-    yields this process's rows. `on_bad(name, reason)` is called for each file that cannot be used.
+    Batches are dicts of NumPy arrays (b, ...) with the data set's fields. Iterators yield this
+    process's rows. `on_bad(name, reason)` is called for each file that cannot be used.
     """
 
     train: Source
@@ -50,7 +50,7 @@ class Data:
 
     @property
     def fingerprint(self) -> dict:
-        """A description of the training split that changes whenever its examples do."""
+        """A description of the training split that changes with its examples."""
         return self.train.fingerprint
 
     @property
@@ -103,10 +103,10 @@ class Data:
 
     @property
     def evaluation_labeled(self) -> bool:
-        """Whether the evaluation split has labels: ImageNet's test images have -1."""
+        """Whether the evaluation split has labels; -1, as in ImageNet's test split, is none."""
         try:
             return self.num_labels > 0 and bool(self.evaluation.examples[0]["label"] >= 0)
-        except BadImageError:  # which is counted among the bad files later
+        except BadImageError:  # counted with the bad files later
             return True
 
     def training_batches(
@@ -242,11 +242,11 @@ def make(
     """Opens a data set for process `process` of `processes`; see sources.py for names.
 
     `views` are the arguments of the views that `views_of(segmented)` returns. If `segmented`, every
-    image has a mask; see masks.py. With `class_names` classes have the numbers of these names.
+    image has a mask; see masks.py. With `class_names`, labels are indices into these names.
 
     An image that cannot be used is replaced by the next one in training, and is not valid in
     evaluation. If more than `max_bad_fraction` of a split cannot be used, batches end in a
-    UserError; with `labeled` also at a label that does not exist.
+    UserError; with `labeled`, also at a label that does not exist.
     """
     splits = (split, evaluation_split)
     if segmented:

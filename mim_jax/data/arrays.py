@@ -1,4 +1,4 @@
-"""Arrays of pixels as files store them: which axis holds the channels, which type, which alpha.
+"""Arrays of pixels in files: their axes, types and alpha channels.
 
 Axes: h height, w width, c channels.
 """
@@ -49,7 +49,7 @@ class Pixels(NamedTuple):
 
 
 def named_axes(shape: tuple[int, ...], axes: str, channels: int) -> str:
-    """Returns the axes of an array: those of its file, else by the one axis of length `channels`.
+    """Returns the axes of an array: those in its file, or found by an axis of length `channels`.
 
     A gray image may also be used with 3 channels. Raises BadImageError if the axes are ambiguous.
     """
@@ -82,7 +82,7 @@ def require_size(shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 def decoded_type(dtype: np.dtype) -> str:
-    """Returns which of DTYPES an array of this type becomes."""
+    """Returns the type of DTYPES to which this type is converted."""
     if dtype.kind not in "buif":
         raise BadImageError(f"its values are {dtype}, not numbers")
     if dtype.name in DTYPES:
@@ -94,7 +94,7 @@ def in_type(array: np.ndarray, dtype: str) -> np.ndarray:
     """Converts pixels of any type to one of DTYPES.
 
     Integers keep their share of the type's range. Raises BadImageError for values that are not
-    finite and for floats in a set of integers, whose range is unknown, and the reverse.
+    finite, for floats in a set of integers, whose range is unknown, and for the reverse.
     """
     stored = decoded_type(array.dtype)
     array = array * np.uint8(255) if array.dtype.kind == "b" else array.astype(stored, copy=False)

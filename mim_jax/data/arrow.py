@@ -1,9 +1,9 @@
 """Reads the Parquet and Arrow files of Hugging Face's `datasets` as a source, with pyarrow.
 
 A folder may hold the files of a repository (`data/train-00000-of-00002.parquet`, or one folder per
-split), or what `save_to_disk` writes. The names of files and folders tell the splits (see
+split), or the output of `save_to_disk`. The names of files and folders determine the splits (see
 layout.py). Arrow files are mapped into memory. Parquet files have no random access to single rows:
-of every image its whole row group is read, so that row groups should be small.
+the whole row group of an image is read, so row groups should be small.
 """
 
 import functools
@@ -27,13 +27,13 @@ from mim_jax.data.manifest import printable
 
 SUFFIXES = (".parquet", ".arrow")
 PARTS = re.compile(r"[-_.]?\d{5,}-of-\d{5,}(-[0-9a-f]+)?$")  # "train-00000-of-00002-<digest>"
-SAMPLE = 32  # images whose headers tell the mode
+SAMPLE = 32  # images whose headers determine the mode
 GROUPS = 8  # row groups of Parquet files that are kept in memory
-LARGEST = 2**29  # bytes of a row group that is read
+LARGEST = 2**29  # bytes of the largest row group that is read
 
 
 class Columns(NamedTuple):
-    """What the columns of a data set hold."""
+    """The columns of images and labels of a data set."""
 
     image: str
     label: str  # "" for none
@@ -168,7 +168,7 @@ def list_files(root: str) -> list[str]:
 
 
 def split_name(path: str) -> str:
-    """Returns the split of a file: that which its name, or its innermost folder, names."""
+    """Returns the split that the name of a file, or of its innermost folder, contains."""
     *folders, file = path.split(os.sep)
     stem = PARTS.sub("", file.rpartition(".")[0])
     for name in (stem, *reversed(folders)):
@@ -201,7 +201,7 @@ def columns_of(schema: Any, labels: str, root: str) -> Columns:
     classes = [name for name, x in features.items() if x.get("_type") == "ClassLabel"]
     if labels and labels not in schema.names:
         raise UserError(
-            f"data.labels = {labels!r} is no column of {root}; it has {', '.join(schema.names)}."
+            f"data.labels = {labels!r} is not a column of {root}; it has {', '.join(schema.names)}."
         )
     if not labels and len(classes) > 1 and "label" not in classes:
         raise UserError(

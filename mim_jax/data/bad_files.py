@@ -1,4 +1,4 @@
-"""Images that cannot be used: they are replaced, reported, and an error when there are many."""
+"""Images that cannot be used: they are replaced and reported; too many are an error."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -8,16 +8,16 @@ from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, decode
 from mim_jax.data.sources import Source
 
-# Which examples after a bad one are tried: neighbors, and then ones farther away, because a whole
-# file of examples may be damaged. If none of them can be used, the source itself is broken.
+# Examples to try after a bad one: neighbors, then ones farther away, because a whole file of
+# examples may be damaged. If none of them can be used, the source itself is broken.
 OFFSETS = (*range(16), *(16 << power for power in range(20)))
 
 
 def usable(view: Callable[[dict], dict], examples: Sequence[dict], i: int) -> dict:
     """Returns view(examples[i]), or the view of the next example that can be decoded.
 
-    The result has a field `bad`: i if example i was replaced, else -1. It travels in the batch
-    because the example may have been decoded in another thread or process.
+    The result has a field `bad`: i if example i was replaced, else -1. It is part of the batch,
+    because examples may be decoded in other threads or processes.
     Raises UserError if none of the examples at OFFSETS can be decoded.
     """
     for offset in OFFSETS:

@@ -1,4 +1,4 @@
-"""Class names: data sets number the same classes differently, so that names must match."""
+"""Class names: matching classes by name, because data sets number them differently."""
 
 import sys
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ FIRST = 8  # names that are shown
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-    """Returns whether classes have no names but their numbers."""
+    """Returns whether the names of the classes are only their numbers."""
     return all(name == str(number) for number, name in enumerate(names))
 
 
 def shown(names: Sequence[str]) -> str:
-    """Returns the first names, and how many more there are."""
+    """Returns the first names, and the number of the others."""
     more = f" and {len(names) - FIRST:,} more" if len(names) > FIRST else ""
     return ", ".join(names[:FIRST]) + more
 
@@ -26,8 +26,8 @@ def shown(names: Sequence[str]) -> str:
 def numbers_in(known: Sequence[str], names: Sequence[str], where: str) -> np.ndarray:
     """Returns the number of each of `names` among the `known` names (len(names),).
 
-    Names may be fewer than the known ones. If one of both sets has numbers only, both must have as
-    many classes, which are assumed to be in the same order.
+    There may be fewer names than known ones. If either set consists of numbers only, both must have
+    the same number of classes, which are assumed to be in the same order.
 
     where: the data set with `names`, for messages.
 
@@ -54,7 +54,7 @@ def numbers_in(known: Sequence[str], names: Sequence[str], where: str) -> np.nda
 
 
 class Renumbered:
-    """Examples whose labels are numbers in a table of other numbers."""
+    """Examples whose labels are replaced by means of a table."""
 
     def __init__(self, examples: Any, numbers: np.ndarray):
         self.examples, self.numbers = examples, numbers.astype(np.int32)
@@ -70,7 +70,7 @@ class Renumbered:
 
 
 def renumber(source: Source, known: Sequence[str], where: str) -> Source:
-    """Returns a source whose classes have the numbers of the `known` names.
+    """Returns a source whose labels are indices into the `known` names.
 
     Raises UserError if it has other classes.
     """

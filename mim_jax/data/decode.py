@@ -1,10 +1,10 @@
-"""Decodes image files of any kind; a file has one meaning, whichever library reads it.
+"""Decodes image files, with the same result whichever library reads them.
 
 Axes: h height, w width, c channels.
 
-Pillow reads most files. `.npy` files are arrays, and so are the TIFFs that Pillow does not
-interpret fully, see tiff.py. PNGs in color of 16 bits are read with 8 bits, as Pillow does; of
-animations, the first frame is read. Transparent images are composited on white, unless they are
+Pillow reads most files. `.npy` files, and TIFFs that Pillow does not interpret fully (see tiff.py),
+are read as arrays. 16-bit color PNGs are read with 8 bits, as Pillow does; the first frame of an
+animation is read. Transparent images are composited on white, unless they are
 decoded with 4 channels.
 """
 
@@ -34,7 +34,7 @@ from mim_jax.data.arrays import (
 from mim_jax.data.tiff import STARTS, open_tiff
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
-BOXES = 2**16  # bytes of a JPEG 2000 file that hold what describes its channels
+BOXES = 2**16  # bytes of a JPEG 2000 file that describe its channels
 STRIP = 2**22  # pixels of a large image that are converted at once, to bound memory
 
 Image.init()
@@ -61,7 +61,7 @@ for library in ("PIL", "tifffile"):
 
 
 class Header(NamedTuple):
-    """Size and mode of an image as it is stored.
+    """Size and mode of a stored image.
 
     width, height: 0 where the file does not say which axis is which.
     mode: Pillow's mode, as "RGB" or "CMYK"; or type and channels of an array, as "uint16 x 13", or
@@ -214,7 +214,7 @@ def channels_of(mode: str) -> int:
 
 
 def suits(mode: str, channels: int) -> bool:
-    """Returns whether images of a header's mode may be decoded with so many channels."""
+    """Returns whether images of a header's mode may be decoded with this number of channels."""
     if mode.endswith(" array"):
         return True
     if " x " in mode or type_of(mode) != "uint8":
@@ -275,9 +275,9 @@ def halved(image: Image.Image, channels: int) -> Image.Image:
 def in_channels(
     array: np.ndarray, channels: int, *, rgb: bool = False, alpha: bool = False
 ) -> Image.Image | np.ndarray:
-    """Converts an array (h, w, c) to so many channels; of 8 bits to a Pillow image where possible.
+    """Converts an array (h, w, c) to a number of channels; 8 bits to a Pillow image if possible.
 
-    rgb, alpha: as of Pixels.
+    rgb, alpha: see `Pixels`.
     """
     if alpha and array.shape[2] != channels:
         array = on_white(array)

@@ -7,11 +7,11 @@ from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, channels_of, header, suits
 from mim_jax.data.sources import Source
 
-FIRST = 3  # examples that are tried where a set's mode does not tell its channels
+FIRST = 3  # examples to decode if the mode does not determine the channels
 
 
 def require_channels(name: str, source: Source, channels: int) -> None:
-    """Raises UserError if the images of a source do not have so many channels.
+    """Raises UserError if the images of a source have another number of channels.
 
     name: data.name, for the message.
     """
@@ -34,11 +34,13 @@ def require_channels(name: str, source: Source, channels: int) -> None:
 
 
 def require_bands(bands: Sequence[str], channels: int) -> None:
-    """Raises UserError unless there is a different name for each channel, or no names."""
+    """Raises UserError unless `bands` is empty or has a different name for each channel."""
     if not bands:
         return
     if not all(isinstance(band, str) for band in bands) or len(set(bands)) < len(bands):
-        raise UserError(f"data.bands = {bands!r} must be different names, as ('red', 'nir').")
+        raise UserError(
+            f"data.bands = {bands!r} must be different names, for example ('red', 'nir')."
+        )
     if len(bands) != channels:
         raise UserError(
             f"data.bands = {bands!r} has {len(bands)} names, but data.channels = {channels}."
@@ -46,7 +48,7 @@ def require_bands(bands: Sequence[str], channels: int) -> None:
 
 
 def size_warnings(examples: int, evaluation_examples: int, batch_size: int) -> list[str]:
-    """Returns what is unusual about the sizes of a data set, one sentence each.
+    """Returns warnings about the sizes of a data set, one sentence each.
 
     examples, evaluation_examples: of the training split and of the evaluation split.
     """

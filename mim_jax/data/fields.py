@@ -1,4 +1,4 @@
-"""The arrays of a batch, declared once: where each comes from, its shape, dtype and resizing."""
+"""Fields: the source, shape, dtype and interpolation of each array of a batch."""
 
 from typing import Literal, NamedTuple, get_args
 
@@ -12,8 +12,8 @@ class Field(NamedTuple):
     """An array of a batch."""
 
     name: str
-    source: str  # the key of an example that it is made from, "" for what the batch adds
-    shape: tuple[int, ...]  # of one example: (height, width, channels) of an image, () of a number,
+    source: str  # key of the example that it is made from, "" for none
+    shape: tuple[int, ...]  # per example: (height, width, channels) of an image, () of a number,
     # (height, width) of a mask
     dtype: str
     interpolation: Interpolation | None = None  # how an image is resized; None: not an image

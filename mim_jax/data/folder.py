@@ -67,7 +67,7 @@ class Folder:
             self.set_labels(labels, (self.root, given))
 
     def all_splits(self) -> dict[str, np.ndarray]:
-        """Returns the splits that folders are, and those that stand in for missing ones."""
+        """Returns the splits that are folders, and the replacements of missing ones."""
         rows: dict[str, list[int]] = {}
         images = [row for row, folder in enumerate(self.folder_of) if folder != NO_FOLDER]
         for row in images if self.layout.splits else ():

@@ -1,4 +1,4 @@
-"""Batches of images that belong to no data set: files, Pillow images and arrays."""
+"""Batches of single images: files, Pillow images and arrays."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ Images = Sequence[str | Path | Image.Image | np.ndarray]  # files, or arrays (H,
 def batch_of(images: Images, data: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns a batch of whole images: the short side is resized, and the center is taken.
 
-    `data` is the block of a config that says their size and channels.
+    `data` is the block `data` of a config, with their size and channels.
     """
     channels = data.get("channels", 3)
     fields = fields_of(
@@ -57,7 +57,7 @@ def dtype_of(image: str | Path | Image.Image | np.ndarray) -> str:
 def decoded(
     image: str | Path | Image.Image | np.ndarray, channels: int, dtype: str
 ) -> Image.Image | np.ndarray:
-    """Returns an image with its channels and type. Raises UserError if it has others."""
+    """Returns an image with its channels and type. Raises UserError if they differ."""
     if isinstance(image, Image.Image):
         return image.convert("L" if channels == 1 else "RGB")
     if isinstance(image, np.ndarray):

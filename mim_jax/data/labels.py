@@ -1,4 +1,4 @@
-"""Labels of images from a CSV table, or from the files beside them as WebDataset has them."""
+"""Labels of images from a CSV table, or from files next to the images, as in WebDataset."""
 
 import csv
 import json
@@ -25,8 +25,8 @@ OTHERS = {  # headers of columns of something else
     *("caption", "text", "description", "bbox", "x", "y", "w", "h"),
 }
 DELIMITERS = (",", ";", "\t", " ")  # of cells, in order of preference
-SAMPLE = 1000  # lines that tell which column names images
-MANY_LABELS = 100_000  # larger numbers are dates or keys by mistake
+SAMPLE = 1000  # lines that determine which column names images
+MANY_LABELS = 100_000  # larger numbers are probably dates or ids
 
 
 def from_table(
@@ -38,8 +38,8 @@ def from_table(
         paths from the folder of the table.
     roots: absolute paths of the root, with and without links.
 
-    Returns the label of each name, "" for none, and the paths of the table that are no images.
-    Raises UserError if it is not clear which column is which, or if a line has no label.
+    Returns the label of each name, "" for none, and the paths of the table that are not images.
+    Raises UserError if the columns are ambiguous, or if a line has no label.
     """
     where = f"data.labels = {path!r}"
     folder = os.path.dirname(os.path.abspath(os.path.expanduser(path)))
@@ -76,7 +76,7 @@ def from_table(
 
 
 def read_table(path: str, image_of: Callable) -> tuple[list[list[str]], list[int]]:
-    """Returns the lines of a table, and how many cells of each column name an image.
+    """Returns the lines of a table, and the number of cells in each column that name an image.
 
     Cells are separated by the first of DELIMITERS with which any of them names an image; the lines
     are [] if none does.
@@ -91,7 +91,7 @@ def read_table(path: str, image_of: Callable) -> tuple[list[list[str]], list[int
 
 
 def read_csv(path: str, delimiter: str) -> list[list[str]]:
-    """Returns the lines of a CSV file that are not empty, their cells without spaces around."""
+    """Returns the lines of a CSV file that are not empty, with cells without surrounding spaces."""
     try:
         with Path(path).expanduser().open(newline="", encoding="utf-8-sig") as file:
             lines = [
@@ -106,7 +106,7 @@ def read_csv(path: str, delimiter: str) -> list[list[str]]:
 
 
 def count_images(lines: Sequence[list[str]], image_of: Callable) -> list[int]:
-    """Returns how many cells of each column name an image."""
+    """Returns the number of cells in each column that name an image."""
     count = max(map(len, lines), default=0)
     return [sum(c < len(x) and image_of(x[c]) is not None for x in lines) for c in range(count)]
 
@@ -171,7 +171,7 @@ def label_column(where: str, lines: Sequence[list[str]], header: list[str] | Non
 def number_labels(where: str, texts: Iterable[str]) -> tuple[list[str], dict[str, int]]:
     """Returns the names of labels in order, and the number of each text.
 
-    Whole numbers are labels as they stand, all others are numbered in sorted order.
+    Integers are used as labels unchanged; other texts are numbered in sorted order.
     where: for messages, as "data.labels = 'cls'".
     """
     different = sorted(set(texts) - {""})
@@ -200,14 +200,14 @@ def is_number(text: str) -> bool:
 
 
 def first_fraction(texts: Iterable[str]) -> str:
-    """Returns the first text that is no whole number."""
+    """Returns the first text that is not an integer."""
     return next(text for text in texts if not WHOLE.fullmatch(text))
 
 
 def label_in(content: bytes, how: str) -> str:
     """Returns the label in a file beside an image.
 
-    how: "cls", for a file that holds the label alone; or "json:KEY", KEY as in "label" or "a.b".
+    how: "cls" for a file that holds only the label, or "json:KEY" with KEY = "label" or "a.b".
 
     Raises ValueError if there is none.
     """
@@ -230,7 +230,7 @@ def label_in(content: bytes, how: str) -> str:
 
 
 def short(text: str) -> str:
-    """Returns a label without spaces around it. Raises ValueError if it is too long for one."""
+    """Returns a label without surrounding spaces. Raises ValueError if it is too long."""
     if len(label := text.strip()) > LONGEST:
         raise ValueError(f"its label has {len(label):,} characters")
     return label

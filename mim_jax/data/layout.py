@@ -1,10 +1,10 @@
-"""Splits and labels as the names of folders and tar files tell them."""
+"""Splits and labels, derived from the names of folders and tar files."""
 
 import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-WORDS = {  # split: its names, the best first
+WORDS = {  # split: its names, in order of preference
     "train": ("train", "training", "trn", "trainset", "trainval"),
     "validation": (
         *("validation", "val", "valid", "validate", "validating", "vld", "valset", "dev"),
@@ -13,7 +13,7 @@ WORDS = {  # split: its names, the best first
     "test": ("test", "testing", "tests", "tst", "testset"),
 }
 SPLITS = {word: split for split, words in WORDS.items() for word in words}
-NEUTRAL = {  # words that may stand beside these
+NEUTRAL = {  # words that may occur together with these
     *("set", "sets", "split", "data", "dataset", "image", "images", "img", "imgs", "seg", "folder"),
     *("jpg", "jpeg", "png", "photo", "photos", "picture", "pictures", "files", "frames"),
 }
@@ -24,7 +24,7 @@ DEPTH = 4  # folders below the root among which splits are searched
 
 
 class Layout(NamedTuple):
-    """What folders are, one item per folder."""
+    """The split and the label of each folder."""
 
     splits: list[str]  # names of their splits, "" for none; [] if no folders are splits
     labels: list[str]  # names of their labels, "" for none
@@ -46,7 +46,7 @@ def split_of(name: str, is_tar: bool = False) -> str:
 def is_shard(name: str, is_tar: bool = False) -> bool:
     """Returns whether a name is that of a numbered part of a set: "shard_3", "images_001".
 
-    With is_tar, any number at the end tells a shard: "00012", "imagenet-train-00012".
+    With is_tar, any number at the end marks a shard: "00012", "imagenet-train-00012".
     """
     if is_tar and NUMBERED_TAR.fullmatch(name):
         return True
@@ -58,11 +58,11 @@ def layout(folders: Sequence[str], tars: Collection[str] = ()) -> Layout:
     """Finds splits and labels of the folders that hold images.
 
     folders: paths from the root, "" for the root.
-    tars: those of them and of their parents that are tar files, without ".tar".
+    tars: the folders and parents of folders that are tar files, without ".tar".
 
-    Splits are sought from the root downwards, below folders that hold all the others, and one level
-    below folders of different names. The label is the first folder below the split's that is not a
-    shard and does not hold all images; where there is none, the folder above the splits.
+    Splits are searched from the root downwards, below folders that hold all the others, and one
+    level below folders of different names. The label is the first folder below the split's that is
+    not a shard and does not hold all images, or if there is none, the folder above the splits.
     """
     parts = [tuple(folder.split("/")) if folder else () for folder in folders]
     level = split_level(parts, tars)
@@ -88,7 +88,7 @@ def layout(folders: Sequence[str], tars: Collection[str] = ()) -> Layout:
 
 
 def split_level(parts: Sequence[tuple[str, ...]], tars: Collection[str]) -> int | None:
-    """Returns at which depth the folders are splits, None if nowhere."""
+    """Returns the depth at which folders are splits, None if there is none."""
     for level in range(DEPTH):
         deep = [part for part in parts if len(part) > level]
         if not deep:
@@ -123,8 +123,8 @@ def word_at(part: tuple[str, ...], level: int, tars: Collection[str]) -> str:
 def name_of_split(word: str, folder: str, words: Sequence[str]) -> str:
     """Returns the name of a folder's split: a folder that names none is a split of its own.
 
-    Of several words for one split (val and eval), the best one is the split, and the other folders
-    are splits of their own.
+    If several folders name one split (val and eval), the preferred name is the split, and the
+    others are splits of their own.
     """
     if word:
         split = SPLITS[word]
@@ -156,7 +156,7 @@ def shared(parts: Sequence[tuple[str, ...]], starts: Sequence[int]) -> int:
 
 
 def first_label(part: tuple[str, ...], start: int, tars: Collection[str]) -> str:
-    """Returns the first folder of a path from a depth on that is no shard, "" if there is none."""
+    """Returns the first folder of a path, from `start` on, that is not a shard, "" for none."""
     for level in range(start, len(part)):
         if not is_shard(part[level], "/".join(part[: level + 1]) in tars):
             return part[level]
