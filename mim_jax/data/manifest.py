@@ -1,10 +1,10 @@
 """Scans a folder or a tar file for images, by the content of its files, and caches the result.
 
 The first scan reads the header of every file, in threads. Its result is kept under
-`~/.cache/mim_jax/manifests` and reused as long as no folder has another time of change (which
-changes when a file in it is added, removed or renamed), nor a tar file, a file that could not be
-read, or an image: size and time of each image are compared for up to VERIFY seconds. A new scan
-opens only files that are new or changed.
+`~/.cache/mim_jax/manifests` and reused if the modification times are the same: of all folders
+(which change when a file is added, removed or renamed), of tar files, of files that could not be
+read, and of the images that can be checked within VERIFY seconds, whose sizes are compared too. A
+new scan opens only files that are new or changed.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ ROW = np.dtype(
 )
 HEAD = 2**18  # bytes of a tar's member; enough to read size and mode of nearly all images
 VERIFY = 10  # seconds in which images of a cached scan are checked for changes
-THREADS = 32  # they mostly wait for disks
+THREADS = 32  # most of the time is spent waiting for disks
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 COMPANION = 2**24  # bytes of the largest file .cls or .json that is read
 COMPANIONS = (".cls", ".json", ".txt")  # files that belong to an image of the same name
 
 
 class Manifest(NamedTuple):
-    """The images under a root, in an order as good as random, which growth does not change.
+    """The images under a root, in a pseudorandom order that added images do not change.
 
-    A name is a path from the root. Members of a tar are named as if the tar were unpacked where it
-    lies: into a folder of its name, if they lie in no folder or if it is named as a split.
+    A name is a path from the root. Members of a tar are named as if the tar were unpacked in place:
+    into a folder of its name, if they are in no folder or if the tar is named as a split.
     """
 
     root: str
@@ -60,10 +60,10 @@ class Manifest(NamedTuple):
     modes: list[str]  # `mode` is an index into these, which are those of decode.Header
     tars: list[str]
     unread: list[tuple[str, str]]  # names and reasons of files that are not used
-    stamps: dict[str, int]  # times of change of folders, tars and unread files, in ns
+    stamps: dict[str, int]  # modification times of folders, tars and unread files, in ns
 
     def read(self, i: int, name: str) -> bytes:
-        """Reads the bytes of image i, which has that name. Raises BadImageError."""
+        """Reads the bytes of image i, called `name`. Raises BadImageError."""
         row = self.rows[i]
         in_tar = row["tar"] >= 0
         path = os.path.join(self.root, self.tars[row["tar"]] if in_tar else name)
@@ -81,7 +81,7 @@ class Manifest(NamedTuple):
         return content
 
     def open(self, i: int, name: str) -> BinaryIO:
-        """Opens the file of image i, which has that name. Raises BadImageError."""
+        """Opens the file of image i, called `name`. Raises BadImageError."""
         row = self.rows[i]
         if row["tar"] >= 0:
             if row["bytes"] > LARGEST:
@@ -93,7 +93,7 @@ class Manifest(NamedTuple):
             raise BadImageError(f"cannot be read: {error.strerror}") from error
 
     def companion(self, i: int, name: str, suffix: str) -> bytes | None:
-        """Reads the file .cls or .json beside image i, which has that name; None without one.
+        """Reads the file .cls or .json next to image i, called `name`; None if there is none.
 
         Raises ValueError if it is too large.
         """
@@ -150,7 +150,7 @@ def scan(root: str, large: bool = False) -> Manifest:
 
 
 def is_current(manifest: Manifest) -> bool:
-    """Returns whether nothing has changed since a scan, as far as VERIFY seconds tell."""
+    """Returns whether no change since a scan is detected within VERIFY seconds."""
     root, rows = manifest.root, manifest.rows
     if any(changed(root, name) != at for name, at in manifest.stamps.items()):
         return False
@@ -175,7 +175,7 @@ def is_current(manifest: Manifest) -> bool:
 
 
 def changed(root: str, name: str) -> int:
-    """Returns when a file or folder changed last, in ns; -1 if it does not exist."""
+    """Returns the modification time of a file or folder in ns; -1 if it does not exist."""
     try:
         return os.stat(os.path.join(root, name).removesuffix("/")).st_mtime_ns
     except OSError:
@@ -238,14 +238,14 @@ def key_of(name: str) -> str:
 
 
 def walk(root: str) -> tuple[list[Entry], list[tuple[str, str]], dict[str, int]]:
-    """Lists all files by name; the names and reasons of what cannot be read; times of change.
+    """Returns all files by name, names and reasons of unreadable ones, and modification times.
 
     Links are followed. Hidden files and folders of operating systems are skipped.
     """
     if os.path.isfile(root):
         return [Entry("", 0, 0)], [], {}
     files, unread, stamps, seen = [], [], {}, set()
-    folders, links = [""], []  # links last: a folder has its own name, not that of a link to it
+    folders, links = [""], []  # links last, so that a folder keeps its own name
     while folders or links:
         folder = folders.pop() if folders else links.pop()
         try:
@@ -258,7 +258,7 @@ def walk(root: str) -> tuple[list[Entry], list[tuple[str, str]], dict[str, int]]
             entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda x: x.name)
         except OSError as error:
             unread.append((folder, f"cannot be read: {error.strerror}"))
-            stamps[folder] = 0  # it is tried again
+            stamps[folder] = 0  # to try again in the next scan
             continue
         for entry in entries:
             name = os.path.join(folder, entry.name)
@@ -269,7 +269,7 @@ def walk(root: str) -> tuple[list[Entry], list[tuple[str, str]], dict[str, int]]
             except OSError as error:
                 reason = f"cannot be read: {error.strerror}"
                 unread.append((name, "a broken link" if entry.is_symlink() else reason))
-                stamps[name] = -1  # as of what does not exist
+                stamps[name] = -1  # as for a missing file
                 continue
             if stat.S_ISDIR(status.st_mode):
                 (links if entry.is_symlink() else folders).append(name)
@@ -281,7 +281,7 @@ def walk(root: str) -> tuple[list[Entry], list[tuple[str, str]], dict[str, int]]
 
 
 def described_images(manifest: Manifest) -> dict[tuple, tuple]:
-    """Returns {(name, size, time of change): (width, height, mode)} of a manifest's images."""
+    """Returns {(name, size, modification time): (width, height, mode)} of a manifest's images."""
     names = map(os.fsdecode, manifest.names.split(b"\0"))
     rows = manifest.rows[["bytes", "changed", "width", "height", "mode"]].tolist()
     return {
@@ -291,7 +291,7 @@ def described_images(manifest: Manifest) -> dict[tuple, tuple]:
 
 
 def describe(root: str, tars: list[str], file: Entry, large: bool = False) -> tuple | str:
-    """Returns width, height and mode of an image, or why a file is none."""
+    """Returns width, height and mode of an image, or the reason why a file is not one."""
     try:
         if file.tar < 0:
             with open(os.path.join(root, file.name), "rb") as opened:
@@ -337,7 +337,7 @@ def printable(name: str) -> str:
 
 
 def save_cache(manifest: Manifest, path: Path) -> None:
-    """Caches a manifest. Where that fails, the next scan takes as long as this one."""
+    """Caches a manifest. If that fails, the next scan takes as long as this one."""
     rest = [FORMAT, manifest.modes, manifest.tars, manifest.unread, manifest.stamps]
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:

@@ -1,19 +1,19 @@
-"""Images with masks, the class of every pixel: pairs of files, checked before training.
+"""Images with masks (the class of every pixel): pairs of files, checked before training.
 
-A data set is a folder or a zip file. Images lie in `images/<split>/`, masks in `masks/<split>/` (or
-`annotations/`), under the same path but for the ending; or an image and its mask lie side by side,
-with a common stem (`train/a.jpg`, `train/a.png`). A mask is a PNG of one channel with 1 to 16 bits,
-whose values are class numbers; of a palette image they are the indices, never the colors.
+A data set is a folder or a zip file. Images are in `images/<split>/` and masks in `masks/<split>/`
+(or `annotations/`), with the same path except for the suffix; or an image and its mask are in the
+same folder, with the same stem (`train/a.jpg`, `train/a.png`). A mask is a PNG of one channel with
+1 to 16 bits, whose values are class numbers; for a palette image these are the indices.
 
-The classes stand in a CSV file, `classes.csv`, a line each: the value in the masks, the name, and
-optionally a color. Pixels of a value without a name are ignored:
+The classes are listed in a CSV file, `classes.csv`, one per line: the value in the masks, the name,
+and optionally a color. Pixels of a value without a name are ignored:
 
     0,sky,#808080
     1,building,#800000
     11,
 
-ADE20K's release, "ADEChallengeData2016", is known by its `objectInfo150.txt`: values 1 to 150 are
-the classes, and 0 is ignored ("reduce zero label").
+ADE20K's release, "ADEChallengeData2016", is recognized by its `objectInfo150.txt`: values 1 to 150
+are the classes, and 0 is ignored ("reduce zero label").
 """
 
 import csv
@@ -41,8 +41,8 @@ from mim_jax.data.layout import layout
 from mim_jax.data.sources import Source, open_sources
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".npy")
-VALUES = 2**16  # that a mask may have
-UNKNOWN, IGNORED = -2, -1  # in a table of classes by value
+VALUES = 2**16  # number of possible values of a mask
+UNKNOWN, IGNORED = -2, -1  # entries of a table of classes by value
 ORIENTATION = 274  # the EXIF tag
 THREADS = 16
 
@@ -53,7 +53,7 @@ class Classes(NamedTuple):
     names: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
     values: tuple[int, ...]
-    ignored: tuple[int, ...] = ()  # values of pixels that do not count
+    ignored: tuple[int, ...] = ()  # values of ignored pixels
 
     @property
     def dtype(self) -> np.dtype:
@@ -62,7 +62,7 @@ class Classes(NamedTuple):
 
     @property
     def ignore_label(self) -> int:
-        """The label of pixels that do not count."""
+        """The label of ignored pixels."""
         return int(np.iinfo(self.dtype).max)
 
     @property
@@ -84,7 +84,7 @@ class Classes(NamedTuple):
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:
     """Returns the colors of PASCAL VOC without black, which is for ignored pixels.
 
-    Of color i the bits of i + 1, three at a time, are the highest bits of red, green and blue.
+    The bits of i + 1, three at a time, are the highest bits of red, green and blue of color i.
     """
     colors = []
     for index in range(1, count + 1):
@@ -99,7 +99,7 @@ def palette(count: int) -> tuple[tuple[int, int, int], ...]:
 class Tree:
     """The files of a folder or of a zip file, by name: paths with slashes from the root.
 
-    A folder that holds all files, as of most zip files, is left out of the names.
+    A common top folder, as in most zip files, is not part of the names.
     """
 
     def __init__(self, root: str):
@@ -192,7 +192,7 @@ def open_masked(name: str, splits: Sequence[str], classes: str = "") -> list[Sou
     classes: the CSV file of the classes; "" is `classes.csv` in the folder, or ADE20K's own list.
 
     Raises UserError, with the name of the file, for an image without a mask or a mask without an
-    image, different sizes, a colored mask, a value that is no class, or a file that is no image.
+    image, different sizes, a colored mask, a value without a class, or a file that is not an image.
     """
     if name == "emoji":
         return [of_emoji(source) for source in open_sources(name, splits)]
@@ -290,7 +290,7 @@ def pair_by_stem(tree: Tree, names: Sequence[str]) -> Pair:
 
 
 def problem_of_mask(tree: Tree, name: str) -> str:
-    """Returns why a file cannot be a mask, "" if it can."""
+    """Returns the reason why a file cannot be a mask, "" if it can."""
     try:
         read_values(tree.read(name))
     except BadImageError as error:
@@ -357,7 +357,7 @@ def parse_classes(text: str, source: str) -> Classes:
         try:
             classes[int(value)] = name, ImageColor.getrgb(color)[:3] if color else None
         except ValueError:
-            raise UserError(f"{where}: {color!r} is not a color, as #RRGGBB.") from None
+            raise UserError(f"{where}: {color!r} is not a color of the form #RRGGBB.") from None
     if len(classes) < 2:
         raise UserError(f"{source} must name at least 2 classes.")
     names, colors = zip(*classes.values(), strict=True)
@@ -374,7 +374,7 @@ def parse_ade20k(text: str) -> Classes:
 
 
 def read_values(encoded: bytes) -> np.ndarray:
-    """Returns the values of a mask (H, W) in uint16. Raises BadImageError if it is none."""
+    """Returns the values of a mask (H, W) in uint16. Raises BadImageError if it is not a mask."""
     try:
         image = Image.open(io.BytesIO(encoded), formats=["PNG"])
         bits, mode = encoded[24], image.mode  # byte 24 of a PNG is its bit depth
@@ -425,7 +425,7 @@ def in_threads(function: Callable, items: Sequence) -> Iterator:
 def orientation(file: BinaryIO) -> int:
     """Returns the EXIF orientation of an image, 1 if it has none.
 
-    Raises BadImageError for a file that breaks off before.
+    Raises BadImageError for a file that is truncated before it.
     """
     try:
         return Image.open(file).getexif().get(ORIENTATION, 1)
@@ -436,7 +436,7 @@ def orientation(file: BinaryIO) -> int:
 
 
 def check_pair(tree: Tree, pair: Pair, classes: Classes) -> tuple[int, int] | str:
-    """Returns height and width of an image and its mask, or what is wrong with them."""
+    """Returns height and width of an image and its mask, or the problem with them."""
     try:
         name = pair.image
         with tree.open(name) as file:
@@ -508,7 +508,7 @@ class EmojiMasks:
         ends = np.array([20, 50, 130, 215])  # of red, yellow, green and blue, of 256
         values = 2 + np.searchsorted(ends, hue, side="right") % 4
         values[saturation < 50] = 1
-        values[(saturation < 12) & (value > 230)] = 255  # between white and all else
+        values[(saturation < 12) & (value > 230)] = 255  # between white and the other colors
         values[(saturation == 0) & (value == 255)] = 0
         mask = io.BytesIO()
         Image.fromarray(values.astype(np.uint8)).save(mask, "PNG")

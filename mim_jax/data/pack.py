@@ -36,7 +36,7 @@ def pack(
     in_parallel: in_parallel(write, shards, at_once=1) returns an iterator over write(shard), in any
         order.
 
-    Raises UserError if `to` is remote or holds anything but shards of the same images.
+    Raises UserError if `to` is remote or contains anything other than shards of the same images.
     """
     if "://" in str(to):
         raise UserError(
@@ -80,7 +80,7 @@ def pack(
 
 
 def report(to: Path, folder: Folder, counts: Mapping[str, int]) -> None:
-    """Prints how many examples there are in each split, and how many files are not used."""
+    """Prints the number of examples in each split, and of files that are not used."""
     if folder.unread:
         name, reason = folder.unread[0]
         print(f"{len(folder.unread):,} files are not used; the first: {printable(name)}: {reason}")
@@ -89,7 +89,7 @@ def report(to: Path, folder: Folder, counts: Mapping[str, int]) -> None:
 
 
 def set_name(to: Path) -> str:
-    """Returns the name of a folder as TFDS allows it for a data set."""
+    """Turns the name of a folder into a valid TFDS name of a data set."""
     name = re.sub(r"[^a-z0-9]+", "_", to.name.lower()).strip("_")
     return name if name[:1].isalpha() else f"images_{name}"
 

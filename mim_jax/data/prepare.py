@@ -1,4 +1,4 @@
-"""Prepares a data set: converts a folder, or a set that TFDS knows, to files with random access.
+"""Prepares a data set: converts a folder, or a TFDS data set, to files with random access.
 
     mim-jax prepare folder:/photos --to=/data/photos
     mim-jax prepare imagenet2012 --manual_dir=/tars --data_dir=/data/tfds

@@ -32,7 +32,7 @@ def point(change):
 
 
 def posterize(x, m):
-    """Keeps the 4 to 0 highest bits of a value. PIL's own version refuses 0 bits (black)."""
+    """Keeps the 4 to 0 highest bits of a value. PIL's posterize does not support 0 bits (black)."""
     step = 2 ** (4 + int(m * 4))
     return x // step * step
 

@@ -15,7 +15,7 @@ TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 class SortedWriter(ExampleWriter):
     """An ExampleWriter that serializes features in sorted order.
 
-    Protobuf orders them differently in every process, and equal inputs should give equal files.
+    Protobuf's order differs between processes, but equal inputs should give equal files.
     """
 
     def write(self, path, examples):

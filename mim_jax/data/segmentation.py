@@ -1,8 +1,8 @@
 """Transforms of an image together with its mask, as mmsegmentation trains and evaluates.
 
 An image is an array (H, W, c), labels are an array (H, W). Sizes are (height, width). Masks are
-resized by nearest neighbor alone; images as Pillow does, with antialiasing, where mmsegmentation
-has OpenCV without.
+resized by nearest neighbor, images by Pillow with antialiasing, whereas mmsegmentation uses OpenCV
+without antialiasing.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from mim_jax.data.masks import Classes, read_values
 from mim_jax.data.transforms import View, resize
 from mim_jax.keys import NOT_NEGATIVE, SHARE, Range, Smoke
 
-TRIES = 10  # crops, of which the last is taken if none suits
+TRIES = 10  # crops to draw; the last one is used if none is suitable
 
 
 def fitted(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
@@ -103,7 +103,7 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def pad(array: np.ndarray, size: tuple[int, int], fill: int | np.ndarray) -> np.ndarray:
-    """Extends an array below and to the right to a size, and cuts what is beyond it."""
+    """Pads or crops an array below and to the right to a size."""
     array = array[: size[0], : size[1]]
     padded = np.empty((*size, *array.shape[2:]), array.dtype)
     padded[...] = fill
@@ -113,7 +113,7 @@ def pad(array: np.ndarray, size: tuple[int, int], fill: int | np.ndarray) -> np.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentationView(View):
-    """What views of an image and its mask share. The fields are `image` and `segmentation`."""
+    """The base of views of an image and its mask, with fields `image` and `segmentation`."""
 
     classes: Classes
     short_side: Annotated[
@@ -136,7 +136,7 @@ class SegmentationView(View):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of training crops, and the least of evaluation images."""
+        """Height and width of training crops, and the smallest size of evaluation images."""
         return self.fields[0].size
 
     @property
@@ -178,7 +178,8 @@ class SegmentationTrainingView(SegmentationView):
         low, high = self.scale_range if len(self.scale_range) == 2 else (0, 0)
         if not 0 < low <= high:
             raise UserError(
-                f"data.scale_range = {self.scale_range} must be two factors, as (0.5, 2.0)."
+                f"data.scale_range = {self.scale_range} must be two factors, for example "
+                "(0.5, 2.0)."
             )
         if self.distortion and (self.channels != 3 or self.fields[0].dtype != "uint8"):
             raise UserError("data.distortion needs 8-bit images of 3 channels: set it to False.")
@@ -203,8 +204,8 @@ class SegmentationTrainingView(SegmentationView):
 class SegmentationEvaluationView(SegmentationView):
     """A whole image, resized, and its labels in their own size, both padded.
 
-    Examples of one batch share a shape: `groups` collects those that can. The fields `image_size`
-    and `segmentation_size` say how much of an image and of its labels is not padding.
+    Examples of one batch share a shape: `groups` collects examples of one shape. The fields
+    `image_size` and `segmentation_size` are the sizes of an image and its labels without padding.
     """
 
     shapes: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))  # of images and of labels

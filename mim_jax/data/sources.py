@@ -1,4 +1,4 @@
-"""What images there are. A source gives random access to encoded images and their labels."""
+"""Sources of images: random access to the encoded images of a data set and their labels."""
 
 import contextlib
 import os
@@ -26,24 +26,24 @@ class Source(NamedTuple):
 
     examples: Any
     num_labels: int
-    fingerprint: dict  # equal where the examples are: name, version, split, how many
-    mode: str  # of most images, as decode.header says it
-    name_of: Callable[[int], str]  # where example i comes from, for people
+    fingerprint: dict  # name, version, split and number of examples; equal for equal examples
+    mode: str  # mode of most images, as in decode.Header
+    name_of: Callable[[int], str]  # origin of example i, for messages
     unread: Sequence[tuple[str, str]] = ()  # names and reasons of files that are not used
-    class_names: Sequence[str] = ()  # of the labels, in order
-    classes: Any = None  # of the pixels, masks.Classes, where there are masks
-    sizes: np.ndarray | None = None  # height and width of each image (n, 2), where they are known
+    class_names: Sequence[str] = ()  # in the order of the labels
+    classes: Any = None  # masks.Classes, the classes of pixels, if there are masks
+    sizes: np.ndarray | None = None  # height and width of each image (n, 2), if known
 
 
 def open_sources(
     name: str, splits: Sequence[str], data_dir: str = "", labels: str = ""
 ) -> list[Source]:
-    """The images of each split. Nothing is decoded, and TensorFlow is not imported.
+    """Opens the splits of a data set. Nothing is decoded, and TensorFlow is not imported.
 
     name: `emoji` is built in; `folder:PATH` is any tree of images, or a tar file (see folder.py);
         `tfds:PATH` a folder that TFDS or `mim_jax.data.prepare` wrote; any other name a data set
         that TFDS prepared in array_record files in `data_dir`, which may be local or gs://.
-    splits: "validation" is "test" where there is no other, as in CIFAR's sets.
+    splits: "validation" is replaced by "test" if there is none, as in CIFAR's data sets.
     labels: of a folder: "folder", or the path of a CSV file, or "" for none.
     """
     if name in ("", "folder:", "tfds:", "hf:"):
@@ -66,7 +66,7 @@ def open_sources(
 
 
 def of_folder(folder: Folder, split: str) -> Source:
-    """A split of a folder."""
+    """Returns a split of a folder."""
     examples = folder.examples(split)
     return Source(
         examples,
@@ -95,7 +95,7 @@ def of_table(table: Table, split: str) -> Source:
 
 
 class Records:
-    """Of the examples that TFDS prepared, image and label."""
+    """Image and label of the examples that TFDS prepared."""
 
     def __init__(self, records: Sequence[dict], labeled: bool):
         self.records, self.labeled = records, labeled
@@ -118,7 +118,7 @@ class Records:
 
 
 def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
-    """A split of a prepared data set."""
+    """Returns a split of a prepared data set."""
     features, splits = builder.info.features, builder.info.splits
     if split == "validation" and "validation" not in splits and "test" in splits:
         split = "test"
@@ -142,7 +142,7 @@ def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
         return f"{split}, example {i}"
 
     name, version, note = builder.name, str(builder.version), builder.info.metadata or {}
-    if "digests" in note:  # prepared from a folder, whose examples these are, in the same order
+    if "digests" in note:  # prepared from a folder, with its examples in the same order
         name, version = "folder", note["digests"].get(split, "+".join(note["digests"].values()))
     label = features["label"] if labeled else None
     return Source(
@@ -188,7 +188,7 @@ def only_features_of_tfds() -> Iterator[None]:
 
 
 def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The TFDS builder of a prepared data set."""
+    """Returns the TFDS builder of a prepared data set."""
     path = BUILTIN.get(name) or (name.startswith("tfds:") and name.removeprefix("tfds:"))
     if path:
         try:
@@ -196,8 +196,8 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
                 return tfds.builder_from_directory(os.path.expanduser(path))  # or gs://
         except (tfds.core.dataset_info.DatasetInfoFileError, FileNotFoundError) as error:
             raise UserError(
-                f"{path} is no folder that TFDS or mim_jax.data.prepare finished: set one with a "
-                "dataset_info.json, as tfds:/data/my_images."
+                f"{path} is not a data set of TFDS or `mim-jax prepare`: set data.name=tfds:PATH to "
+                "a folder with a dataset_info.json."
             ) from error
         except UserError:
             raise
@@ -208,7 +208,7 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     there = f"{', '.join(BUILTIN)}, folder:PATH, tfds:PATH, or a data set of TFDS"
     if Path(name).expanduser().exists():
         there = f"folder:{name}, if this path is meant, {there}"
-    if ":" in name:  # for TFDS a namespace, whose code it would download
+    if ":" in name:  # a TFDS namespace, whose code would be downloaded
         raise UserError(f"data.name = {name!r} names no data set: set {there}.")
     try:
         with only_features_of_tfds():

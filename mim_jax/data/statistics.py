@@ -1,4 +1,4 @@
-"""Computes mean and standard deviation of each channel of a data set, in the form configs take.
+"""Computes the mean and standard deviation of each channel of a data set, for a config.
 
     mim-jax statistics folder:/scenes --channels=13
 
@@ -19,8 +19,8 @@ from mim_jax.data.decode import BadImageError, decode, type_of
 from mim_jax.data.manifest import in_threads
 from mim_jax.data.sources import Source, open_sources
 
-FACTOR = 10  # between normalized values and unit variance, at most
-PIXELS = 2**18  # used of an image; of a larger one, every second, third, ... pixel is used
+FACTOR = 10  # largest deviation of normalized values from unit variance
+PIXELS = 2**18  # most pixels used of an image; larger ones are subsampled
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Values(NamedTuple):
-    """What the pixels of some images are, per channel (c,), in the unit of objective.mean."""
+    """Statistics of pixels per channel (c,), in the unit of objective.mean."""
 
     dtype: str  # as stored
     images: int
@@ -115,17 +115,17 @@ def observe(source: Source, channels: int, limit: int = 0) -> Values:
 
 
 def range_problem(values: Values, mean: Sequence[float], std: Sequence[float]) -> str:
-    """Returns why images normalized by mean and std are out of proportion; "" if they are not.
+    """Returns an error message if mean and std do not fit the values of images, otherwise "".
 
-    Training expects normalized values of about zero mean and unit variance. Refused are images that
-    are more than FACTOR times wider or farther from 0 than that in some channel, as floats in 0 to
-    255 are, and images that are FACTOR times narrower in all, as 12 bits stored in 16 are.
+    Normalized values should have about zero mean and unit variance. It is an error if the deviation
+    or the mean of any channel exceeds FACTOR in size, as for floats in 0 to 255, or if the deviation
+    of all channels is less than 1 / FACTOR, as for 12 bits stored in 16.
 
     mean, std: objective.mean and objective.std, one value per channel or one for all.
     """
     mean_, std_ = (np.asarray(x, np.float64) for x in (mean, std))
     width, offset = values.std / std_, np.abs(values.mean - mean_) / std_
-    # Images that are not normalized, std = 1, are narrower than that anyway: 0.5 is enough.
+    # With std = 1 images are not normalized; the deviation of values in [0, 1] is at most 0.5.
     least = values.std / (std_ if values.dtype == "float32" else np.minimum(std_, 0.5))
     narrow = 0 < least.max() < 1 / FACTOR  # constant images have no range to judge
     if width.max() <= FACTOR and offset.max() <= FACTOR and not narrow:

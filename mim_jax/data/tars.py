@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 from mim_jax.data.layout import split_of
 
-JUNK = {  # folders and files that operating systems and tools leave behind, in lower case
+JUNK = {  # folders and files that operating systems and tools create, in lower case
     *("__macosx", "@eadir", "#recycle", "#snapshot", "lost+found", "$recycle.bin", "__pycache__"),
     *("system volume information", "thumbs.db", "desktop.ini"),
 }
-REST = 2**16  # bytes that are read at once behind the end of an archive
+REST = 2**16  # bytes that are read at a time after the end of an archive
 
 
 class Members(NamedTuple):
-    """What a tar holds; paths are those in the tar."""
+    """The members of a tar; paths are those in the tar."""
 
-    files: dict[str, tuple[int, int]]  # name: size and offset; of several with one name the last
+    files: dict[str, tuple[int, int]]  # name: size and offset; the last file of a name counts
     links: dict[str, str]  # name: name of the file it points to
     unread: list[tuple[str, str]]  # name and reason
 
@@ -27,7 +27,7 @@ def is_tar(path: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Returns whether a file or folder is hidden, or left behind by an operating system."""
+    """Returns whether a file or folder is hidden, or created by an operating system."""
     return name.startswith(".") or name.lower() in JUNK
 
 
@@ -36,8 +36,8 @@ def list_tar(root: str, tar: str) -> tuple[list[tuple[str, int, int]], list[tupl
 
     root, tar: the path of the tar is root/tar; `tar` is "" if the root is a tar.
 
-    Returns name, size and offset of each file, and name and reason of what cannot be read. Names
-    are paths from the root, as if the tar were unpacked where it lies.
+    Returns name, size and offset of each file, and name and reason of unreadable ones. Names are
+    paths from the root, as if the tar were unpacked in place.
     """
     path = os.path.join(root, tar).removesuffix("/")
     members, stem = Members({}, {}, []), tar.removesuffix(".tar")
@@ -61,7 +61,7 @@ def add_members(
     size: of the tar in bytes.
     prefix, start: path and offset in the outer tar.
 
-    Raises tarfile.TarError if it is cut off or damaged; what lies before that is added.
+    Raises tarfile.TarError if it is truncated or damaged; members before that point are added.
     """
     for member in file:
         name = os.path.normpath(member.name.lstrip("/"))
@@ -102,7 +102,7 @@ def add_inner(
 
 
 def has_data(file: tarfile.TarFile, size: int) -> bool:
-    """Returns whether anything but zeros follows the end of an archive, as in joined ones."""
+    """Returns whether nonzero bytes follow the end of an archive, as in concatenated ones."""
     file.fileobj.seek(file.offset)
     return any(file.fileobj.read(REST).strip(b"\0") for _ in range(file.offset, size, REST))
 
@@ -119,8 +119,8 @@ def follow_links(members: Members) -> None:
 def unpacked(tar: str, name: str) -> str:
     """Returns the path of a member when its tar, whose path without `.tar` is given, is unpacked.
 
-    Members that lie in folders are unpacked beside the tar, others into a folder of its name. If
-    the tar is named as a split and the members' folders are not, that folder is used for all.
+    Members in folders are unpacked next to the tar, others into a folder of its name. If the tar is
+    named as a split and the members' folders are not, that folder is used for all members.
     """
     place, _, stem = tar.rpartition("/")
     first, slash, _ = name.partition("/")

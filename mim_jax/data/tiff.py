@@ -4,10 +4,10 @@ Axes: h height, w width, c channels.
 
 Pillow reads 8-bit files whose tags it interprets fully: gray, palette, RGB, CMYK, JPEG-compressed
 YCbCr, and alpha that is declared as such. tifffile reads all others (more bits, other numbers of
-channels, several gray pages). Whatever neither reads with a defined meaning is refused.
+channels, several gray pages). Files that neither library interprets fully are refused.
 
 The image is the first page that is not marked as a reduced version or a mask. Further gray pages of
-the same kind are channels; of pages in color only the first counts. A sample beyond gray or RGB is
+the same kind are channels; further color pages are ignored. A sample beyond gray or RGB is
 alpha only if the ExtraSamples tag says so, otherwise it is a channel.
 """
 
@@ -22,7 +22,7 @@ from PIL import Image
 from mim_jax.data.arrays import LARGE, BadImageError, Pixels, require_size
 
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-PAGES = 1024  # of a file with more, nothing is read
+PAGES = 1024  # files with more pages are refused
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR = 0, 1, 2, 3, 5, 6  # photometrics
 JPEGS = (6, 7)  # compressions
@@ -43,7 +43,7 @@ ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 def open_tiff(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
     """Opens the image of a TIFF without reading its pixels. Raises BadImageError.
 
-    large: allow images that are too large to be read whole, of the kinds that `has_rows`.
+    large: allow images that are too large to be read whole, if `has_rows` is true.
     """
     file.seek(0)
     start = file.read(10)
@@ -79,7 +79,7 @@ def open_tiff(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
 
 
 def pillow_image(file: BinaryIO, page: tifffile.TiffPage) -> Image.Image | None:
-    """Opens a page with Pillow, which does not know some byte orders; None then."""
+    """Opens a page with Pillow; None if Pillow does not support its byte order."""
     file.seek(0)
     try:
         image = Image.open(file, formats=["TIFF"])
@@ -115,7 +115,7 @@ def page_reader(file: BinaryIO, page: tifffile.TiffPage) -> Callable[[], np.ndar
 
 
 def has_rows(page: tifffile.TiffPage) -> bool:
-    """Returns whether rows of a page can be read alone, as tifffile and `interpret` read them."""
+    """Returns whether a page can be read by rows, with the same pixels as if read whole."""
     kind, samples = page.photometric, page.samplesperpixel
     known = kind in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
     known |= kind == YCBCR and samples == 3 and page.compression in JPEGS
@@ -125,7 +125,7 @@ def has_rows(page: tifffile.TiffPage) -> bool:
 
 
 def full_pages(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
-    """Returns the pages of a TIFF that are no thumbnails, overviews or masks.
+    """Returns the pages of a TIFF that are not thumbnails, overviews or masks.
 
     Raises BadImageError if there are none, or more than PAGES pages.
     """
@@ -147,7 +147,7 @@ def stacked(
 ) -> tuple[tuple[int, ...], str, Callable[[], np.ndarray]] | None:
     """Returns shape, axes and reader of several gray images like the first page; None if it is one.
 
-    They are pages, or lie in one page as ImageJ and tifffile write them.
+    They are separate pages, or are stored in one page as by ImageJ and tifffile.
     """
     first = pages[0]
     if tiff.is_ome or tiff.is_imagej or tiff.is_shaped:  # their metadata name the axes
@@ -169,7 +169,7 @@ def stacked(
 def squeezed(shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], str]:
     """Returns shape and axes ("YX", "YXC", "CYX", or "" for unknown) without axes of length 1.
 
-    axes: tifffile's, where Q is an axis that nothing is known of.
+    axes: tifffile's, where Q is an unknown axis.
     """
     kept = [(n, axis) for n, axis in zip(shape, axes, strict=True) if n > 1 or axis in "YX"]
     shape, names = tuple(n for n, _ in kept), "".join(axis for _, axis in kept)
@@ -206,7 +206,7 @@ def alpha_of(page: tifffile.TiffPage) -> int:
 
 
 def interpret(page: tifffile.TiffPage, array: np.ndarray) -> np.ndarray:
-    """Applies the tags of a page that tifffile leaves to the caller to its pixels (h, w, c).
+    """Applies the tags of a page that tifffile does not apply to its pixels (h, w, c).
 
     These are bits per sample, white as zero, premultiplied alpha and orientation.
     """

@@ -2,9 +2,9 @@
 
 Axes: h height, w width, c channels.
 
-Of a TIFF, only the rows of one line of tiles are in memory at a time; other formats are read whole.
-All tiles have the same size: the last ones of a line or column overlap their neighbors. An image
-that is smaller than a tile is kept as it is.
+TIFFs are read by rows, so that only one line of tiles is in memory at a time; other formats are
+read whole. All tiles have the same size: the last ones of a line or column overlap their neighbors.
+An image that is smaller than a tile is kept unchanged.
 """
 
 import functools
@@ -64,8 +64,8 @@ def pack_tiles(
     Tiles of an image are in the split of the image and have its label. Images that cannot be read
     are reported and left out.
 
-    side: of a tile, in pixels.
-    channels: of the tiles; 0: those of most images, without alpha.
+    side: side of a tile in pixels.
+    channels: number of channels of the tiles; 0: that of most images, without alpha.
 
     Other arguments are those of `pack`. Raises UserError if `to` is remote or holds other images,
     or if no image of a shard can be read.
@@ -154,7 +154,7 @@ def as_records(examples: Iterator[dict], is_image: bool) -> Iterator[dict]:
 
 
 def starts(length: int, side: int) -> list[int]:
-    """Returns where tiles begin along an axis: every `side` pixels, the last one at the end."""
+    """Returns the starts of tiles along an axis: every `side` pixels, the last one at the end."""
     return [*range(0, length - side, side), max(0, length - side)]
 
 
@@ -201,7 +201,7 @@ def large_page(file: BinaryIO) -> tifffile.TiffPage | None:
 
 
 def read_rows(file: BinaryIO, page: tifffile.TiffPage, top: int, bottom: int) -> np.ndarray:
-    """Returns the rows top to bottom - 1 of a page (h, w, c); reads the parts that hold them."""
+    """Reads the rows top to bottom - 1 of a page (h, w, c), and only parts that contain them."""
     width, samples = page.imagewidth, page.samplesperpixel
     if page.is_tiled:
         length, across = page.tilelength, -(-width // page.tilewidth)

@@ -1,4 +1,4 @@
-"""Transforms of images to arrays of one size, pixel for pixel as PIL and torchvision do it.
+"""Transforms of images to arrays of one size, with the same pixels as PIL and torchvision.
 
 Sizes are (height, width), boxes (left, top, right, bottom).
 """
@@ -18,7 +18,7 @@ from mim_jax.data.fields import INTERPOLATIONS, Field
 from mim_jax.data.randaugment import rand_augment
 from mim_jax.keys import FREE, NOT_NEGATIVE, SHARE, Range
 
-LONGEST = 16  # times a field's aspect: of a longer image, evaluation uses the middle
+LONGEST = 16  # times the aspect of a field: evaluation uses the middle of longer images
 
 
 def width_and_height(image: Image.Image | np.ndarray) -> tuple[int, int]:
@@ -62,8 +62,8 @@ def resize(
 def random_crop_box(size, rng: np.random.Generator, scale, clip=False, ratio=(3 / 4, 4 / 3)):
     """Draws a box with a random share `scale` of the area and a random aspect `ratio`.
 
-    As torchvision's RandomResizedCrop: ten tries, then the largest central box of an allowed
-    aspect. With `clip` the first box is used, cut to the image (MAE's linear probe).
+    Like torchvision's RandomResizedCrop: ten tries, then the largest central box of an allowed
+    aspect. With `clip` the first box is used, clipped to the image (MAE's linear probe).
     """
     width, height = size
     for _ in range(10):
@@ -82,14 +82,14 @@ def random_crop_box(size, rng: np.random.Generator, scale, clip=False, ratio=(3 
 
 
 def resize_simd(image: Image.Image, size, interpolation: str) -> Image.Image:
-    """Resizes as Pillow does in a third of the time; about one pixel in a hundred differs by one.
+    """Resizes like Pillow in a third of the time; about one pixel in a hundred differs by one.
 
     The width is resized first, unless the height shrinks by more than twice as much, as in
     Pillow 13 (older versions always resized the width first).
     """
     import cykooz_resizer as simd
 
-    filters = {"bicubic": "catmull_rom", "lanczos": "lanczos3"}  # otherwise called
+    filters = {"bicubic": "catmull_rom", "lanczos": "lanczos3"}  # names in cykooz-resizer
     kind = simd.FilterType[filters.get(interpolation, interpolation)]
     options = simd.ResizeOptions(resize_alg=simd.ResizeAlg.convolution(kind))
     resizer = simd.Resizer()
@@ -105,7 +105,7 @@ def resize_simd(image: Image.Image, size, interpolation: str) -> Image.Image:
 def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     """Scales brightness, contrast and saturation, in random order, by 1 - strength to 1 + strength.
 
-    As torchvision's ColorJitter(strength, strength, strength) of a PIL image (BEiT, appendix).
+    Equals torchvision's ColorJitter(strength, strength, strength) of a PIL image (BEiT, appendix).
     """
     if not isinstance(image, Image.Image):
         raise UserError("data.color_jitter needs 8-bit images of 1, 3 or 4 channels: set it to 0.")
@@ -134,7 +134,7 @@ class View:
 
     @classmethod
     def configured(cls, fields: tuple[Field, ...], settings: Mapping[str, Any]) -> Self:
-        """Returns the view of the image fields, with those of the settings that it has."""
+        """Returns a view of the image fields; settings that it does not have are ignored."""
         images = tuple(field for field in fields if field.interpolation)
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(fields=images, **{k: x for k, x in settings.items() if k in names})
@@ -171,14 +171,15 @@ class TrainingView(View):
         low, high = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
         if not 0 < low <= high <= 1:
             raise UserError(
-                f"data.crop_scale = {self.crop_scale} must be two shares of the area, as (0.2, 1)."
+                f"data.crop_scale = {self.crop_scale} must be two shares of the area, for example "
+                "(0.2, 1)."
             )
         if not self.randaugment:
             return
         if len(self.randaugment) != 2 or not 0 <= self.randaugment[0] <= 10:
             raise UserError(
                 f"data.randaugment = {self.randaugment} must be a magnitude from 0 to 10 and its "
-                "deviation, as (9, 0.5), or () for none."
+                "deviation, for example (9, 0.5), or () for none."
             )
         if self.channels not in (1, 3) or len(self.fill) != self.channels:
             raise UserError(
@@ -242,7 +243,7 @@ class EvaluationView(View):
         h, w = (int(side / self.crop_fraction) for side in field.size)
         across, down = width_and_height(image)
         longest = LONGEST * max(field.size) // min(field.size) * min(across, down)
-        if max(across, down) > longest:  # a line of pixels, say: resizing all of it takes memory
+        if max(across, down) > longest:  # resizing all of a very long image takes too much memory
             left, top = max(0, across - longest) // 2, max(0, down - longest) // 2
             image = crop(image, (left, top, across - left, down - top))
             across, down = width_and_height(image)
