@@ -196,7 +196,7 @@ def test_user_errors(tmp_path, files, settings, sentence):
 
 
 def test_sources_that_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no folder that TFDS or mim_jax.data.prepare finished"):
+    with pytest.raises(UserError, match="is not a data set of TFDS or `mim-jax prepare`"):
         data.make(name=f"tfds:{tmp_path}", size=16)
     with pytest.raises(UserError, match=r"is for data.name=folder:PATH"):
         data.make(name="emoji", size=16, labels="folder")

@@ -196,8 +196,8 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
                 return tfds.builder_from_directory(os.path.expanduser(path))  # or gs://
         except (tfds.core.dataset_info.DatasetInfoFileError, FileNotFoundError) as error:
             raise UserError(
-                f"{path} is not a data set of TFDS or `mim-jax prepare`: set data.name=tfds:PATH to "
-                "a folder with a dataset_info.json."
+                f"{path} is not a data set of TFDS or `mim-jax prepare`: set data.name=tfds:PATH "
+                "to a folder with a dataset_info.json."
             ) from error
         except UserError:
             raise

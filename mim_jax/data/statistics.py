@@ -118,8 +118,8 @@ def range_problem(values: Values, mean: Sequence[float], std: Sequence[float]) -
     """Returns an error message if mean and std do not fit the values of images, otherwise "".
 
     Normalized values should have about zero mean and unit variance. It is an error if the deviation
-    or the mean of any channel exceeds FACTOR in size, as for floats in 0 to 255, or if the deviation
-    of all channels is less than 1 / FACTOR, as for 12 bits stored in 16.
+    or the mean of any channel exceeds FACTOR in size, as for floats in 0 to 255, or if the
+    deviation of all channels is less than 1 / FACTOR, as for 12 bits stored in 16.
 
     mean, std: objective.mean and objective.std, one value per channel or one for all.
     """
