@@ -16,6 +16,16 @@ def product(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
+def product_over_rows(x: jax.Array, y: jax.Array, **options) -> jax.Array:
+    """Returns x (..., d) transposed times y (..., e), summed over all rows (d, e).
+
+    As a product of two matrices it takes a sixth off a training step.
+    """
+    rows = (((0,), (0,)), ((), ()))
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    return jax.lax.dot_general(x, y, rows, **options)
+
+
 @jax.custom_jvp
 def softmax(x: jax.Array) -> jax.Array:
     """As jax.nn.softmax, with one division per row instead of one per element."""

@@ -38,6 +38,21 @@ def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
 
 
+def product_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns x (..., d) transposed times y (..., e), summed over all rows in float32 or better.
+
+    On a TPU, leading axes stay as they are: to merge them would be a copy.
+    """
+    rows, dtype = tuple(range(x.ndim - 1)), at_least_float32(x.dtype)
+    plain = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=((rows, rows), ((), ())),
+        preferred_element_type=dtype,
+    )
+    on_cpu = functools.partial(cpu.product_over_rows, preferred_element_type=dtype)
+    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=plain)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """Returns x (..., d) times kernel (d, e), plus bias (e,), in `dtype`."""
@@ -51,11 +66,9 @@ def affine_forward(x, kernel, bias, dtype):
 
 def affine_backward(dtype, saved, gradient):
     x, kernel, bias = saved
-    narrow, rows = gradient.astype(x.dtype), tuple(range(x.ndim - 1))
+    narrow = gradient.astype(x.dtype)
     for_x = product(narrow, kernel.astype(x.dtype).T, x.dtype)
-    for_kernel = jax.lax.dot_general(
-        x, narrow, ((rows, rows), ((), ())), preferred_element_type=at_least_float32(x.dtype)
-    )
+    for_kernel = product_over_rows(x, narrow)
     for_bias = None if bias is None else sum_rows(gradient, bias.dtype)
     return for_x, for_kernel.astype(kernel.dtype), for_bias
 
