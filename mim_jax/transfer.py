@@ -159,7 +159,7 @@ def compare(ours: Encoder, theirs: Encoder, source: str, bands_fitted: bool = Fa
         raise UserError(
             f"the encoder of {source} has fixed positions for {theirs.grid[0]} x "
             f"{theirs.grid[1]} patches, but this run has {ours.grid[0]} x {ours.grid[1]}: set "
-            "--config.model.positions=learned, which start as the fixed ones, interpolated."
+            "--config.model.positions=learned, which start with the fixed ones, interpolated."
         )
     if not bands_fitted:
         require_bands(ours, theirs, source)

@@ -492,8 +492,8 @@ def test_errors_are_one_sentence(tmp_path, capsys):
     torch.save({"conv1.weight": torch.zeros(8, 3, 7, 7)}, tmp_path / "resnet.pth")
     (tmp_path / "empty").mkdir()
     for source, destination, to, sentence in (
-        ("evil.pth", "b.pth", "mae", "evil.pth is refused, and nothing in it was run"),
-        ("short.pth", "b.pth", "mae", "damaged or cut off"),
+        ("evil.pth", "b.pth", "mae", "evil.pth is refused, and no code in it was executed"),
+        ("short.pth", "b.pth", "mae", "damaged or truncated"),
         ("resnet.pth", "b.pth", "mae", "no supported layout has arrays of these names"),
         ("nothing.pth", "b.pth", "mae", "nothing.pth: No such file"),
         ("empty", "b.pth", "mae", "is neither a run with checkpoints"),

@@ -282,7 +282,7 @@ def test_a_tar_may_be_the_whole_set_and_may_be_cut_off(tmp_path):
     path.write_bytes(path.read_bytes()[:-30_000])
     cut = scan(path)
     assert 0 < len(cut.rows) < 10
-    assert cut.unread == [("", "not a complete tar file: it is cut off")]
+    assert cut.unread == [("", "not a complete tar file: it is truncated")]
 
 
 def test_what_follows_the_end_of_a_tar_is_not_dropped_silently(tmp_path):

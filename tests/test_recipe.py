@@ -158,7 +158,10 @@ def test_the_recipe_of_dalles_tokenizer():
         ),
         ("optimizer.min_lr=1", "optimizer.min_lr = 1 must not exceed the learning rate"),
         ("data.name=configs", "there is no data set 'configs': say folder:configs, if this path"),
-        ("data.name=./configs", "'./configs' names no data set: say folder:./configs, if this"),
+        (
+            "data.name=./configs",
+            "'./configs' is not a data set: set it to folder:./configs for this",
+        ),
         ("data.name=folder:", "data.name = 'folder:' has no path"),
         ("data.crop_fraction=0", "data.crop_fraction = 0.0"),
         ("data.randaugment=9,", "data.randaugment = (9,) must be a magnitude"),

@@ -389,7 +389,7 @@ def test_a_wrong_mask_is_named_before_training(tmp_path, monkeypatch, capsys):
     settings = [CONFIG, f"--config.data.name=folder:{tmp_path / 'set'}"]
     for command in (main.main, check.main):
         assert command([*settings, f"--workdir={tmp_path / 'run'}"]) == 2
-        assert "masks/train/a.png has values that are no class: 0" in capsys.readouterr().err
+        assert "masks/train/a.png has values without a class: 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -292,7 +292,7 @@ def test_a_damaged_shard_among_others(damage, tmp_path):
 
 @pytest.mark.parametrize("name", ["kaggle:set", "huggingface:mnist", "someone:set"])
 def test_names_with_a_namespace_are_refused(name):
-    with pytest.raises(UserError, match="names no data set: set emoji, folder:PATH"):
+    with pytest.raises(UserError, match="is not a data set: set it to emoji, folder:PATH"):
         data.make(name=name, size=16)
 
 

@@ -155,7 +155,7 @@ def find(name: str) -> Any:
         or INERT_TORCH.fullmatch(name)
     ):
         return Inert(name)
-    raise RefusedError(f"it asks for {name}")
+    raise RefusedError(f"it refers to {name}")
 
 
 def storage(reference: Any) -> Any:

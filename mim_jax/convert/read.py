@@ -117,14 +117,14 @@ def read_file(path: str | Path, entry: str = "", whole: bool = False) -> Content
         raise UserError(f"cannot read {name}: {error.strerror or error}.") from error
     except RefusedError as error:
         reason = printable(error)
-        raise UserError(f"{name} is refused, and nothing in it was run: {reason}.") from error
+        raise UserError(f"{name} is refused, and no code in it was executed: {reason}.") from error
     except UnsupportedError as error:
         raise UserError(f"{name} is {printable(error)}.") from error
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     except Exception as error:  # damaged bytes raise exceptions of many types
         reason = printable(error) or type(error).__name__
-        raise UserError(f"{name} is damaged or cut off: {reason}.") from error
+        raise UserError(f"{name} is damaged or truncated: {reason}.") from error
     if not arrays:
         raise UserError(f"{name} contains no weights.")
     return Contents(arrays, entries, entry, left_out)

@@ -112,8 +112,8 @@ class Folder:
         labels = self.labels[rows]
         if len(without := rows[labels < 0]):
             raise UserError(
-                f"data.labels = {self.how_labeled!r} gives {len(without):,} of {len(rows):,} "
-                f"images of split {split!r} no label that train has; the first is "
+                f"data.labels = {self.how_labeled!r}: {len(without):,} of {len(rows):,} images of "
+                f"split {split!r} have no label, or one that does not occur in train; the first is "
                 f"{self.names[without[0]]!r}."
             )
         return Examples(self.manifest, rows, labels)

@@ -47,8 +47,8 @@ def from_table(
     lines, hits = read_table(path, image_of)
     if not lines:
         raise UserError(
-            f"{where} names none of the images of {roots[0]}: write paths relative to that folder, "
-            f"for example {names[0]!r}."
+            f"{where} contains no path of an image in {roots[0]}: use paths relative to that "
+            f"folder, for example {names[0]!r}."
         )
     if hits.count(max(hits)) > 1:
         raise UserError(f"{where} has several columns that name images: keep one of them.")
@@ -177,16 +177,16 @@ def number_labels(where: str, texts: Iterable[str]) -> tuple[list[str], dict[str
     different = sorted(set(texts) - {""})
     if not all(WHOLE.fullmatch(text) for text in different):
         if all(is_number(text) for text in different):
-            raise UserError(f"{where}: the label {first_fraction(different)!r} is no whole number.")
+            raise UserError(f"{where}: the label {first_fraction(different)!r} is not an integer.")
         return different, {text: number for number, text in enumerate(different)}
     numbers = {text: int(text.split(".")[0]) for text in different}
     smallest, largest = min(numbers.values(), default=0), max(numbers.values(), default=-1)
     if smallest < 0:
-        raise UserError(f"{where}: the label {smallest} is negative: write 0, 1, 2, ... or names.")
+        raise UserError(f"{where}: the label {smallest} is negative: use 0, 1, 2, ... or names.")
     if largest > max(MANY_LABELS, 10 * len(numbers)):
         raise UserError(
-            f"{where}: numbers are labels as they stand, and the largest is {largest}, but there "
-            f"are {len(numbers)}: write 0, 1, 2, ... or names."
+            f"{where}: labels that are numbers are class indices; the largest is {largest}, but "
+            f"there are {len(numbers)}: use 0, 1, 2, ... or names."
         )
     return [str(number) for number in range(largest + 1)], numbers
 

@@ -77,7 +77,9 @@ class Classes(NamedTuple):
         """Maps values (H, W) to labels (H, W). Raises BadImageError for a value without a class."""
         labels = self.table[values]
         if (labels == UNKNOWN).any():
-            raise BadImageError(f"it has the value {values[labels == UNKNOWN][0]}, no class")
+            raise BadImageError(
+                f"it has the value {values[labels == UNKNOWN][0]}, which is not a class"
+            )
         return np.where(labels == IGNORED, self.ignore_label, labels).astype(self.dtype)
 
 
@@ -270,7 +272,7 @@ def pairs_in_folders(names: Sequence[str], folder: str) -> list[Pair]:
     for key in images.keys() - masks.keys():
         raise UserError(f"{images[key]} has no mask: {folder}/{key}.png is missing.")
     for key in masks.keys() - images.keys():
-        raise UserError(f"{masks[key]} is the mask of no image under images/{key}.")
+        raise UserError(f"{masks[key]} has no image: images/{key} is missing.")
     return [Pair(image, masks[key]) for key, image in sorted(images.items())]
 
 
@@ -282,8 +284,8 @@ def pair_by_stem(tree: Tree, names: Sequence[str]) -> Pair:
     if len(names) != 2 or len(masks) != 1:
         listed = ", ".join(names)
         raise UserError(
-            f"{listed}: an image and its mask, a PNG of one channel, must share a stem; here are "
-            f"{len(names)} files, of them {len(masks)} masks."
+            f"{listed}: an image and its mask, a PNG of one channel, must share a stem, but "
+            f"there are {len(names)} files, {len(masks)} of them masks."
         )
     (mask,) = masks
     return Pair(next(name for name in names if name != mask), mask)
@@ -460,7 +462,7 @@ def check_pair(tree: Tree, pair: Pair, classes: Classes) -> tuple[int, int] | st
     unknown = unknown[classes.table[unknown] == UNKNOWN]
     if len(unknown):
         listed = ", ".join(map(str, unknown[:5].tolist()))
-        return f"{pair.mask} has values that are no class: {listed}"
+        return f"{pair.mask} has values without a class: {listed}"
     return height, width
 
 

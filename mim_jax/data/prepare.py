@@ -118,7 +118,7 @@ def prepare(
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"TFDS has no data set {name!r}; a folder is named folder:PATH.") from error
+        raise UserError(f"TFDS has no data set {name!r}; for a folder use folder:PATH.") from error
     if builder.name == "imagenet2012" and not builder.is_prepared():
         check_imagenet(Path(manual_dir or "."))
     try:

@@ -207,17 +207,19 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     how = f"mim-jax prepare {name} --data_dir=FOLDER"
     there = f"{', '.join(BUILTIN)}, folder:PATH, tfds:PATH, or a data set of TFDS"
     if Path(name).expanduser().exists():
-        there = f"folder:{name}, if this path is meant, {there}"
+        there = f"folder:{name} for this path, {there}"
     if ":" in name:  # a TFDS namespace, whose code would be downloaded
-        raise UserError(f"data.name = {name!r} names no data set: set {there}.")
+        raise UserError(f"data.name = {name!r} is not a data set: set it to {there}.")
     try:
         with only_features_of_tfds():
             builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"there is no data set {name!r}: set {there}.") from error
+        raise UserError(f"there is no data set {name!r}: set data.name to {there}.") from error
     except ValueError as error:
         if "File format is already set" not in str(error):
-            raise UserError(f"data.name = {name!r} names no data set: set {there}.") from error
+            raise UserError(
+                f"data.name = {name!r} is not a data set: set it to {there}."
+            ) from error
         raise UserError(
             f"data set {name!r} is prepared in a file format without random access: prepare it "
             f"again in another folder, by {how}."

@@ -79,7 +79,7 @@ def add_members(
             members.files.pop(full, None)
             members.links[full] = unpacked(prefix, target)
         elif member.offset_data + member.size > size:
-            raise tarfile.ReadError("it is cut off")
+            raise tarfile.ReadError("it is truncated")
         elif name.endswith(".tar"):
             add_inner(file, member, members, full, start)
         else:

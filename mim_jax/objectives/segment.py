@@ -117,7 +117,10 @@ class Segmentation:
         "depth, and the last",
     ] = ()
     channels: Annotated[
-        int, NOT_NEGATIVE, Smoke(32), "of the decoder; 0: width of the encoder, of SETR 256"
+        int,
+        NOT_NEGATIVE,
+        Smoke(32),
+        "channels of the decoder; 0: the encoder's width, for SETR 256",
     ] = 0
     batch_norm: Annotated[
         int,
