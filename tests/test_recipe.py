@@ -157,7 +157,10 @@ def test_the_recipe_of_dalles_tokenizer():
             "model.dtype = 'bf16' is unknown; choose one of auto, bfloat16, float32",
         ),
         ("optimizer.min_lr=1", "optimizer.min_lr = 1 must not exceed the learning rate"),
-        ("data.name=configs", "there is no data set 'configs': say folder:configs, if this path"),
+        (
+            "data.name=configs",
+            "there is no data set 'configs': set data.name to folder:configs for this",
+        ),
         (
             "data.name=./configs",
             "'./configs' is not a data set: set it to folder:./configs for this",

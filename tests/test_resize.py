@@ -73,7 +73,7 @@ def test_an_unknown_grid_is_kept_or_refused():
     kept = np.ones((1, 7, 4))
     found = fit({"positions": kept}, {"positions": (1, 7, 4)}, before=None, after=(2, 3))
     assert (found["positions"] == kept).all()
-    with pytest.raises(UserError, match="positions cannot be resized: the images' size"):
+    with pytest.raises(UserError, match="positions cannot be resized: the original image size"):
         fit({"positions": kept}, {"positions": (1, 17, 4)}, before=None, after=(4, 4))
 
 
