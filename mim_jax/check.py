@@ -80,7 +80,9 @@ def check(config: ConfigDict, path: str, everything: bool = False) -> int:
 
 
 def say(title: str, *lines: str) -> None:
-    print(f"{title}:", *(f"  {line}" for text in lines for line in text.splitlines()), sep="\n")
+    """Prints a title and the lines below it."""
+    below = [f"  {line}" for text in lines for line in text.splitlines()]
+    print(f"{title}:" if below else title, *below, sep="\n")
 
 
 def few(lines: Iterable[str], most: int = 10) -> list[str]:

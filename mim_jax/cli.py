@@ -122,7 +122,9 @@ def parse(
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--config."):
-            parser.error(f"unknown argument {flag}")
+            parser.error(
+                f"unknown argument {flag}: keys of the config are set by --config.KEY=VALUE"
+            )
         if flag.removeprefix("--config.").split("=")[0].split(".")[0] in unused:
             parser.error(f"{flag} has no effect: only training uses that key")
         separate = "=" not in flag and rest and not rest[0].startswith("--")

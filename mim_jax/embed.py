@@ -87,7 +87,7 @@ def load(
     Raises:
         UserError: if there is no encoder, or images have another size or number of channels.
     """
-    params, network, _ = files.load_weights(source, heads=heads)
+    params, network, _ = files.load_weights(source, heads=heads, encoder_only=True)
     if "encoder" not in params:
         raise UserError(f"{source} holds a tokenizer, not an encoder: use mim_jax.tokenize.")
     statistics = statistics_of(source, network.metadata, mean, std)
@@ -98,10 +98,12 @@ def load(
     encode, model = whole_images(network.encoder, **statistics), network.encoder
     any_size = model.positions == model.relative_bias == "none"
 
-    def encoder(params: dict, images: jax.Array | Images | Image.Image) -> jax.Array:
-        if isinstance(images, Image.Image):
+    def encoder(params: dict, images: jax.Array | Images | Image.Image | str | Path) -> jax.Array:
+        if isinstance(images, Image.Image | str | Path):
             images = [images]
         if isinstance(images, list | tuple):
+            if not images:
+                raise UserError("there are no images: the list is empty.")
             data = dict(size=network.size, channels=network.channels)
             images = batch_of(images, data)["image"]
         images = jnp.asarray(images)

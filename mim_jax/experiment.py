@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mim_jax import recipe, schema, workdir
+from mim_jax import UserError, recipe, schema, workdir
 from mim_jax.checkpoint import peek
 from mim_jax.recipe import Run
 from mim_jax.sharding import replicated, to_global, whole
@@ -108,10 +108,14 @@ def build(
         is_run = workdir.is_run(config)
         config = schema.load(config)
         config = recipe.fit_to_devices(config) if is_run else config
+    if not isinstance(config, ConfigDict) or "objective" not in config:
+        raise UserError("build needs the name of a config, a config file, a run or a ConfigDict.")
     config = config.copy_and_resolve_references()
     keys = schema.keys_of(config)
-    for key, value in {**(changes or {}), **top_level}.items():
+    changes = {**(changes or {}), **top_level}
+    for key, value in changes.items():
         schema.set_key(config, keys, key, value)
+    schema.require_effect(config, changes)
     return Experiment(config)
 
 

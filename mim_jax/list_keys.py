@@ -1,13 +1,13 @@
 """Lists the keys of a config: their values, types, ranges, defaults and meanings.
 
 mim-jax keys --config=mae_base
-mim-jax keys --config=mae_base mask          # keys with this word in their name or meaning
+mim-jax keys --config=mae_base mask ratio    # keys with these words in their name or meaning
 mim-jax keys --markdown > docs/keys.md       # the keys of all objectives and optimizers
 """
 
 import inspect
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from mim_jax import UserError, cli, objectives, optim, schema
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = cli.parser_of("keys", __doc__)
     cli.add_config(parser, required=False)
-    parser.add_argument("word", nargs="?", default="", help="a part of a name or meaning")
+    parser.add_argument("words", nargs="*", help="parts of a name or meaning")
     parser.add_argument("--markdown", action="store_true", help="print tables of all keys")
     options, overrides = cli.parse(parser, argv)
     if not options.config and not options.markdown:
@@ -29,20 +29,24 @@ def main(argv: list[str] | None = None) -> int:
             print(markdown())
             return 0
         config = schema.load(options.config, overrides, trust_code=options.trust_code)
-        lines = list(describe(config, options.word))
+        lines = list(describe(config, options.words))
         if not lines:
-            raise UserError(f"no key of {options.config} has {options.word!r} in it.")
+            raise UserError(
+                f"no key of {options.config} has {' '.join(options.words)!r} in its name or "
+                f"meaning: `mim-jax keys --config={options.config}` lists them all."
+            )
         print("\n".join(lines))
         return 0
 
     return cli.exit_code(command, "")
 
 
-def describe(config: Mapping, word: str = "") -> Iterator[str]:
-    """Yields two lines for each key of a config that has a word in its name or meaning."""
+def describe(config: Mapping, words: Sequence[str] = ()) -> Iterator[str]:
+    """Yields two lines for each key of a config that has all words in its name or meaning."""
     values = schema.flatten(config)
     for name, key in schema.keys_of(config).items():
-        if word.lower() in f"{name} {key.meaning}".lower():
+        text = f"{name} {key.meaning}".lower()
+        if all(word.lower() in text for word in words):
             default = "" if key.default in (values[name], inspect.Parameter.empty) else key.default
             note = f", default {default!r}" if default != "" else ""
             yield f"{name} = {values[name]!r}\n    {key.meaning or 'which one'} ({kind(key)}{note})"

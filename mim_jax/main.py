@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.dry_run:
             run = recipe.build(config)
             Start(run, config).trace_step()  # raises the mistakes that the first step would
-            print(config, run.summary, f"run directory: {path}", sep="\n")
+            keys = (f"{key} = {value!r}" for key, value in schema.flatten(config).items())
+            print(*keys, "", run.summary, f"run directory: {path}", sep="\n")
             return 0
         if options.max_minutes:
             stop_after(options.max_minutes)

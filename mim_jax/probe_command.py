@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def probe(options) -> int:
     """Prints a table: a row per layer."""
-    params, network, _ = files.load_weights(options.source, heads=options.heads)
+    params, network, _ = files.load_weights(options.source, heads=options.heads, encoder_only=True)
     if "encoder" not in params:
         raise UserError(f"{options.source} holds a tokenizer, not an encoder.")
     dataset = data.make(

@@ -78,7 +78,9 @@ class RecordedRun(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = cli.parser_of("runs", __doc__)
-    parser.add_argument("root", help="a directory, local or in a bucket")
+    parser.add_argument(
+        "root", nargs="?", default="runs", help="a directory, local or in a bucket; default: runs"
+    )
     parser.add_argument(
         "--metric", default="", help="the metric whose last and best values are shown"
     )

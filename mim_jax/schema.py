@@ -8,7 +8,7 @@ import ast
 import copy
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -254,7 +254,19 @@ def load(
         config.compile_cache = keys["compile_cache"].default
     for key, text in changes:
         set_key(config, keys, key, text, typed=True)
+    if not smoke:  # which sets the widths
+        require_effect(config, dict(changes))
     return config
+
+
+def require_effect(config: ConfigDict, changed: Collection[str]) -> None:
+    """Raises UserError if model.size was changed but no other key is derived from it."""
+    shape = [f"model.{name}" for name in ("width", "depth", "heads")]
+    if "model.size" in changed and config.model.size and all(flatten(config)[x] for x in shape):
+        raise UserError(
+            f"model.size = {config.model.size!r} has no effect, because the config sets "
+            f"{', '.join(shape)}: set them to 0, or change them instead."
+        )
 
 
 def load_objective(given: dict, path: str, named_by_user: bool, trust_code: bool) -> None:
@@ -347,7 +359,7 @@ def unknown(key: str, keys: Mapping[str, Key]) -> str:
     if block:
         return f"{key} is a block: set {block[0]} or another of its keys."
     near = difflib.get_close_matches(key, keys, 1) or [name for name in keys if name.endswith(key)]
-    hint = f": did you mean {near[0]}?" if near else "."
+    hint = f": did you mean {near[0]}?" if near else ": `mim-jax keys --config=CONFIG` lists them."
     return f"the config has no key {key}{hint}"
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -195,8 +196,9 @@ def compare_trajectories(
         text = "; ".join(
             f"{key} is {changes[key][1]!r}, was {changes[key][0]!r}" for key in refused
         )
+        option = shlex.quote(f"--change={','.join(refused)}")  # keys of data sets have spaces
         raise UserError(
             f"{path} holds a run with other settings: {text}. Choose another --workdir, continue "
-            f"with the same settings, or allow the change: --change={','.join(refused)}."
+            f"with the same settings, or allow the change: {option}."
         )
     return changes

@@ -30,7 +30,17 @@ def test_keys_are_listed_with_values_and_meanings(capsys):
     assert cli.main(arguments) == 0
     keys = schema.keys_of(schema.load("mae_emoji"))
     assert len(capsys.readouterr().out.splitlines()) == 2 * len(keys)
-    assert cli.main([*arguments, "qqq"]) == 2
+    assert cli.main([*arguments, "mask", "share"]) == 0
+    assert capsys.readouterr().out.startswith("objective.mask_ratio = 0.5\n")
+    assert cli.main([*arguments, "mask", "qqq"]) == 2
+    assert "`mim-jax keys --config=mae_emoji` lists them all" in capsys.readouterr().err
+
+
+def test_an_unknown_argument_is_refused_with_a_hint(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["train", "--config=mae_emoji", "--mask_ratio=0.5"])
+    assert done.value.code == 2
+    assert "keys of the config are set by --config.KEY=VALUE" in capsys.readouterr().err
 
 
 def test_help_with_a_config_lists_its_keys(capsys):
@@ -49,7 +59,8 @@ def test_a_dry_run_prints_the_config_and_the_arithmetic(capsys, tmp_path):
     arguments = ["train", "--config=mae_emoji", "--dry-run", f"--workdir={tmp_path / 'run'}"]
     assert cli.main([*arguments, "--config.steps=1e3"]) == 0
     text = capsys.readouterr().out
-    assert "mask_ratio: 0.75" in text
+    assert "objective.mask_ratio = 0.75\n" in text
+    assert "objective.mean = (0.5,)\n" in text
     assert "= 1,000, of them" in text
     assert not (tmp_path / "run").exists()
 

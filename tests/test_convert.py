@@ -222,6 +222,13 @@ def test_the_official_mae():
     params, network = from_torch(state, heads=4, decoder_heads=2)
     assert network.encoder.positions == "learned"
     assert_identical(to_torch(params, network, layout="mae"), state)
+    # a decoder with such positions is not MAE's; its encoder can be taken alone
+    other = state | {"decoder_pos_embed": state["decoder_pos_embed"] + np.float32(1e-3)}
+    with pytest.raises(UserError, match="pass --encoder-only"):
+        from_torch(other, heads=4)
+    encoder, described = from_torch(other, heads=4, encoder_only=True)
+    assert (described.kind, list(encoder)) == ("encoder", ["encoder"])
+    jax.tree.map(np.testing.assert_array_equal, encoder["encoder"], params["encoder"])
     # the encoder alone, as released: timm's names
     alone = to_torch(params, network, layout="timm")
     assert sorted(alone) == sorted(k for k in state if "decoder" not in k and k != "mask_token")

@@ -183,6 +183,17 @@ def test_files_that_are_not_images(runs):
             encoder(params, np.zeros(shape, np.uint8))
 
 
+def test_one_file_and_no_file(runs, tmp_path):
+    encoder, params = mim_jax.load(runs / "mae_base")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    expected = encoder(params, pixels[None])
+    for file in (tmp_path / "image.png", str(tmp_path / "image.png")):
+        np.testing.assert_allclose(encoder(params, file), expected, atol=1e-6)
+    with pytest.raises(UserError, match="there are no images"):
+        encoder(params, [])
+
+
 def test_features_of_images_of_another_size(runs, tmp_path):
     run, to = runs / "mae_base", tmp_path / "features.npz"
     assert embed.main([f"--config={run}", f"--to={to}", "--config.data.size=(32,48)"]) == 0

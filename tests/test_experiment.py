@@ -63,3 +63,6 @@ def test_mistakes():
         mim_jax.build("mae_emoji", steps=-1)
     with pytest.raises(UserError, match="did you mean mae_emoji"):
         mim_jax.build("mae_emojy")
+    for config in (3, {}):
+        with pytest.raises(UserError, match="build needs the name of a config"):
+            mim_jax.build(config)

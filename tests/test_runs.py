@@ -78,6 +78,13 @@ def test_the_table(tmp_path, capsys):
     assert "evaluate" not in capsys.readouterr().out
 
 
+def test_the_directory_is_runs_by_default(tmp_path, capsys, monkeypatch):
+    make(tmp_path / "runs" / "b", [10, 20], loss=[3.0, 1.0])
+    monkeypatch.chdir(tmp_path)
+    assert runs.main([]) == 0
+    assert "20/100" in capsys.readouterr().out
+
+
 def test_where_there_are_no_runs(tmp_path, capsys):
     assert runs.main([str(tmp_path)]) == 2
     assert "there are no runs below" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def test_integers_are_accepted_as_floats():
         ("base_lr=1", "no key base_lr: did you mean optimizer.base_lr?"),
         ("objective.decoder_dept=1", "did you mean objective.decoder_depth?"),
         ("modell.width=1", "did you mean model.width?"),
-        ("nothing.like.it=1", "the config has no key nothing.like.it"),
+        ("nothing.like.it=1", "no key nothing.like.it: `mim-jax keys --config=CONFIG` lists them"),
         ("batch_size=many", "batch_size = 'many' must be int"),
         ("batch_size=1.5", "batch_size = 1.5 must be int"),
         ("data.flip=3", "data.flip = 3 must be bool"),
@@ -63,6 +63,15 @@ def test_invalid_overrides(override, sentence):
     with pytest.raises(UserError) as error:
         schema.load(EMOJI, [override])
     assert sentence in str(error.value)
+
+
+def test_a_size_that_has_no_effect_is_refused():
+    with pytest.raises(UserError, match=r"model\.size = 'B' has no effect.*model\.width"):
+        schema.load(EMOJI, ["model.size=B"])
+    derived = [f"model.{name}=0" for name in ("width", "depth", "heads")]
+    assert schema.load(EMOJI, ["model.size=B", *derived]).model.size == "B"
+    schema.load("mae_base", ["model.size=L"])
+    schema.load(EMOJI, ["model.size=B"], smoke=True)
 
 
 def test_trajectories_differ_only_by_what_is_learned():

@@ -56,6 +56,7 @@ def size(text: str) -> tuple[int, int]:
 def convert(options: argparse.Namespace) -> int:
     """Converts and checks. Returns the exit code."""
     given = dict(heads=options.heads, decoder_heads=options.decoder_heads, size=options.image_size)
+    given["encoder_only"] = options.encoder_only
     params, network, _ = load_weights(options.source, entry=options.entry, **given)
     print(f"{printable(options.source)}: {story(params, network)}")
     if network.left_out:

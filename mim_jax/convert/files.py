@@ -47,11 +47,13 @@ def load_weights(path: str | Path, **options: Any) -> tuple[dict, Network, dict[
     """Loads a run, a file of weights or a Hugging Face folder.
 
     `options` are those of `from_torch` and take precedence over those in the source; false values
-    are ignored. Returns our parameters, their network, and the other entries of the source.
-    Raises UserError if the source cannot be read or holds another network.
+    are ignored, and `encoder_only` has no effect on a run. Returns our parameters, their network,
+    and the other entries of the source. Raises UserError if the source cannot be read or holds
+    another network.
     """
     path, options = cached(path), {name: value for name, value in options.items() if value}
     if (path / "checkpoints").is_dir():
+        options.pop("encoder_only", None)
         return load_run(path, **options)
     if (path / "encoder.pkl").exists() and (path / "decoder.pkl").exists():
         halves = [from_torch(read(path / f"{half}.pkl")[0])[0] for half in ("encoder", "decoder")]

@@ -38,6 +38,7 @@ def from_torch(
     *,
     size: tuple[int, int] | None = None,
     entry: str = "",
+    encoder_only: bool = False,
     **options: Any,
 ) -> tuple[dict, Network]:
     """Converts a state dict {"blocks.0.norm1.weight": ..., ...} to our parameters.
@@ -49,6 +50,7 @@ def from_torch(
         size: height and width of the images, if they are not square. Ignored if the positions are
             for another size.
         entry: the entry of the checkpoint to take, if there are several networks.
+        encoder_only: ignore the decoder's arrays, if there is an encoder.
         options: arguments of `describe` that arrays do not determine: heads, decoder_heads, grid.
 
     Returns the parameters and their network. Raises UserError if no layout has these names, or if
@@ -69,6 +71,8 @@ def from_torch(
     options |= dict(layout=layout, left_out=tuple(left_out), entry=entry)
     try:
         if kernel is not None:
+            if encoder_only:
+                flat = {path: x for path, x in flat.items() if not path.startswith("decoder/")}
             flat = positioned(flat, kernel.shape[-2:], size, options)
         params = unflatten_dict(flat, sep="/")
         network = describe(params, **options)
@@ -299,8 +303,8 @@ def without_fixed(flat: dict, grid: tuple[int, int] | None) -> tuple[dict, tuple
             flat = {path: value for path, value in flat.items() if path != f"{part}/positions"}
         elif part == "decoder":
             raise UserError(
-                "the decoder's positions are not MAE's sines and cosines; remove the decoder's "
-                "arrays to convert the encoder alone."
+                "the decoder's positions are not MAE's sines and cosines: pass --encoder-only "
+                "to convert the encoder alone."
             )
     return flat, grid
 
