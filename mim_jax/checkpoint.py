@@ -120,8 +120,10 @@ class Checkpoints:
         """Sets aside the checkpoints after that of `step`. Raises UserError if there is none."""
         steps = sorted(int(x.name) for x in self.folder.glob("*") if x.name.isdigit())
         if step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"there is no checkpoint of step {step} in {self.folder}: {there}.")
+            choices = ", ".join(map(str, steps)) or "none"
+            raise UserError(
+                f"there is no checkpoint of step {step} in {self.folder}; its steps are {choices}."
+            )
         self.set_aside(after=step)
         if self.latest != step:
             raise UserError(f"the checkpoint of step {step} in {self.folder} is corrupt.")

@@ -43,11 +43,11 @@ def find(path: str) -> Path:
         return file
     if path in names():
         return folder() / f"{path}.py"
-    beside = {str(x): x.name for x in file.parent.glob("*.py")} if file.parent.is_dir() else {}
-    near = difflib.get_close_matches(file.name, beside.values(), 1)
-    hints = [hint for hint, name in beside.items() if name in near]
+    neighbors = {str(x): x.name for x in file.parent.glob("*.py")} if file.parent.is_dir() else {}
+    similar = difflib.get_close_matches(file.name, neighbors.values(), 1)
+    hints = [hint for hint, name in neighbors.items() if name in similar]
     hints += difflib.get_close_matches(file.stem, names(), 1)
-    hint = f"did you mean {hints[0]}?" if hints else "`mim-jax configs` lists those there are."
+    hint = f"did you mean {hints[0]}?" if hints else "`mim-jax configs` lists all configs."
     raise UserError(f"there is no config {path}: {hint}")
 
 

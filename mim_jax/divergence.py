@@ -87,7 +87,7 @@ class Failures:
             raise RollbackError(step, self.last_finite)
 
     def finish(self, steps: int) -> None:
-        """Checks the last step. Raises RollbackError if the run ends with failures alone."""
+        """Checks the last step. Raises RollbackError if too many of the last ones failed."""
         self.check()
         if self.in_a_row and self.in_a_row >= min(self.patience, steps):
             raise RollbackError(self.last_finite + self.in_a_row, self.last_finite)

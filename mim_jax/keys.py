@@ -1,7 +1,7 @@
 """Annotations for config keys: the range, the meaning and the rehearsal value of a key.
 
 A config key is a keyword argument of the function that its block configures. Everything else about
-the key is written beside the argument:
+the key is written next to the argument:
 
     mask_ratio: Annotated[float, Range(0, 1), "share of patches hidden from the encoder"] = 0.75
 

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         "--smoke", action="store_true", help="tiny model, built-in images, 20 steps"
     )
     parser.add_argument(
-        "--profile", default="", help="FIRST:LAST step of an xprof trace, as 100:105"
+        "--profile", default="", help="steps of an xprof trace, FIRST:LAST, for example 100:105"
     )
     parser.add_argument(
         "--distributed",
@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         "--max-minutes",
         type=float,
         default=0,
-        help="save and stop after so many minutes, as after SIGTERM; 0: never",
+        help="save and stop after this many minutes, like SIGTERM; 0: never",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the config and the recipe's arithmetic"
+        "--dry-run", action="store_true", help="print the config and a summary of the recipe"
     )
     options, overrides = cli.parse(parser, argv)
     path = cli.workdir_of(options)

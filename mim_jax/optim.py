@@ -79,9 +79,11 @@ def adamw(
     b2: B2 = 0.999,
     eps: Annotated[float, NOT_NEGATIVE, "added to the root of the second moment"] = 1e-8,
     weight_decay: WeightDecay = 0.05,
-    undecayed: Annotated[tuple, "names of parameters without decay, as ('cls_token',)"] = (),
+    undecayed: Annotated[
+        tuple, "names of parameters without decay, for example ('cls_token',)"
+    ] = (),
     layer_decay: Annotated[
-        float, Range(0, 1, above=True), "factor of the rate from a block to the one before"
+        float, Range(0, 1, above=True), "factor of the rate from each block to the previous one"
     ] = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter, 2017), equal to PyTorch's, with layer decay (BEiT, appendix)."""

@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train", help="the training split")
     parser.add_argument("--evaluation-split", default="validation")
     parser.add_argument("--data-dir", default="", help="where TFDS prepared the data set")
-    parser.add_argument("--labels", default="", help="of a folder: folder, or a CSV file")
-    parser.add_argument("--images", type=int, default=2000, help="of each split; 0: all")
+    parser.add_argument("--labels", default="", help="labels of a folder: folder, or a CSV file")
+    parser.add_argument("--images", type=int, default=2000, help="images of each split; 0: all")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=0, help="if the weights do not say it")
+    parser.add_argument("--heads", type=int, default=0, help="if the weights do not record it")
     options = parser.parse_args(argv)
     if options.images < 0 or options.batch_size < 1:
         parser.error("--images must be at least 0, --batch-size at least 1")

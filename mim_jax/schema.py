@@ -60,8 +60,12 @@ class Top(NamedTuple):
 class InitFrom(NamedTuple):
     """Runs that a run starts from."""
 
-    encoder: Annotated[str, Smoke(""), "run directory of the encoder; random: none"] = ""
-    tokenizer: Annotated[str, Smoke("random"), "run directory of the tokenizer; random: none"] = ""
+    encoder: Annotated[
+        str, Smoke(""), "run directory of the encoder; random: start without one"
+    ] = ""
+    tokenizer: Annotated[
+        str, Smoke("random"), "run directory of the tokenizer; random: start without one"
+    ] = ""
 
 
 class Schedule(NamedTuple):
@@ -71,15 +75,16 @@ class Schedule(NamedTuple):
     lr: Annotated[float, NOT_NEGATIVE, "rate after warm-up; overrides base_lr"] = 0.0
     min_lr: Annotated[float, NOT_NEGATIVE, Smoke(0.0), "rate at the end"] = 0.0
     warmup_epochs: Annotated[float, NOT_NEGATIVE, Smoke(0.0), "length of the warm-up"] = 0.0
-    warmup_steps: Annotated[int, NOT_NEGATIVE, Smoke(2), "the same in steps; overrides it"] = 0
+    warmup_steps: Annotated[int, NOT_NEGATIVE, Smoke(2), "in steps; overrides warmup_epochs"] = 0
     decay_epochs: Annotated[
         float, NOT_NEGATIVE, Smoke(0.0), "when the rate reaches min_lr; 0: at the end"
     ] = 0.0
-    decay_steps: Annotated[int, NOT_NEGATIVE, Smoke(0), "the same in steps; overrides it"] = 0
+    decay_steps: Annotated[int, NOT_NEGATIVE, Smoke(0), "in steps; overrides decay_epochs"] = 0
     schedule: Annotated[
-        optim.Schedule, "the code whose warm-up is used; mmseg decays linearly, not by a cosine"
+        optim.Schedule,
+        "the code whose schedule is used: mae and beit decay by a cosine, mmseg linearly",
     ] = "mae"
-    clip_norm: Annotated[float, NOT_NEGATIVE, "largest norm of the gradient; 0: any"] = 0.0
+    clip_norm: Annotated[float, NOT_NEGATIVE, "limit of the gradient's norm; 0: no clipping"] = 0.0
 
 
 class Logging(NamedTuple):
@@ -127,7 +132,10 @@ class Divergence(NamedTuple):
         int, NOT_NEGATIVE, FREE, "failures in a row before a rollback; 0: the first ends the run"
     ] = 10
     rollbacks: Annotated[
-        int, NOT_NEGATIVE, FREE, "times that a run may return to a checkpoint and skip data"
+        int,
+        NOT_NEGATIVE,
+        FREE,
+        "number of times that a run may return to a checkpoint and skip data",
     ] = 3
 
 
@@ -270,7 +278,7 @@ def require_effect(config: ConfigDict, changed: Collection[str]) -> None:
 
 
 def load_objective(given: dict, path: str, named_by_user: bool, trust_code: bool) -> None:
-    """Imports the objective of a config if it lies outside the package and may be imported."""
+    """Imports the objective of a config if it is outside the package and may be imported."""
     name = str(given.get("objective", {}).get("name", ""))
     if not name or name in objectives.names():
         return

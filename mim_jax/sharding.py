@@ -49,7 +49,7 @@ def make_mesh(devices: list | None = None, *, fsdp: int = 1) -> Mesh:
 
 
 def coordinates(device: jax.Device) -> tuple[int, ...]:
-    """Returns where a TPU lies in its slice; () for other devices, which keep their order."""
+    """Returns the coordinates of a TPU in its slice; () for other devices."""
     return tuple(getattr(device, "coords", None) or ())
 
 

@@ -70,7 +70,7 @@ class Start:
         return state
 
     def trace_step(self):
-        """Traces the run's own step with shapes alone: `.lower().compile()` continues from it.
+        """Traces the run's own step with shapes only; `.lower().compile()` compiles it.
 
         Raises the UserErrors that the step would raise.
         """

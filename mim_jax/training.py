@@ -277,7 +277,7 @@ class Training:
                 self.draw(step, state, metrics)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves the state if that is due, or if the run stops here.
+        """Saves the state if that is due, or if the run stops now.
 
         Raises FloatingPointError rather than save a state that is not finite.
         """

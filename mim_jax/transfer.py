@@ -136,7 +136,7 @@ def fit_part(
         )
     resized = [n for n in fitted if ours.grid != theirs.grid and n.endswith((POSITIONS, RELATIVE))]
     changes = dict(resized=resized, new=new, ignored=ignored)
-    return fitted, "".join(f"; {what}: {', '.join(x)}" for what, x in changes.items() if x)
+    return fitted, "".join(f"; {change}: {', '.join(x)}" for change, x in changes.items() if x)
 
 
 def compare(ours: Encoder, theirs: Encoder, source: str, bands_fitted: bool = False) -> None:
@@ -227,7 +227,7 @@ def fit_bands(
     by_band = kernel.reshape(pixels[1], len(ours.bands), -1)
     for band in words["matched"]:
         by_band[:, ours.bands.index(band)] = before[:, theirs.bands.index(band)]
-    print("bands " + "; ".join(f"{what}: {', '.join(x)}" for what, x in words.items() if x))
+    print("bands " + "; ".join(f"{change}: {', '.join(x)}" for change, x in words.items() if x))
     return {name: by_band.reshape(kernel.shape)}
 
 

@@ -52,7 +52,7 @@ def test_folders_are_splits(tmp_path, validation):
     assert of("validation") == {names[2]}
     assert of("extra") == {"extra/4.png"}
     assert of("all") == set(names[:4])
-    assert folder.unread == [("5.png", "it lies in none of the folders of splits")]
+    assert folder.unread == [("5.png", "it is not in the folder of a split")]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_shards_named_as_splits(tmp_path):
 @pytest.mark.parametrize(
     "how, files, sentence",
     [
-        ("cls", {"0.jpg": jpeg()}, "no image of .* has a .cls file beside it"),
+        ("cls", {"0.jpg": jpeg()}, "no image of .* has a .cls file next to it"),
         (
             "json:label",
             {"0.jpg": jpeg(), "0.json": b"{}"},
@@ -386,7 +386,7 @@ def test_tables_of_labels(tmp_path, images, lines):
     assert folder.label_names == [str(i) for i in range(12)]
     for name, label in zip(folder.names, folder.labels, strict=True):
         assert label == int(name[2:4]) % 12
-    missing = [("missing.png", f"{path} names it, but it is no image")]
+    missing = [("missing.png", f"{path} names it, but it is not an image")]
     assert folder.unread == (missing if lines[0][0] == "missing.png" else [])
 
 

@@ -35,9 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--encoder-only", action="store_true", help="leave out the decoder and the head"
     )
-    parser.add_argument(
-        "--entry", default="", help="of a file with several networks, the one to take"
-    )
+    parser.add_argument("--entry", default="", help="the network to use, if the file has several")
     parser.add_argument(
         "--image-size", type=size, default=None, help="384 or 256,384; positions are interpolated"
     )

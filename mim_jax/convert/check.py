@@ -38,7 +38,7 @@ def differences(params: dict, network: Network, to: str) -> tuple[str, dict[str,
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     layout, fitted = fit(params, network, to)
     title, theirs = outputs(to_torch(fitted, network, layout=layout), network, layout, batch)
-    # Run as it is what the layout holds changed: a normalization folded into the head, no key bias.
+    # Our network runs unchanged, also if the layout folds a normalization or drops the key bias.
     ours = run(params if "head" in fitted else fitted, network, batch)
     return title, {
         name: float(np.abs(ours[name] - x).max() / np.abs(x).max()) for name, x in theirs.items()

@@ -1,9 +1,9 @@
 """Reads PyTorch's pickles with bounded work, and without executing code.
 
 A pickle is a program: it may call any function, and a few hundred bytes of it can make Python's
-unpickler allocate gigabytes or run for years. This interpreter has a fixed list of names. Each
-stands for a container, a tensor or an inert object. Every opcode does a constant amount of work, so
-that time and memory are bounded by the number of opcodes, which is limited too.
+unpickler allocate gigabytes or run for years. This interpreter allows a fixed list of names. Each
+is replaced by a container, a tensor or an inert object. Every opcode does a constant amount of
+work, so time and memory are bounded by the number of opcodes, which is limited too.
 """
 
 import math

@@ -52,7 +52,7 @@ class Contents(NamedTuple):
     """The contents of a file of weights."""
 
     arrays: dict[str, np.ndarray]  # {"blocks.0.norm1.weight": ..., ...}
-    entries: dict[str, Any]  # the numbers and texts beside the weights
+    entries: dict[str, Any]  # numbers and texts stored with the weights
     entry: str = ""  # the entry that was chosen of several networks
     left_out: tuple[str, ...] = ()  # names of arrays that were not read
 
@@ -137,7 +137,7 @@ def other(start: bytes) -> str:
     if start[257:262] == b"ustar":
         return "a tar archive: unpack it"
     begins = f"not a file of weights: it begins with {start[:16]!r}"
-    return next((what for magic, what in OTHERS.items() if start.startswith(magic)), begins)
+    return next((text for magic, text in OTHERS.items() if start.startswith(magic)), begins)
 
 
 def from_zip(file: BinaryIO, budget: Budget) -> tuple[Loaders, dict]:
@@ -199,7 +199,7 @@ def from_stream(file: BinaryIO, budget: Budget, size: int) -> tuple[Loaders, dic
 
 
 def from_tree(tree: Any, content: Callable[[str], bytes], budget: Budget) -> tuple[Loaders, dict]:
-    """Returns loaders of the tensors of an unpickled object, and the scalars beside them."""
+    """Returns loaders of the tensors of an unpickled object, and the scalars stored with them."""
 
     def load(tensor: Tensor) -> np.ndarray:
         budget.spend(tensor.nbytes)

@@ -46,7 +46,7 @@ def from_torch(
         params, network = from_torch(torch.load("mae_pretrain_vit_base.pth", weights_only=True))
 
     Arguments:
-        state: arrays by the names of a layout of tables.LAYOUTS, alone or within a checkpoint.
+        state: arrays by the names of a layout of tables.LAYOUTS, possibly inside a checkpoint.
         size: height and width of the images, if they are not square. Ignored if the positions are
             for another size.
         entry: the entry of the checkpoint to take, if there are several networks.
@@ -304,7 +304,7 @@ def without_fixed(flat: dict, grid: tuple[int, int] | None) -> tuple[dict, tuple
         elif part == "decoder":
             raise UserError(
                 "the decoder's positions are not MAE's sines and cosines: pass --encoder-only "
-                "to convert the encoder alone."
+                "to convert only the encoder."
             )
     return flat, grid
 

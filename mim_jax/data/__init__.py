@@ -1,4 +1,4 @@
-"""Data sets: batches of images as a function of the seed and the step alone."""
+"""Data sets: batches of images as a function of the seed and the step."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -205,9 +205,11 @@ def make(
     ],
     size: Annotated[int | tuple, POSITIVE, "side of the images in pixels, or (height, width)"],
     tokenizer_size: Annotated[
-        int | tuple, NOT_NEGATIVE, "the same of the images for the tokenizer; 0: none"
+        int | tuple, NOT_NEGATIVE, "the same for the tokenizer's images; 0: none"
     ] = 0,
-    split: Annotated[str, Smoke("train"), "training split, or a part, as train[:1000]"] = "train",
+    split: Annotated[
+        str, Smoke("train"), "training split, or a part such as train[:1000]"
+    ] = "train",
     evaluation_split: Annotated[
         str, FREE, Smoke("validation"), "split for evaluations"
     ] = "validation",
@@ -222,9 +224,13 @@ def make(
         str, FREE, Smoke(""), "CSV file of the classes in masks; '': the one in the folder"
     ] = "",
     channels: Annotated[int, POSITIVE, Smoke(3), "channels of the images"] = 3,
-    bands: Annotated[tuple, Smoke(()), "names of the channels, as ('red', 'nir'); (): none"] = (),
-    interpolation: Annotated[Photographic, "of training images"] = "bicubic",
-    evaluation_interpolation: Annotated[Photographic, FREE, "of evaluation images"] = "bicubic",
+    bands: Annotated[
+        tuple, Smoke(()), "names of the channels, for example ('red', 'nir'); (): none"
+    ] = (),
+    interpolation: Annotated[Photographic, "interpolation of training images"] = "bicubic",
+    evaluation_interpolation: Annotated[
+        Photographic, FREE, "interpolation of evaluation images"
+    ] = "bicubic",
     max_bad_fraction: Annotated[
         float, SHARE, FREE, "share of images that may be unusable before a run stops"
     ] = 0.05,

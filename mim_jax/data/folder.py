@@ -31,8 +31,8 @@ class Folder:
     labels: where labels come from.
         "": there are none.
         "folder": the first folder below the split's.
-        "cls": a file .cls beside each image, as in WebDataset.
-        "json:KEY": the value of KEY in a file .json beside each image.
+        "cls": a file .cls next to each image, as in WebDataset.
+        "json:KEY": the value of KEY in a file .json next to each image.
         any other: the path of a CSV file with one line per image, its path and its label.
 
     large: include TIFFs that are too large to be decoded whole.
@@ -47,11 +47,11 @@ class Folder:
         self.names = os.fsdecode(self.manifest.names).split("\0")[:-1]
         self.unread = list(self.manifest.unread)
         if not self.names:
-            why = "it is empty"
+            reason = "it is empty"
             if self.unread:
-                most = Counter(reason for _, reason in self.unread).most_common(1)[0][0]
-                why = f"for most of its {len(self.unread):,} files, the reason is: {most}"
-            raise UserError(f"{self.root} holds no image that can be read: {why}.")
+                most = Counter(text for _, text in self.unread).most_common(1)[0][0]
+                reason = f"for most of its {len(self.unread):,} files, the reason is: {most}"
+            raise UserError(f"{self.root} holds no image that can be read: {reason}.")
         masks = mask_rows(self.names)
         self.unread += [(self.names[row], MASK) for row in sorted(masks)]
         folders: dict[str, int] = {}
@@ -73,7 +73,7 @@ class Folder:
         for row in images if self.layout.splits else ():
             rows.setdefault(self.layout.splits[self.folder_of[row]], []).append(row)
         for row in rows.pop("", []):
-            self.unread.append((self.names[row], "it lies in none of the folders of splits"))
+            self.unread.append((self.names[row], "it is not in the folder of a split"))
         splits = {split: np.array(rows[split]) for split in sorted(rows)}
         if "validation" in splits:
             return splits
@@ -131,7 +131,7 @@ class Folder:
             else:
                 texts, missing = from_table(labels, self.names, roots)
                 self.unread += [
-                    (name, f"{labels} names it, but it is no image") for name in missing
+                    (name, f"{labels} names it, but it is not an image") for name in missing
                 ]
             names, numbers = number_labels(where, texts)
         self.label_names = [printable(name) for name in names]
@@ -165,7 +165,7 @@ class Folder:
         return [labels[folder] if folder != NO_FOLDER else "" for folder in self.folder_of]
 
     def labels_by_files(self, how: str) -> list[str]:
-        """Returns the labels in the files beside the images, "" for none."""
+        """Returns the labels in the files next to the images, "" for none."""
         suffix = "." + how.partition(":")[0]
 
         def read(row: int) -> str:
@@ -181,7 +181,8 @@ class Folder:
         texts = list(in_threads(read, range(len(self.names)), at_once=1024))
         if not any(texts):
             raise UserError(
-                f"data.labels = {how!r}, but no image of {self.root} has a {suffix} file beside it."
+                f"data.labels = {how!r}, but no image of {self.root} has a {suffix} file next to "
+                "it."
             )
         return texts
 

@@ -205,7 +205,7 @@ def first_fraction(texts: Iterable[str]) -> str:
 
 
 def label_in(content: bytes, how: str) -> str:
-    """Returns the label in a file beside an image.
+    """Returns the label in a file next to an image.
 
     how: "cls" for a file that holds only the label, or "json:KEY" with KEY = "label" or "a.b".
 

@@ -226,8 +226,8 @@ def row_of(file: Entry, width: int, height: int, mode: int, companions: dict) ->
     """Returns the row of an image, of type ROW."""
     row = [file.tar, file.offset, file.bytes, file.changed, width, height, mode]
     for suffix in (".cls", ".json"):
-        beside = companions.get((file.tar, key_of(file.name) + suffix))
-        row += (beside.offset, beside.bytes) if beside else (0, 0)
+        companion = companions.get((file.tar, key_of(file.name) + suffix))
+        row += (companion.offset, companion.bytes) if companion else (0, 0)
     return tuple(row)
 
 

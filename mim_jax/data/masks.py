@@ -446,7 +446,7 @@ def check_pair(tree: Tree, pair: Pair, classes: Classes) -> tuple[int, int] | st
             file.seek(0)
             if orientation(file) != 1:
                 return (
-                    f"{name} has an EXIF orientation, so that it is unclear how its mask lies: "
+                    f"{name} has an EXIF orientation, so the orientation of its mask is unclear: "
                     "store its pixels upright"
                 )
         name = pair.mask

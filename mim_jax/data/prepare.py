@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         "--tile", type=int, default=0, help="for folder:PATH: cut images into tiles of this side"
     )
     parser.add_argument(
-        "--channels", type=int, default=0, help="of tiles; default: those of most images"
+        "--channels", type=int, default=0, help="channels of tiles; default: those of most images"
     )
     parser.add_argument(
         "--data_dir", help="for TFDS: the output folder; default ~/tensorflow_datasets"

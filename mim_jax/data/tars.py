@@ -124,5 +124,5 @@ def unpacked(tar: str, name: str) -> str:
     """
     place, _, stem = tar.rpartition("/")
     first, slash, _ = name.partition("/")
-    beside = slash and (not split_of(stem, is_tar=True) or split_of(first))
-    return os.path.join(place, "" if beside else stem, name)
+    next_to_tar = slash and (not split_of(stem, is_tar=True) or split_of(first))
+    return os.path.join(place, "" if next_to_tar else stem, name)

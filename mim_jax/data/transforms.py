@@ -120,9 +120,9 @@ class View:
     """The transform of an example to the image fields of a batch."""
 
     fields: tuple[Field, ...]
-    resizer: Annotated[
-        Literal["pillow", "simd"], "simd is faster; few of its pixels differ, by one"
-    ] = "pillow"
+    resizer: Annotated[Literal["pillow", "simd"], "simd is faster; a few pixels differ by one"] = (
+        "pillow"
+    )
 
     def __post_init__(self):
         if self.resizer == "simd" and not find_spec("cykooz_resizer"):
@@ -154,13 +154,15 @@ class TrainingView(View):
     crop_scale: Annotated[
         tuple, SHARE, "smallest and largest share of the area in a random resized crop"
     ] = (0.2, 1.0)
-    clip_crop: Annotated[bool, "cut crops to the image instead of drawing again"] = False
+    clip_crop: Annotated[bool, "clip crops to the image instead of drawing again"] = False
     flip: Annotated[bool, "flip half of the images horizontally"] = True
     color_jitter: Annotated[
         float, NOT_NEGATIVE, "strength of jitter in brightness, contrast and saturation"
     ] = 0.0
     randaugment: Annotated[
-        tuple, NOT_NEGATIVE, "magnitude and deviation of RandAugment, as (9, 0.5); (): none"
+        tuple,
+        NOT_NEGATIVE,
+        "magnitude and deviation of RandAugment, for example (9, 0.5); (): none",
     ] = ()
     fill: Annotated[
         tuple, Range(0, 255), "color that RandAugment fills with: 255 x the data's mean"

@@ -332,7 +332,7 @@ def code_colors(vocabulary: int) -> np.ndarray:
 def dvae(
     *,
     kind: Annotated[
-        Literal["dalle", "small"], "OpenAI's network, or that of BEiT's code"
+        Literal["dalle", "small"], "OpenAI's network, or the one in BEiT's code"
     ] = "dalle",
     vocabulary: Annotated[int, POSITIVE, Smoke(64), "number of codes"] = 8192,
     width: Annotated[int, POSITIVE, Smoke(8), "channels of the first group"] = 256,
@@ -344,7 +344,9 @@ def dvae(
     codebook: Annotated[int, NOT_NEGATIVE, Smoke(8), "width of a code; 0: by kind"] = 0,
     channels: Annotated[int, POSITIVE, "channels of the images"] = 3,
     likelihood: Annotated[Likelihood, "likelihood of a pixel"] = "logit_laplace",
-    dtype: Annotated[Dtype, "of convolutions; auto: bfloat16, but float32 on a CPU"] = "float32",
+    dtype: Annotated[
+        Dtype, "dtype of convolutions; auto: bfloat16, or float32 on a CPU"
+    ] = "float32",
 ) -> DVAE:
     """Builds a dVAE with one token per square of stem * 2**layers pixels a side.
 

@@ -65,11 +65,15 @@ class MaskedImageModeling:
     tokenizer: DVAE | None = None
     _: dataclasses.KW_ONLY
     sampling: Annotated[Sampling, "how masked patches are chosen"] = "blockwise"
-    num_masked: Annotated[int, POSITIVE, Smoke(6), "masked patches per image, at most"] = 75
-    min_block: Annotated[int, POSITIVE, Smoke(2), "patches in a block, at least"] = 16
+    num_masked: Annotated[int, POSITIVE, Smoke(6), "largest number of masked patches per image"] = (
+        75
+    )
+    min_block: Annotated[int, POSITIVE, Smoke(2), "smallest number of patches in a block"] = 16
     mask_unit: Annotated[int, POSITIVE, "side of the masked squares, in patches (SimMIM)"] = 1
     corruption: Annotated[
-        tuple, SHARE, "shares of masked patches replaced by the mask token, by another patch, kept"
+        tuple,
+        SHARE,
+        "shares of masked patches that become a mask token, become another patch, stay",
     ] = (1.0, 0.0, 0.0)
     recover: Annotated[Literal["hidden", "all"], "patches in the loss: the masked ones, or all"] = (
         "hidden"

@@ -131,7 +131,7 @@ class Classification:
     mixup: Annotated[float, NOT_NEGATIVE, "beta of mixup; 0: none"] = 0.0
     cutmix: Annotated[float, NOT_NEGATIVE, "beta of CutMix; 0: none"] = 0.0
     mixup_group: Annotated[
-        int, NOT_NEGATIVE, PER_DEVICE, "consecutive images that are mixed by one share"
+        int, NOT_NEGATIVE, PER_DEVICE, "consecutive images that are mixed with the same share"
     ] = 128
     erasing: Annotated[float, SHARE, "probability of random erasing"] = 0.0
     mean: Mean = MEAN

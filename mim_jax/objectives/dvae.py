@@ -100,10 +100,12 @@ class DiscreteVAE:
     min_temperature: Annotated[float, Range(0, above=True), "temperature at the end"] = 0.0625
     temperature_steps: Annotated[int, NOT_NEGATIVE, "steps until min_temperature"] = 150_000
     kl_weight: Annotated[float, NOT_NEGATIVE, "weight of the KL divergence"] = 6.6
-    kl_warmup_steps: Annotated[int, NOT_NEGATIVE, "steps in which it grows from 0"] = 5_000
+    kl_warmup_steps: Annotated[int, NOT_NEGATIVE, "steps in which kl_weight grows from 0"] = 5_000
     straight_through: Annotated[bool, "draw one-hot samples after soft_steps"] = False
     soft_steps: Annotated[int, NOT_NEGATIVE, "steps with soft samples"] = 0
-    balance: Annotated[float, NOT_NEGATIVE, "weight against an uneven use of the codes"] = 0.0
+    balance: Annotated[float, NOT_NEGATIVE, "weight of the penalty on uneven use of the codes"] = (
+        0.0
+    )
     window: Annotated[int, POSITIVE, "steps over which the use of codes is averaged"] = 100
 
     def __post_init__(self):

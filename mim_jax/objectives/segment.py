@@ -70,22 +70,22 @@ class Segmenter(nn.Module):
         if self.decoder == "linear":
             logits = Linear(**common, name="head")(maps[-1], training)
             return resize(logits, size), []
-        beside: dict[str, tuple[Any, dict, jax.Array]]
+        decoders: dict[str, tuple[Any, dict, jax.Array]]
         common |= dict(dtype=self.encoder.dtype, dropout=self.dropout)
         if self.decoder == "upernet":
             maps = FeaturePyramid(self.group, self.encoder.dtype, name="pyramid")(maps, training)
             head = UPerNet(channels=self.channels, **common, name="head")
             logits = head(maps, training, head_keys)
-            beside = {"auxiliary": (FCN, {}, maps[2])}
+            decoders = {"auxiliary": (FCN, {}, maps[2])}
         else:
             one: dict[str, Any] = dict(convolutions=1, scale=4)
             kind = {} if self.decoder == "setr_pup" else dict(kernel=1, **one)
             head = SETR(channels=self.channels, **kind, **common, name="head")
             logits = head(maps[-1], training, head_keys)
             one["kernel"] = 3 if self.decoder == "setr_pup" else 1
-            beside = {f"auxiliary_{i}": (SETR, one, x) for i, x in enumerate(maps[:-1])}
+            decoders = {f"auxiliary_{i}": (SETR, one, x) for i, x in enumerate(maps[:-1])}
         auxiliary = []
-        for name, (module, kind, x) in beside.items() if self.auxiliary_channels else ():
+        for name, (module, kind, x) in decoders.items() if self.auxiliary_channels else ():
             decoder = module(channels=self.auxiliary_channels, **kind, **common, name=name)
             auxiliary.append(resize(decoder(x, training, head_keys), size))
         return resize(logits, size), auxiliary
@@ -108,7 +108,7 @@ class Segmentation:
     segmentation_colors: tuple[tuple[int, int, int], ...]
     image_size: tuple[int, int]  # of training crops and of windows in evaluation
     _: dataclasses.KW_ONLY
-    decoder: Annotated[Decoder, "what classifies the pixels"] = "upernet"
+    decoder: Annotated[Decoder, "network that classifies the pixels"] = "upernet"
     layers: Annotated[
         tuple,
         NOT_NEGATIVE,
@@ -130,7 +130,9 @@ class Segmentation:
     ] = 16
     dropout: Annotated[float, BELOW_ONE, "rate of dropped channels before the classifier"] = 0.1
     auxiliary_weight: Annotated[float, NOT_NEGATIVE, "weight of the auxiliary decoders' loss"] = 0.4
-    auxiliary_channels: Annotated[int, POSITIVE, Smoke(16), "of the auxiliary decoders"] = 256
+    auxiliary_channels: Annotated[
+        int, POSITIVE, Smoke(16), "channels of the auxiliary decoders"
+    ] = 256
     average: Annotated[
         Literal["all", "labeled"],
         "the loss is the mean over all pixels, where ignored ones count as 0 (mmsegmentation), or "
@@ -141,7 +143,7 @@ class Segmentation:
         float,
         Range(0, 1, above=True),
         FREE,
-        "distance of the windows of data.size that slide over evaluation images, as a share",
+        "step of sliding windows in evaluation, as a share of data.size",
     ] = 2 / 3
     scales: Annotated[
         tuple, Range(0, above=True), FREE, "scales over which evaluation averages probabilities"
@@ -217,9 +219,9 @@ class Segmentation:
         labeled = (labels < logits.shape[-1]).sum()
         weight = jnp.maximum(labeled, 1e-12) if self.average == "labeled" else labels.size
         total = cross_entropy(logits, labels).sum()
-        beside = sum(cross_entropy(x, labels).sum() for x in auxiliary)
-        metrics = {"auxiliary_loss": beside / weight} if auxiliary else {}
-        return total + self.auxiliary_weight * beside, weight, (metrics, buffers | changed)
+        auxiliary_loss = sum(cross_entropy(x, labels).sum() for x in auxiliary)
+        metrics = {"auxiliary_loss": auxiliary_loss / weight} if auxiliary else {}
+        return total + self.auxiliary_weight * auxiliary_loss, weight, (metrics, buffers | changed)
 
     def score(self, params, buffers, batch):
         """Returns scores (b, H, W, k) of padded images, and whether they are logits."""
