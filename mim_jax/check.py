@@ -288,7 +288,7 @@ def draw(run: Run, state: TrainState, config: ConfigDict, path: Path) -> None:
         for field in run.data.image_fields
     }
 
-    def pictures(*inputs):  # without those of predictions, which take long on a CPU
+    def pictures(*inputs):  # without predictions, which are slow on a CPU
         images = run.objective.pictures(*inputs)
         return {name: x for name, x in images.items() if name in INPUT_PICTURES}
 

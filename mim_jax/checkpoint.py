@@ -84,7 +84,7 @@ class Checkpoints:
         try:
             restored = restore(self.manager, step, {"step": abstract(state.step)})
             intact = int(restored["step"]) == step
-        except ValueError:  # of tensorstore
+        except ValueError:  # raised by tensorstore
             intact = False
         if not intact:
             raise UserError(
@@ -180,7 +180,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def fault(folder: Path) -> str:
-    """Returns what is wrong with a checkpoint, "" if it is intact."""
+    """Returns the fault of a checkpoint, "" if it is intact."""
     try:
         saved = json.loads((folder / "digests.json").read_text())
     except (OSError, ValueError):

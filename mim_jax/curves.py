@@ -9,7 +9,7 @@ import numpy as np
 
 WIDTH, HEIGHT = 420, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 14, 28  # margins in pixels
-BINS = 260  # of the steps: more points than twice as many are drawn as a band and its mean
+BINS = 260  # bins of steps: more than twice as many points are drawn as a band and a mean
 
 
 class Series(NamedTuple):

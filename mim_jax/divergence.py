@@ -113,6 +113,7 @@ def all_finite(tree):
 def data_step(step: int, skips: Sequence[Sequence[int]]) -> int:
     """Returns the position in the data after `step` updates, given the windows left out.
 
-    skips: (step at which a window begins, its length in steps), in the order of the failures.
+    Args:
+        skips: (step at which a window begins, its length in steps), in the order of the failures.
     """
     return step + sum(length for start, length in skips if start <= step)

@@ -31,7 +31,7 @@ class Hard(NamedTuple):
     name: str
     label: int
     guess: int
-    probability: float  # of the label
+    probability: float  # predicted probability of the label
 
 
 class Predictions(NamedTuple):

@@ -38,7 +38,7 @@ class Pace:
         self.seconds[name].append(time.perf_counter() - start)
 
     def remaining(self, name: str, step: int) -> int:
-        """Returns how often an action is due after `step`."""
+        """Returns the number of times that an action is due after `step`."""
         every, steps = self.every[name], self.steps
         if not every:
             return int(step < steps)

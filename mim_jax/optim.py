@@ -22,7 +22,8 @@ def warmup_and_decay(
 ) -> optax.Schedule:
     """Returns the rate by step: a warm-up from 0 to `lr`, then a decay to `min_lr`.
 
-    code: "mae" or "beit", see `warmup_cosine`; or "mmseg", see `warmup_linear`.
+    Args:
+        code: "mae" or "beit", see `warmup_cosine`; or "mmseg", see `warmup_linear`.
 
     Raises UserError if the warm-up is longer than the run, or `min_lr` exceeds `lr`.
     """

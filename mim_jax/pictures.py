@@ -146,7 +146,7 @@ def reconstruct(
         raise UserError(f"{source} does not predict hidden patches: it cannot reconstruct images.")
     grid = np.broadcast_to(config.data.size, 2) // networks["model"].patch
     keys = schema.keys_of(config)
-    if mask_ratio is None and count[0] not in given:  # of converted weights
+    if mask_ratio is None and count[0] not in given:  # converted weights do not record it
         mask_ratio = MASK_RATIO if count[0] == "num_masked" else None
     if mask_ratio is not None:
         value = mask_ratio if count[0] == "mask_ratio" else round(mask_ratio * math.prod(grid))

@@ -6,7 +6,7 @@ r"""Probes the features of an encoder: k-NN, a linear classifier per layer, and 
 The encoder is that of a run, of converted weights, of a file of weights, of a folder of Hugging
 Face or of a model in the Hub's local cache. Features are the means of the patches' tokens after
 each block, of whole central crops. Classifiers see the first --images images of the training split
-and are judged on those of the evaluation split; the linear one is ridge regression on standardized
+and are tested on those of the evaluation split; the linear one is ridge regression on standardized
 features. Without labels only the rank is printed (RankMe, Garrido et al., 2023). Compare encoders
 of one method only: MAE's and BEiT's features do not cluster as those of contrastive methods do.
 Exit codes: 0 done, 2 user error.

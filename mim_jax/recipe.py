@@ -173,7 +173,7 @@ def learning_rate(config: ConfigDict) -> float:
 
 
 def describe(run: Run, config: ConfigDict) -> str:
-    """Returns what follows from the recipe as text: batch, epochs, rates, masked patches."""
+    """Summarizes a recipe as text: batch, epochs, learning rates, masked patches."""
     image, size, steps = run.example["image"], config.batch_size, run.steps
     _, height, width, channels = image.shape
     warmup = warmup_of(config, steps, run.steps_per_epoch)

@@ -126,8 +126,8 @@ def render(runs: Sequence[RecordedRun], findings: Sequence[Findings], frames: in
     style, script = (TEMPLATES.joinpath(f"report.{kind}").read_text() for kind in ("css", "js"))
     names = distinct([run.name for run in runs])
     sections = [
-        section(run, found, name, color, frames)
-        for color, (run, found, name) in enumerate(zip(runs, findings, names, strict=True))
+        section(run, result, name, color, frames)
+        for color, (run, result, name) in enumerate(zip(runs, findings, names, strict=True))
     ]
     return template().render(
         title=" and ".join(names) if len(names) < 3 else f"{len(names)} runs",
@@ -274,7 +274,7 @@ def differences(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
 
 
 def section(
-    run: RecordedRun, found: Findings, name: str, color: int, frames: int
+    run: RecordedRun, findings: Findings, name: str, color: int, frames: int
 ) -> dict[str, Any]:
     """Returns the template's variables for one run."""
     names = class_names(run)
@@ -285,11 +285,11 @@ def section(
         numbers=numbers(run),
         problems=problems(run),
         sheets=sheets(run, frames),
-        attention=grid_of(found.attention) if found.attention else None,
-        codebook=codebook_of(found.codebook) if found.codebook else None,
-        predictions=predictions_of(found.predictions, names) if found.predictions else None,
+        attention=grid_of(findings.attention) if findings.attention else None,
+        codebook=codebook_of(findings.codebook) if findings.codebook else None,
+        predictions=(predictions_of(findings.predictions, names) if findings.predictions else None),
         by_class=by_class(run, names),
-        missing=found.missing,
+        missing=findings.missing,
         settings=settings(run),
         facts=facts(run),
         class_names=names,
@@ -380,7 +380,7 @@ def problems(run: RecordedRun) -> list[tuple[str, str]]:
 
 
 def facts(run: RecordedRun) -> list[tuple[str, str]]:
-    """Returns what is known about the run's code, devices and data."""
+    """Returns facts about the run's code, devices and data."""
     record, data = run.record, run.record.get("data", {})
     git = record.get("git") or {}
     commit = str(git.get("commit", ""))[:12] + (" with changes" if git.get("changed") else "")

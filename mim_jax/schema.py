@@ -183,7 +183,7 @@ def functions(config: Mapping) -> dict[str, tuple[Callable, ...]]:
 
 
 def keys_of(config: Mapping) -> dict[str, Key]:
-    """Returns all keys of a config by their full names, as "optimizer.b2"."""
+    """Returns all keys of a config by their full names, such as "optimizer.b2"."""
     required = inspect.Parameter.empty
     keys = {f"{block}.name": Key(str, required, Range(), "", None, ()) for block in CHOICES}
     for block, configured in functions(config).items():

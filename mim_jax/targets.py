@@ -33,7 +33,7 @@ class Target(NamedTuple):
     loss: Callable  # (predicted (b, m, size), targets (b, m, ...)) -> {"loss": (b, m), ...}
     # (buffers, predicted, targets, masked (b, m), grid) -> {caption: images in [0, 1]}
     paint: Callable
-    needs: tuple[str, ...] = ()  # as in Objective
+    needs: tuple[str, ...] = ()  # buffers from other runs, see Objective
 
 
 def make(

@@ -10,7 +10,7 @@ from mim_jax.convert.states import to_torch
 from mim_jax.masking import mask_by_noise
 from mim_jax.models.patches import take
 
-TOLERANCE = 1e-8  # of the largest value of an output
+TOLERANCE = 1e-8  # relative to the largest value of an output
 MASK_RATIO = 0.75  # used regardless of the ratio in training
 
 

@@ -70,7 +70,7 @@ def load_weights(path: str | Path, **options: Any) -> tuple[dict, Network, dict[
 
 
 def read_record(text: str) -> dict[str, Any]:
-    """Reads what `save` recorded in a file: options of `from_torch`."""
+    """Reads the options of `from_torch` that `save_file` recorded in a file."""
     try:
         entries = json.loads(text)
     except (ValueError, TypeError, RecursionError):
@@ -105,7 +105,7 @@ def read_folder(path: Path) -> dict[str, np.ndarray]:
 
 
 def cached(source: str | Path) -> Path:
-    """Returns the folder of a model of the Hugging Face Hub, as "facebook/vit-mae-base".
+    """Returns the folder of a Hugging Face Hub model such as "facebook/vit-mae-base".
 
     Nothing is downloaded: it must be in the Hub's local cache. Any other source is a path.
 
@@ -229,7 +229,7 @@ def license_note(path: str | Path) -> str:
 def save_weights(path: str | Path, params: dict, network: Network, to: str) -> str:
     """Saves parameters in a family of layouts, or as a run, and describes what was written.
 
-    Arguments:
+    Args:
         path: a file (.safetensors, .pth, .pt, .bin), or for hf and mim_jax a folder.
         to: a family of layouts, or mim_jax.
 

@@ -18,7 +18,7 @@ FAMILIES = ("mae", "beit", "timm", "hf")
 def fit(params: dict, network: Network, to: str) -> tuple[str, dict]:
     """Returns the layout of a family that holds a network, and the parameters that it holds.
 
-    Arguments:
+    Args:
         params: the parameters of the network.
         network: its description.
         to: a family, or a key of LAYOUTS, which is returned unchanged.
@@ -52,7 +52,7 @@ def fit(params: dict, network: Network, to: str) -> tuple[str, dict]:
 
 
 def obstacle(params: dict, network: Network, to: str) -> str:
-    """Returns why no layout of a family can hold an encoder and its head, or ""."""
+    """Returns the reason why no layout of a family holds an encoder and its head, or ""."""
     encoder, kind, key_bias = network.encoder, network.kind, network.encoder.key_bias
     stem, scaled, relative = encoder.stem != "none", encoder.layer_scale > 0, encoder.relative_bias
     segments = kind == "segment"
@@ -81,7 +81,7 @@ def obstacle(params: dict, network: Network, to: str) -> str:
             "no other library has a ResNet stem without key bias: use --to=mim_jax",
         ),
         (stem and to != "timm", "only timm's ViT has a ResNet stem: use --to=timm"),
-        (to == "mae" and not key_bias, "MAE has a key bias, as BEiT has not: use --to=beit"),
+        (to == "mae" and not key_bias, "MAE has a key bias, unlike this network: use --to=beit"),
         (to == "mae" and scaled, "the official MAE has no LayerScale: use --to=timm"),
         (
             to == kind == "mae" and "mask_token" in params["encoder"],

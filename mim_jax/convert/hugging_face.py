@@ -13,7 +13,7 @@ from mim_jax.convert.network import Network, require_heads
 from mim_jax.convert.tables import POOLS
 from mim_jax.objectives.segment import default_layers
 
-EPS = 1e-6  # of MAE, BEiT and mim_jax; transformers' default is 1e-12
+EPS = 1e-6  # the value of MAE, BEiT and mim_jax; transformers' default is 1e-12
 MODELS = {  # layout: model_type, class with a head, class without
     "hf_vit_mae": ("vit_mae", "ViTMAEForPreTraining", ""),
     "hf_vit": ("vit", "ViTForImageClassification", "ViTModel"),

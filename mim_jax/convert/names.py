@@ -42,7 +42,7 @@ def spelled(name: str) -> str:
 def find(names: Collection[str], entry: str = "") -> tuple[str, str, str]:
     """Finds a network among unwrapped names.
 
-    Arguments:
+    Args:
         names: the names of a checkpoint, {"model.blocks.0.norm1.weight", ...}.
         entry: the entry to take, for example "model", if there are several networks.
 

@@ -17,10 +17,10 @@ import numpy as np
 
 MAX_OPCODES = 2**22
 MAX_NODES = 2**19  # entries of nested containers
-MAX_DEPTH = 64  # of nested containers
-MAX_CHARACTERS = 2**26  # of all names
+MAX_DEPTH = 64  # depth of nested containers
+MAX_CHARACTERS = 2**26  # total length of all names
 
-DTYPES = {  # by their names in torch
+DTYPES = {  # NumPy dtypes by PyTorch's names
     name: np.dtype(getattr(ml_dtypes, name, name))
     for name in (
         *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "bool"),

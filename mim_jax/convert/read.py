@@ -57,7 +57,7 @@ class Contents(NamedTuple):
     left_out: tuple[str, ...] = ()  # names of arrays that were not read
 
 
-Loaders = dict[str, Callable[[], np.ndarray]]  # by names of arrays
+Loaders = dict[str, Callable[[], np.ndarray]]  # functions that load arrays, by name
 
 
 class Budget:
@@ -81,10 +81,10 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def read_file(path: str | Path, entry: str = "", whole: bool = False) -> Contents:
     """Reads a .safetensors file, or one that torch.save wrote.
 
-    The latter may hold a state dict, a checkpoint that contains one under any key, or a module, as
-    DALL-E's encoder.pkl.
+    The latter may hold a state dict, a checkpoint that contains one under any key, or a module,
+    such as DALL-E's encoder.pkl.
 
-    Arguments:
+    Args:
         entry: the entry to read, if there are several networks.
         whole: whether to read all arrays, for a file that is one of several.
 
@@ -141,7 +141,7 @@ def other(start: bytes) -> str:
 
 
 def from_zip(file: BinaryIO, budget: Budget) -> tuple[Loaders, dict]:
-    """Reads what torch.save writes since 1.6: a zip of a pickle and of the storages' bytes."""
+    """Reads a file of torch.save 1.6 or later: a zip of a pickle and the bytes of storages."""
     archive = zipfile.ZipFile(file)
     names = set(archive.namelist())
     pickled = [name for name in names if f"/{name}".endswith("/data.pkl")]
@@ -171,7 +171,7 @@ def part(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytes:
 
 
 def from_stream(file: BinaryIO, budget: Budget, size: int) -> tuple[Loaders, dict]:
-    """Reads what torch.save wrote before 1.6: several pickles, then the storages' bytes."""
+    """Reads a file of torch.save before 1.6: several pickles, then the bytes of storages."""
     stream = BytesIO(file.read(MAX_PICKLE))
     if pickles.unpickle(stream)[0] != LEGACY:
         raise UnsupportedError("a pickle, but not one that torch.save wrote")

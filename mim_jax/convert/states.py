@@ -45,7 +45,7 @@ def from_torch(
 
         params, network = from_torch(torch.load("mae_pretrain_vit_base.pth", weights_only=True))
 
-    Arguments:
+    Args:
         state: arrays by the names of a layout of tables.LAYOUTS, possibly inside a checkpoint.
         size: height and width of the images, if they are not square. Ignored if the positions are
             for another size.
@@ -102,7 +102,7 @@ def positioned(
 def to_torch(params: dict, network: Network | None = None, *, layout: str) -> dict[str, np.ndarray]:
     """Converts our parameters to a state dict.
 
-    Arguments:
+    Args:
         network: the result of `from_torch`; by default, derived from the shapes.
         layout: "mae", "beit", "timm" (the encoder and its head), "hf", or a key of LAYOUTS.
 
@@ -204,7 +204,7 @@ def rename(name: str, layout: str, back: bool = False) -> str | None:
 
 
 def fused(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Concatenates Hugging Face's query, key and value; without a key bias, as BEiT's code does."""
+    """Concatenates Hugging Face's query, key and value; like BEiT's code without a key bias."""
     fused, parts = {}, {}
     for name, value in state.items():
         if match := re.fullmatch(r"(.*\.)(query|key|value)\.(weight|bias)", name):

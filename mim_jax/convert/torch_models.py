@@ -25,7 +25,9 @@ def outputs(
     Models of transformers, and of timm if it is installed, run in these libraries. The official
     code of the others does not run on a current PyTorch, so they are written in plain PyTorch.
 
-    batch: `image` (b, H, W, c), `masked` (b, n), and `noise` (b, n), by which MAE hides patches.
+    Args:
+        batch: `image` (b, H, W, c), `masked` (b, n), and `noise` (b, n), by which MAE hides
+            patches.
     """
     images = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
     tensors = {name: torch.tensor(x) for name, x in state.items()}
@@ -117,7 +119,7 @@ def of_timm(state, network, size):
             use_shared_rel_pos_bias=encoder.relative_bias == "shared",
         )
     elif encoder.stem != "none":
-        module = hybrid(**options | dict(patch_size=1))  # of features
+        module = hybrid(**options | dict(patch_size=1))  # patches of features
     else:
         module = VisionTransformer(**options)
     if options["global_pool"] == "token" and "norm.weight" not in state:

@@ -24,11 +24,12 @@ class BadImageError(ValueError):
 class Pixels(NamedTuple):
     """An array in a file, not yet read.
 
-    axes: "YX", "YXC" or "CYX" in the order of `shape`, or "" where the file does not say which of
-        three axes holds the channels.
-    finish: applied to the array (h, w, c) that `read` gave.
-    rgb: whether the channels are red, green and blue (and alpha), as the file says.
-    alpha: whether the last channel is opacity, as the file says.
+    Attributes:
+        axes: "YX", "YXC" or "CYX" in the order of `shape`, or "" if it is unknown which of
+            three axes holds the channels.
+        finish: a function applied to the array (h, w, c) that `read` returns.
+        rgb: whether the file declares the channels as red, green and blue (and alpha).
+        alpha: whether the file declares the last channel as opacity.
     """
 
     shape: tuple[int, ...]

@@ -37,13 +37,14 @@ class Columns(NamedTuple):
 
     image: str
     label: str  # "" for none
-    class_names: list[str]  # of a ClassLabel, else []
+    class_names: list[str]  # names of a ClassLabel, otherwise []
 
 
 class Table:
     """A folder of Parquet or Arrow files: `files` of each split, `counts` of their rows.
 
-    labels: the column of labels; "" for the column "label", or the only one of class labels.
+    Args:
+        labels: the column of labels; "" for the column "label", or the only one of class labels.
     """
 
     def __init__(self, root: str, labels: str = ""):

@@ -36,7 +36,8 @@ def usable(view: Callable[[dict], dict], examples: Sequence[dict], i: int) -> di
 class BadFiles:
     """Counts the bad files of a source; too many of them are a UserError.
 
-    most: the largest allowed share of the source's examples.
+    Args:
+        most: the largest allowed share of the source's examples.
     """
 
     def __init__(self, source: Source, channels: int, dtype: str, most: float):

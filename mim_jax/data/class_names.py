@@ -29,7 +29,10 @@ def numbers_in(known: Sequence[str], names: Sequence[str], where: str) -> np.nda
     There may be fewer names than known ones. If either set consists of numbers only, both must have
     the same number of classes, which are assumed to be in the same order.
 
-    where: the data set with `names`, for messages.
+    Args:
+        known: the names in the order of their numbers.
+        names: the names to look up.
+        where: the data set with `names`, for messages.
 
     Raises UserError if some names are unknown.
     """

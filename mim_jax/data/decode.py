@@ -63,9 +63,10 @@ for library in ("PIL", "tifffile"):
 class Header(NamedTuple):
     """Size and mode of a stored image.
 
-    width, height: 0 where the file does not say which axis is which.
-    mode: Pillow's mode, as "RGB" or "CMYK"; or type and channels of an array, as "uint16 x 13", or
-        "uint16 x 3 + alpha", or "uint16 array" where the file does not say which axis is which.
+    Attributes:
+        width, height: 0 if the axes are unknown.
+        mode: Pillow's mode, such as "RGB" or "CMYK"; or type and channels of an array, such as
+            "uint16 x 13" or "uint16 x 3 + alpha"; or "uint16 array" if its axes are unknown.
     """
 
     width: int
@@ -76,8 +77,9 @@ class Header(NamedTuple):
 def header(file: BinaryIO, channels: int = 0, large: bool = False) -> Header:
     """Returns size and mode of the image in an open file. Raises BadImageError.
 
-    channels: data.channels, which decides the axes of an array whose file does not name them.
-    large: allow TIFFs that are too large to be decoded whole.
+    Args:
+        channels: data.channels, which decides the axes of an array whose file does not name them.
+        large: allow TIFFs that are too large to be decoded whole.
     """
     with reasons():
         image = opened(file, large)
@@ -113,7 +115,7 @@ def decode(
             if isinstance(image, Pixels):
                 array = in_type(image.load(channels), dtype)
                 return in_channels(array, channels, rgb=image.rgb, alpha=image.alpha)
-            if type_of(mode_of(image)) != "uint8":  # is not halved
+            if type_of(mode_of(image)) != "uint8":  # only 8-bit images are halved
                 require_size((image.height, image.width, channels), np.dtype(dtype))
             image = upright(image, halve)
             if type_of(mode_of(image)) != "uint8":
@@ -277,7 +279,8 @@ def in_channels(
 ) -> Image.Image | np.ndarray:
     """Converts an array (h, w, c) to a number of channels; 8 bits to a Pillow image if possible.
 
-    rgb, alpha: see `Pixels`.
+    Args:
+        rgb, alpha: see `Pixels`.
     """
     if alpha and array.shape[2] != channels:
         array = on_white(array)

@@ -13,7 +13,10 @@ FIRST = 3  # examples to decode if the mode does not determine the channels
 def require_channels(name: str, source: Source, channels: int) -> None:
     """Raises UserError if the images of a source have another number of channels.
 
-    name: data.name, for the message.
+    Args:
+        name: data.name, for the message.
+        source: the data set.
+        channels: the expected number of channels.
     """
     if not suits(source.mode, channels):
         count = channels_of(source.mode)
@@ -50,7 +53,8 @@ def require_bands(bands: Sequence[str], channels: int) -> None:
 def size_warnings(examples: int, evaluation_examples: int, batch_size: int) -> list[str]:
     """Returns warnings about the sizes of a data set, one sentence each.
 
-    examples, evaluation_examples: of the training split and of the evaluation split.
+    Args:
+        examples, evaluation_examples: of the training split and of the evaluation split.
     """
     warnings = []
     if batch_size > examples:

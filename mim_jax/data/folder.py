@@ -22,23 +22,26 @@ from mim_jax.data.manifest import Manifest, in_threads, printable, scan
 
 MASK_FOLDERS = ("masks", "annotations")  # beside images/
 MASK = "it is a mask, which belongs to an image"
-NO_FOLDER = -1  # of a file that is no image
+NO_FOLDER = -1  # folder number of a file that is not an image
 
 
 class Folder:
     """A scanned folder: its images, their splits and labels.
 
-    labels: where labels come from.
-        "": there are none.
-        "folder": the first folder below the split's.
-        "cls": a file .cls next to each image, as in WebDataset.
-        "json:KEY": the value of KEY in a file .json next to each image.
-        any other: the path of a CSV file with one line per image, its path and its label.
+    Args:
+        root: a folder or a tar file.
+        labels: the source of the labels. "": no labels; "folder": the first folder below the
+            split's; "cls": a file .cls next to each image, as in WebDataset; "json:KEY": the value
+            of KEY in a file .json next to each image; otherwise the path of a CSV file with one
+            line per image, its path and its label.
+        large: include TIFFs that are too large to be decoded whole.
 
-    large: include TIFFs that are too large to be decoded whole.
-
-    Attributes: `names` of the images; `splits` {name: rows of the manifest}; `labels` (images,) and
-    `label_names`; `unread`, names and reasons of files that are not used.
+    Attributes:
+        names: names of the images.
+        splits: {name: rows of the manifest}.
+        labels: (images,), -1 for none, or None without labels.
+        label_names: names of the labels.
+        unread: names and reasons of files that are not used.
     """
 
     def __init__(self, root: str, labels: str = "", large: bool = False):
@@ -204,7 +207,8 @@ def mask_rows(names: Sequence[str]) -> set[int]:
 def select(splits: dict[str, np.ndarray], split: str, root: str) -> np.ndarray:
     """Returns the rows of a split, or of a slice or a sum of splits, each once.
 
-    splits: {name: rows}.
+    Args:
+        splits: {name: rows}.
 
     Raises UserError if there is no such split or it is empty.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 from mim_jax import UserError
 from mim_jax.data.layout import split_of
 
-HEADERS = ("path", "file", "filename", "file_name", "image", "name")  # of columns of paths
+HEADERS = ("path", "file", "filename", "file_name", "image", "name")  # headers of columns of paths
 LABELS = {  # headers of columns of labels
     *("label", "labels", "label_name", "class", "classes", "class_name", "classname", "category"),
     *("category_name", "target", "finding labels"),
@@ -24,7 +24,7 @@ OTHERS = {  # headers of columns of something else
     *("split", "set", "subset", "fold", "width", "height", "size", "date", "time", "url", "md5"),
     *("caption", "text", "description", "bbox", "x", "y", "w", "h"),
 }
-DELIMITERS = (",", ";", "\t", " ")  # of cells, in order of preference
+DELIMITERS = (",", ";", "\t", " ")  # delimiters of cells, in order of preference
 SAMPLE = 1000  # lines that determine which column names images
 MANY_LABELS = 100_000  # larger numbers are probably dates or ids
 
@@ -34,9 +34,10 @@ def from_table(
 ) -> tuple[list[str], list[str]]:
     """Reads the labels of images from a CSV file.
 
-    names: paths of the images from the root. The table's paths may be these, absolute ones, or
-        paths from the folder of the table.
-    roots: absolute paths of the root, with and without links.
+    Args:
+        names: paths of the images from the root. The table's paths may be these, absolute ones, or
+            paths from the folder of the table.
+        roots: absolute paths of the root, with and without links.
 
     Returns the label of each name, "" for none, and the paths of the table that are not images.
     Raises UserError if the columns are ambiguous, or if a line has no label.
@@ -143,7 +144,7 @@ def is_header(lines: Sequence[list[str]], at: int, image_of: Callable) -> bool:
 
 
 def label_column(where: str, lines: Sequence[list[str]], header: list[str] | None, at: int) -> int:
-    """Returns which column holds the labels. Raises UserError if that is not clear."""
+    """Returns the index of the column of labels. Raises UserError if it is ambiguous."""
     count = max(map(len, [header or [], *lines]))
     columns = [c for c in range(count) if c != at]
     if header is None:
@@ -172,7 +173,10 @@ def number_labels(where: str, texts: Iterable[str]) -> tuple[list[str], dict[str
     """Returns the names of labels in order, and the number of each text.
 
     Integers are used as labels unchanged; other texts are numbered in sorted order.
-    where: for messages, as "data.labels = 'cls'".
+
+    Args:
+        where: the origin of the texts for messages, for example "data.labels = 'cls'".
+        texts: labels as they are written in files.
     """
     different = sorted(set(texts) - {""})
     if not all(WHOLE.fullmatch(text) for text in different):
@@ -207,7 +211,8 @@ def first_fraction(texts: Iterable[str]) -> str:
 def label_in(content: bytes, how: str) -> str:
     """Returns the label in a file next to an image.
 
-    how: "cls" for a file that holds only the label, or "json:KEY" with KEY = "label" or "a.b".
+    Args:
+        how: "cls" for a file that holds only the label, or "json:KEY" with KEY = "label" or "a.b".
 
     Raises ValueError if there is none.
     """

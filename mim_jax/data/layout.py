@@ -57,8 +57,9 @@ def is_shard(name: str, is_tar: bool = False) -> bool:
 def layout(folders: Sequence[str], tars: Collection[str] = ()) -> Layout:
     """Finds splits and labels of the folders that hold images.
 
-    folders: paths from the root, "" for the root.
-    tars: the folders and parents of folders that are tar files, without ".tar".
+    Args:
+        folders: paths from the root, "" for the root.
+        tars: the folders and parents of folders that are tar files, without ".tar".
 
     Splits are searched from the root downwards, below folders that hold all the others, and one
     level below folders of different names. The label is the first folder below the split's that is
@@ -106,7 +107,7 @@ def split_level(parts: Sequence[tuple[str, ...]], tars: Collection[str]) -> int 
 
 
 def below_splits(deep: Sequence[tuple[str, ...]], level: int, words: dict[str, str]) -> bool:
-    """Returns whether all folders of a level share subfolders with one that is named as a split."""
+    """Returns whether all folders of a level have subfolders in common with a named split."""
     below: dict[str, set[str]] = {name: set() for name in words}
     for part in deep:
         if len(part) > level + 1:
@@ -144,7 +145,7 @@ def repeated(parts: Sequence[tuple[str, ...]], words: Sequence[str], level: int)
 
 
 def shared(parts: Sequence[tuple[str, ...]], starts: Sequence[int]) -> int:
-    """Returns how many folders from a depth on are the same for all paths, and hold other folders.
+    """Counts the folders, from a depth on, that are the same for all paths and hold other folders.
 
     Paths that end at that depth do not count.
     """

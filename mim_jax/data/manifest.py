@@ -31,7 +31,7 @@ from mim_jax.data.decode import BadImageError, header
 from mim_jax.data.tars import is_hidden, is_tar, list_tar
 from mim_jax.data.tiff import STARTS
 
-FORMAT = 2  # of the cached files; others are ignored
+FORMAT = 2  # version of the cached files; others are ignored
 ROW = np.dtype(
     [
         *(("tar", "i4"), ("offset", "i8"), ("bytes", "i8"), ("changed", "i8")),
@@ -123,7 +123,8 @@ class Entry(NamedTuple):
 def scan(root: str, large: bool = False) -> Manifest:
     """Returns the images under a folder or in a tar file. Raises UserError if it is neither.
 
-    large: include TIFFs that are too large to be decoded whole.
+    Args:
+        large: include TIFFs that are too large to be decoded whole.
     """
     if "://" in str(root):
         raise UserError(
@@ -319,7 +320,8 @@ def in_threads(
 ) -> Iterator:
     """Yields function(item) for each item, in order, from threads.
 
-    at_once: items per task. Abandoning the iterator does not wait for the remaining items.
+    Args:
+        at_once: items per task. Abandoning the iterator does not wait for the remaining items.
     """
     parts = [items[i : i + at_once] for i in range(0, len(items), at_once)]
     pool = ThreadPoolExecutor(threads)

@@ -190,8 +190,11 @@ class Pairs:
 def open_masked(name: str, splits: Sequence[str], classes: str = "") -> list[Source]:
     """Opens the splits of a data set with masks, and checks each of its files.
 
-    name: `folder:PATH` of a folder or zip file, or `emoji`, whose masks are derived from colors.
-    classes: the CSV file of the classes; "" is `classes.csv` in the folder, or ADE20K's own list.
+    Args:
+        name: `folder:PATH` of a folder or zip file, or `emoji`, whose masks are derived from
+            colors.
+        classes: the CSV file of the classes; "" is `classes.csv` in the folder, or ADE20K's own
+            list.
 
     Raises UserError, with the name of the file, for an image without a mask or a mask without an
     image, different sizes, a colored mask, a value without a class, or a file that is not an image.
@@ -507,7 +510,7 @@ class EmojiMasks:
         hue, saturation, value = np.moveaxis(
             np.asarray(Image.open(io.BytesIO(encoded)).convert("HSV")), -1, 0
         )
-        ends = np.array([20, 50, 130, 215])  # of red, yellow, green and blue, of 256
+        ends = np.array([20, 50, 130, 215])  # of the hues red, yellow, green and blue, out of 256
         values = 2 + np.searchsorted(ends, hue, side="right") % 4
         values[saturation < 50] = 1
         values[(saturation < 12) & (value > 230)] = 255  # between white and the other colors

@@ -31,10 +31,11 @@ def pack(
     Examples keep the folder's order, so both sources give the same batches and a run can move from
     one to the other. An interrupted call continues with the first missing shard.
 
-    root: a folder or a tar file, see folder.py.
-    labels: as data.labels.
-    in_parallel: in_parallel(write, shards, at_once=1) returns an iterator over write(shard), in any
-        order.
+    Args:
+        root: a folder or a tar file, see folder.py.
+        labels: as data.labels.
+        in_parallel: in_parallel(write, shards, at_once=1) returns an iterator over write(shard), in
+            any order.
 
     Raises UserError if `to` is remote or contains anything other than shards of the same images.
     """
@@ -97,7 +98,8 @@ def set_name(to: Path) -> str:
 def shards(sizes: np.ndarray, most: int) -> list[int]:
     """Returns the number of examples in each shard, for shards of about `most` bytes.
 
-    sizes: bytes of each example, in order.
+    Args:
+        sizes: bytes of each example, in order.
     """
     count = min(len(sizes), -(-int(sizes.sum()) // most))
     ends = np.searchsorted(np.cumsum(sizes), sizes.sum() * np.arange(1, count + 1) / count) + 1

@@ -13,8 +13,9 @@ def rand_augment(
 ) -> Image.Image:
     """Applies two random operations to an image of mode L or RGB.
 
-    magnitude, deviation: mean and standard deviation of the magnitude, clipped to 0 to 10.
-    fill: color of the pixels that come from outside the image, one value per channel.
+    Args:
+        magnitude, deviation: mean and standard deviation of the magnitude, clipped to 0 to 10.
+        fill: color of the pixels that come from outside the image, one value per channel.
     """
     operations = list(OPERATIONS.values())
     for i in rng.integers(len(operations), size=2):
@@ -42,7 +43,7 @@ def rotate(image, m, v, fill):
 
 
 def enhance(kind):
-    """Returns an operation that scales a quality of an image, as PIL's ImageEnhance does."""
+    """Returns an operation that scales a quality of an image, by PIL's ImageEnhance."""
     return lambda image, m, v, fill: kind(image).enhance(max(0.1, 1 + v * 0.9))
 
 

@@ -51,7 +51,8 @@ def write_info(
 ) -> None:
     """Writes TFDS's metadata of the shards in a folder.
 
-    splits: {name: (number of examples in each shard, total bytes)}.
+    Args:
+        splits: {name: (number of examples in each shard, total bytes)}.
     """
     tfds.folder_dataset.write_metadata(
         data_dir=folder,

@@ -1,4 +1,4 @@
-"""Transforms of an image together with its mask, as mmsegmentation trains and evaluates.
+"""Transforms of an image together with its mask, as in mmsegmentation.
 
 An image is an array (H, W, c), labels are an array (H, W). Sizes are (height, width). Masks are
 resized by nearest neighbor, images by Pillow with antialiasing, whereas mmsegmentation uses OpenCV
@@ -208,7 +208,10 @@ class SegmentationEvaluationView(SegmentationView):
     `image_size` and `segmentation_size` are the sizes of an image and its labels without padding.
     """
 
-    shapes: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))  # of images and of labels
+    shapes: tuple[tuple[int, int], tuple[int, int]] = (
+        (0, 0),
+        (0, 0),
+    )  # shapes of images and labels
 
     def groups(
         self, sizes: np.ndarray, count: int

@@ -40,11 +40,13 @@ def open_sources(
 ) -> list[Source]:
     """Opens the splits of a data set. Nothing is decoded, and TensorFlow is not imported.
 
-    name: `emoji` is built in; `folder:PATH` is any tree of images, or a tar file (see folder.py);
-        `tfds:PATH` a folder that TFDS or `mim_jax.data.prepare` wrote; any other name a data set
-        that TFDS prepared in array_record files in `data_dir`, which may be local or gs://.
-    splits: "validation" is replaced by "test" if there is none, as in CIFAR's data sets.
-    labels: of a folder: "folder", or the path of a CSV file, or "" for none.
+    Args:
+        name: `emoji` is built in; `folder:PATH` is any tree of images, or a tar file (see
+            folder.py); `tfds:PATH` a folder that TFDS or `mim_jax.data.prepare` wrote; any other
+            name a data set that TFDS prepared in array_record files in `data_dir`, which may be
+            local or gs://.
+        splits: "validation" is replaced by "test" if there is none, as in CIFAR's data sets.
+        labels: of a folder: "folder", or the path of a CSV file, or "" for none.
     """
     if name in ("", "folder:", "tfds:", "hf:"):
         raise UserError(f"data.name = {name!r} has no path: set folder:PATH, tfds:PATH or hf:PATH.")

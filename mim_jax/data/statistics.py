@@ -66,7 +66,8 @@ def statistics(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean (c,) and standard deviation (c,), float64, of a split of a data set.
 
-    limit: number of images, drawn at random; 0 for all.
+    Args:
+        limit: number of images, drawn at random; 0 for all.
 
     Raises UserError if none of the images can be used.
     """
@@ -82,7 +83,8 @@ def statistics(
 def observe(source: Source, channels: int, limit: int = 0) -> Values:
     """Decodes images of a source and summarizes their pixels.
 
-    limit: number of images, drawn at random; 0 for all.
+    Args:
+        limit: number of images, drawn at random; 0 for all.
 
     Raises UserError if none of the images can be used.
     """
@@ -91,7 +93,7 @@ def observe(source: Source, channels: int, limit: int = 0) -> Values:
     unit = 1 if dtype == "float32" else np.iinfo(dtype).max
 
     def summarize(i: int) -> np.ndarray | str:
-        """Returns lowest, highest, mean and mean square (4, c), or why there are none."""
+        """Returns lowest, highest, mean and mean square (4, c), or the reason of a failure."""
         try:
             image = np.asarray(decode(source.examples[i]["image"], channels, dtype))
         except BadImageError as error:
@@ -121,7 +123,8 @@ def range_problem(values: Values, mean: Sequence[float], std: Sequence[float]) -
     or the mean of any channel exceeds FACTOR in size, as for floats in 0 to 255, or if the
     deviation of all channels is less than 1 / FACTOR, as for 12 bits stored in 16.
 
-    mean, std: objective.mean and objective.std, one value per channel or one for all.
+    Args:
+        mean, std: objective.mean and objective.std, one value per channel or one for all.
     """
     mean_, std_ = (np.asarray(x, np.float64) for x in (mean, std))
     width, offset = values.std / std_, np.abs(values.mean - mean_) / std_

@@ -34,7 +34,8 @@ def is_hidden(name: str) -> bool:
 def list_tar(root: str, tar: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
     """Lists the files in a tar and in the tars in it (as ImageNet has them).
 
-    root, tar: the path of the tar is root/tar; `tar` is "" if the root is a tar.
+    Args:
+        root, tar: the path of the tar is root/tar; `tar` is "" if the root is a tar.
 
     Returns name, size and offset of each file, and name and reason of unreadable ones. Names are
     paths from the root, as if the tar were unpacked in place.
@@ -58,8 +59,9 @@ def add_members(
 ) -> None:
     """Adds the members of an open tar, also of one in a tar.
 
-    size: of the tar in bytes.
-    prefix, start: path and offset in the outer tar.
+    Args:
+        size: of the tar in bytes.
+        prefix, start: path and offset in the outer tar.
 
     Raises tarfile.TarError if it is truncated or damaged; members before that point are added.
     """

@@ -43,7 +43,8 @@ ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 def open_tiff(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
     """Opens the image of a TIFF without reading its pixels. Raises BadImageError.
 
-    large: allow images that are too large to be read whole, if `has_rows` is true.
+    Args:
+        large: allow images that are too large to be read whole, if `has_rows` is true.
     """
     file.seek(0)
     start = file.read(10)
@@ -169,7 +170,8 @@ def stacked(
 def squeezed(shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], str]:
     """Returns shape and axes ("YX", "YXC", "CYX", or "" for unknown) without axes of length 1.
 
-    axes: tifffile's, where Q is an unknown axis.
+    Args:
+        axes: tifffile's, where Q is an unknown axis.
     """
     kept = [(n, axis) for n, axis in zip(shape, axes, strict=True) if n > 1 or axis in "YX"]
     shape, names = tuple(n for n, _ in kept), "".join(axis for _, axis in kept)

@@ -64,8 +64,9 @@ def pack_tiles(
     Tiles of an image are in the split of the image and have its label. Images that cannot be read
     are reported and left out.
 
-    side: side of a tile in pixels.
-    channels: number of channels of the tiles; 0: that of most images, without alpha.
+    Args:
+        side: side of a tile in pixels.
+        channels: number of channels of the tiles; 0: that of most images, without alpha.
 
     Other arguments are those of `pack`. Raises UserError if `to` is remote or holds other images,
     or if no image of a shard can be read.
@@ -216,7 +217,7 @@ def read_rows(file: BinaryIO, page: tifffile.TiffPage, top: int, bottom: int) ->
         part, (_, _, y, x, _), _ = page.decode(content, i, jpegtables=page.jpegtables)
         if part is None:  # a part without data is empty
             continue
-        part = part[0]  # of a single depth
+        part = part[0]  # remove the depth axis
         first, last = max(top, y), min(bottom, y + len(part), page.imagelength)
         right = min(x + part.shape[1], width)
         rows[first - top : last - top, x:right] = part[first - y : last - y, : right - x]

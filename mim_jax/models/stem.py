@@ -11,7 +11,7 @@ import functools
 import flax.linen as nn
 import jax
 
-STRIDE = 16  # from pixels to features
+STRIDE = 16  # pixels per feature
 
 
 class Conv(nn.Module):

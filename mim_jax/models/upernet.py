@@ -24,13 +24,13 @@ def to_maps(tokens: Sequence[jax.Array], grid: tuple[int, int]) -> list[jax.Arra
 
 
 def resize(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
-    """Resizes x (b, H, W, c) -> (b, *size, c), bilinear without antialias, as PyTorch does."""
+    """Resizes x (b, H, W, c) -> (b, *size, c), bilinear without antialias, like PyTorch."""
     shape = (len(x), *size, x.shape[-1])
     return x if x.shape == shape else jax.image.resize(x, shape, "bilinear", antialias=False)
 
 
 def drop_channels(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Drops whole channels of x (b, H, W, c) as PyTorch's Dropout2d, with one key per image (b,).
+    """Drops whole channels of x (b, H, W, c) like PyTorch's Dropout2d, with one key per image (b,).
 
     Without keys nothing is dropped.
     """
@@ -154,7 +154,7 @@ class FCN(nn.Module):
 
 
 def adaptive_mean(x: jax.Array, bins: int) -> jax.Array:
-    """Averages x (b, H, W, c) over s x s bins -> (b, s, s, c), as PyTorch's AdaptiveAvgPool2d."""
+    """Averages x (b, H, W, c) over s x s bins -> (b, s, s, c), like PyTorch's AdaptiveAvgPool2d."""
     rows, columns = (jnp.asarray(bin_weights(side, bins), x.dtype) for side in x.shape[1:3])
     return jnp.einsum("sh,tw,bhwc->bstc", rows, columns, x)
 
