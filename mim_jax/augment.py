@@ -14,8 +14,13 @@ from mim_jax import UserError
 def erase(images: jax.Array, rngs: jax.Array, probability: float) -> jax.Array:
     """Random erasing (Zhong et al., 2017): fills a box in some of the images with noise N(0, 1).
 
-    images (b, H, W, c), normalized; rngs (b,), one key per image. The box covers 2 % to a third of
-    the area and has an aspect of 0.3 to 1 / 0.3. The first of ten boxes that fits is used.
+    The box covers 2 % to a third of the area and has an aspect of 0.3 to 1 / 0.3. The first of ten
+    random boxes that fits is used.
+
+    Args:
+        images: (b, H, W, c), normalized.
+        rngs: (b,), one key per image.
+        probability: probability that an image is changed.
     """
 
     def one(image, rng):
@@ -27,7 +32,7 @@ def erase(images: jax.Array, rngs: jax.Array, probability: float) -> jax.Array:
 
 
 def random_box(rng: jax.Array, size: tuple[int, int], probability: float) -> jax.Array:
-    """Returns a mask (H, W) that is true in a random box; it is empty unless `probability` hits."""
+    """Returns a mask (H, W) that, with this probability, is true in a random box."""
     height, width = size
     rngs, longest = jax.random.split(rng, 5), math.log(1 / 0.3)
     area = height * width * jax.random.uniform(rngs[0], (10,), minval=0.02, maxval=1 / 3)
@@ -62,11 +67,26 @@ def mix(
     mixup: float,
     cutmix: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Applies mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) -> images, targets (b, k).
+    """Applies mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019).
 
-    In each `group` of consecutive rows, the first is mixed with the last, the second with the last
+    In each group of consecutive rows, the first is mixed with the last, the second with the last
     but one, and so on, all with one share from Beta(mixup, mixup) or Beta(cutmix, cutmix). If
-    neither is 0, both are equally likely. `index` (b,) are the rows' places in the global batch.
+    neither is 0, both methods are equally likely.
+
+    Args:
+        images: (b, H, W, c).
+        targets: (b, k), probabilities of the classes.
+        rng: the key of the step.
+        index: (b,), positions of the rows in the global batch.
+        group: number of rows in a group.
+        mixup: parameter of mixup; 0: none.
+        cutmix: parameter of CutMix; 0: none.
+
+    Returns:
+        Mixed images (b, H, W, c) and targets (b, k).
+
+    Raises:
+        UserError: if `group` does not divide the rows.
     """
     if len(images) % group:
         raise UserError(
@@ -94,7 +114,7 @@ def draw_share(rng: jax.Array, size: tuple[int, int], mixup: float, cutmix: floa
 
 
 def cut(size: tuple[int, int], share, y, x) -> jax.Array:
-    """Returns (H, W): 0 in a box around (y, x) that covers 1 - share of the area, 1 outside it.
+    """Returns an array (H, W), 0 in a box at (y, x) with 1 - share of the area, 1 outside it.
 
     The box is clipped to the image, so the share of ones can exceed `share`.
     """

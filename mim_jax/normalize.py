@@ -24,7 +24,7 @@ def unit(images: jax.Array | np.ndarray) -> jax.Array:
 
 
 def normalize(images: jax.Array | np.ndarray, mean: tuple, std: tuple) -> jax.Array:
-    """Returns (x - mean) / std for images (b, H, W, c), integers or floats in [0, 1].
+    """Normalizes images (b, H, W, c), integers or floats in [0, 1]: (x - mean) / std.
 
     Raises:
         UserError: if mean or std has neither one value nor one per channel.

@@ -20,12 +20,17 @@ WeightDecay = Annotated[float, NOT_NEGATIVE, "decoupled weight decay of matrices
 def warmup_and_decay(
     lr: float, *, min_lr: float, warmup_steps: int, steps: int, code: Schedule
 ) -> optax.Schedule:
-    """Returns the rate by step: a warm-up from 0 to `lr`, then a decay to `min_lr`.
+    """Returns a learning rate schedule: a warm-up from 0 to `lr`, then a decay to `min_lr`.
 
     Args:
+        lr: the rate after the warm-up.
+        min_lr: the rate at the end.
+        warmup_steps: length of the warm-up.
+        steps: length of warm-up and decay.
         code: "mae" or "beit", see `warmup_cosine`; or "mmseg", see `warmup_linear`.
 
-    Raises UserError if the warm-up is longer than the run, or `min_lr` exceeds `lr`.
+    Raises:
+        UserError: if the warm-up is not shorter than `steps`, or `min_lr` exceeds `lr`.
     """
     if not warmup_steps < steps:
         raise UserError(
@@ -43,7 +48,7 @@ def warmup_and_decay(
 def warmup_cosine(
     lr: float, *, min_lr: float, warmup_steps: int, steps: int, code: Schedule
 ) -> optax.Schedule:
-    """Returns the rate by step: linear from 0 to `lr`, then half a cosine to `min_lr`.
+    """Returns a schedule that is linear from 0 to `lr`, then half a cosine to `min_lr`.
 
     The first rate is 0. In MAE's code (util/lr_sched.py) the warm-up reaches `lr` at the first step
     of the cosine; in BEiT's (utils.cosine_scheduler) one step earlier, so that two steps have `lr`.
@@ -54,7 +59,7 @@ def warmup_cosine(
 
 
 def warmup_linear(lr: float, *, min_lr: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """Returns the rate by step: linear from `lr` at step 0 to `min_lr`, times a linear warm-up.
+    """Returns a schedule that is linear from `lr` to `min_lr`, multiplied by a linear warm-up.
 
     This is mmsegmentation's policy "poly" with power 1 and linear warm-up, in which the decay
     starts at the first step. Its warm-up starts at 1e-6 of the rate, this one at 0.
@@ -87,7 +92,17 @@ def adamw(
         float, Range(0, 1, above=True), "factor of the rate from each block to the previous one"
     ] = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter, 2017), equal to PyTorch's, with layer decay (BEiT, appendix)."""
+    """AdamW (Loshchilov & Hutter, 2017), equal to PyTorch's, with layer decay (BEiT, appendix).
+
+    Args:
+        learning_rate: step -> rate.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay of the parameters that `matrices` selects.
+        undecayed: names of parameters without weight decay.
+        layer_decay: factor of the rate from each block to the previous one, see `layer_scales`.
+    """
     mask = functools.partial(matrices, but=undecayed)
     tx = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
     return tx if layer_decay == 1 else optax.chain(tx, scale_by_layer(layer_decay))
@@ -130,8 +145,14 @@ def lars(
 ) -> optax.GradientTransformation:
     """LARS (You et al., 2017) as in MAE's linear probe.
 
-    A matrix's gradient, with weight decay, is scaled to `trust` times the norm of the matrix before
-    momentum; the rate comes last. optax.lars differs when the rate changes.
+    The gradient of a matrix plus weight decay is scaled to `trust` times the norm of the matrix;
+    then momentum and the rate are applied. optax.lars differs if the rate changes.
+
+    Args:
+        learning_rate: step -> rate.
+        momentum: decay of the momentum.
+        trust: norm of an update relative to the norm of its matrix.
+        weight_decay: weight decay of matrices.
     """
     decay = optax.add_decayed_weights(weight_decay)
     scaled = optax.chain(decay, optax.scale_by_trust_ratio(trust_coefficient=trust))

@@ -46,10 +46,16 @@ OBJECTIVE_KEYS = ("mean", "std", "target", "mask_ratio", "pooling", "layers")  #
 def load_weights(path: str | Path, **options: Any) -> tuple[dict, Network, dict[str, Any]]:
     """Loads a run, a file of weights or a Hugging Face folder.
 
-    `options` are those of `from_torch` and take precedence over those in the source; false values
-    are ignored, and `encoder_only` has no effect on a run. Returns our parameters, their network,
-    and the other entries of the source. Raises UserError if the source cannot be read or holds
-    another network.
+    Args:
+        path: the source, or the name of a model in the local cache of the Hugging Face Hub.
+        options: those of `from_torch`, which take precedence over those in the source. False values
+            are ignored, and `encoder_only` has no effect on a run.
+
+    Returns:
+        Our parameters, their network, and the other entries of the source.
+
+    Raises:
+        UserError: if the source cannot be read or holds another network.
     """
     path, options = cached(path), {name: value for name, value in options.items() if value}
     if (path / "checkpoints").is_dir():
@@ -231,9 +237,12 @@ def save_weights(path: str | Path, params: dict, network: Network, to: str) -> s
 
     Args:
         path: a file (.safetensors, .pth, .pt, .bin), or for hf and mim_jax a folder.
+        params: our parameters.
+        network: their network.
         to: a family of layouts, or mim_jax.
 
-    Raises UserError if the family cannot hold the network, or for another path.
+    Raises:
+        UserError: if the family cannot hold the network, or for another path.
     """
     path = Path(path)
     if to == "mim_jax":

@@ -53,8 +53,12 @@ def from_torch(
         encoder_only: ignore the decoder's arrays, if there is an encoder.
         options: arguments of `describe` that arrays do not determine: heads, decoder_heads, grid.
 
-    Returns the parameters and their network. Raises UserError if no layout has these names, or if
-    arrays are missing, unexpected or of a wrong shape.
+    Returns:
+        The parameters and their network.
+
+    Raises:
+        UserError: if no layout has these names, or if arrays are missing, unexpected or of a wrong
+            shape.
     """
     layout, state, left_out, entry = recognize(arrays(state), entry)
     state = fused(state) if layout.startswith("hf_") else state
@@ -106,7 +110,8 @@ def to_torch(params: dict, network: Network | None = None, *, layout: str) -> di
         network: the result of `from_torch`; by default, derived from the shapes.
         layout: "mae", "beit", "timm" (the encoder and its head), "hf", or a key of LAYOUTS.
 
-    Raises UserError if the layout cannot hold the network.
+    Raises:
+        UserError: if the layout cannot hold the network.
     """
     network = network or describe(params)
     layout, params = fit(params, network, layout)

@@ -245,14 +245,22 @@ def make(
     processes: int = 1,
     **views: Any,
 ) -> Data:
-    """Opens a data set for process `process` of `processes`; see sources.py for names.
-
-    `views` are the arguments of the views that `views_of(segmented)` returns. If `segmented`, every
-    image has a mask; see masks.py. With `class_names`, labels are indices into these names.
+    """Opens a data set. The annotations describe the arguments that are config keys.
 
     An image that cannot be used is replaced by the next one in training, and is not valid in
-    evaluation. If more than `max_bad_fraction` of a split cannot be used, batches end in a
-    UserError; with `labeled`, also at a label that does not exist.
+    evaluation.
+
+    Args:
+        labeled: whether labels that are not classes are an error.
+        segmented: whether every image has a mask, see masks.py.
+        class_names: names into which labels are indices; (): those of the data set.
+        process: index of this process.
+        processes: number of processes that share the batches.
+        views: arguments of the views that `views_of(segmented)` returns.
+
+    Raises:
+        UserError: if the data set cannot be opened. Iterators of batches raise it if more than
+            `max_bad_fraction` of a split cannot be used, or for labels that are not classes.
     """
     splits = (split, evaluation_split)
     if segmented:

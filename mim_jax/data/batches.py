@@ -21,9 +21,17 @@ def stream(
     threads: int,
     workers: int,
 ) -> Iterator[dict]:
-    """Yields this process's rows of `count` global batches of a dataset of rows, from `first` on.
+    """Yields this process's rows of global batches.
 
-    Rows are made in `threads` (0: one per core), in each of `workers` processes if there are any.
+    Args:
+        dataset: the rows of all batches.
+        first: index of the first batch.
+        count: number of batches.
+        batch_size: rows of a global batch.
+        process: index of this process.
+        processes: number of processes that share a batch.
+        threads: number of threads that make rows; 0: one per core.
+        workers: number of subprocesses, each with these threads; 0: none.
     """
     local = batch_size // processes  # rows of a batch in this process
     rows = grain.MapDataset.range(first * local, (first + count) * local)
