@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.batch_size = 16  # upernet_beit_base_12_512_slide_160k_ade20k_pt.py, as all that follows
+    config.batch_size = (
+        16  # upernet_beit_base_12_512_slide_160k_ade20k_pt.py, like all values below
+    )
     config.steps = 160_000
     config.init_from = dict(encoder="runs/beit_base")
 

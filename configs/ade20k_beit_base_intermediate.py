@@ -14,7 +14,7 @@ from . import ade20k_beit_base
 
 def get_config() -> ConfigDict:
     config = ade20k_beit_base.get_config()
-    # upernet_beit_base_12_640_slide_160k_ade20k_pt2ft.py, as all that follows
+    # upernet_beit_base_12_640_slide_160k_ade20k_pt2ft.py, like all values below
     config.init_from.encoder = "runs/beit_base_in22k_finetune"
     config.model.positions = "none"
     config.model.relative_bias = "own"

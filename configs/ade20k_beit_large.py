@@ -14,7 +14,7 @@ from . import ade20k_beit_base_intermediate
 
 def get_config() -> ConfigDict:
     config = ade20k_beit_base_intermediate.get_config()
-    # upernet_beit_large_24_640_slide_160k_ade20k_pt2ft.py, as all that follows. Its 320,000
+    # upernet_beit_large_24_640_slide_160k_ade20k_pt2ft.py, like all values below. Its 320,000
     # iterations of 8 images, two for each update, and 3,000 of warm-up are 160,000 and 1,500 here.
     config.init_from.encoder = "runs/beit_large_in22k_finetune"
     config.model.size = "L"

@@ -88,7 +88,9 @@ def add_config(parser: argparse.ArgumentParser, text: str = "", required: bool =
         action="store_true",
         help="allow a run to import its objective from outside mim_jax, which executes that code",
     )
-    parser.epilog = "--config.KEY=VALUE changes a key of the config, as --config.optimizer.b2=0.99"
+    parser.epilog = (
+        "--config.KEY=VALUE changes a key of the config, for example --config.optimizer.b2=0.99"
+    )
 
 
 def workdir_of(options: argparse.Namespace) -> str:

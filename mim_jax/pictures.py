@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="seed of the hidden patches")
     parser.add_argument("--tokenizer", help="a dVAE, for a BEiT without its own")
     parser.add_argument(
-        "--query", dest="queries", type=place_of, action="append", help="a patch, as ROW,COLUMN"
+        "--query", dest="queries", type=place_of, action="append", help="a patch, ROW,COLUMN"
     )
     parser.add_argument("--layer", type=int, help="a block, from 0; default: the last")
     parser.add_argument("--head", type=head_of, help="a head, from 0, or average; default: all")
@@ -95,7 +95,7 @@ def place_of(text: str) -> tuple[int, int]:
     try:
         row, column = (int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} must be ROW,COLUMN, as 7,10") from None
+        raise argparse.ArgumentTypeError(f"{text} must be ROW,COLUMN, for example 7,10") from None
     return row, column
 
 

@@ -144,7 +144,7 @@ def render(runs: Sequence[RecordedRun], findings: Sequence[Findings], frames: in
 
 
 def digest(text: str) -> str:
-    """Returns the hash of an inline script or style, as a content security policy names it."""
+    """Returns the hash of an inline script or style for a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 

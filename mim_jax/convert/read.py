@@ -32,7 +32,7 @@ SAFETENSORS = {
     **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
 }
 OTHERS = {  # formats that are mistaken for weights, by their first bytes
-    b"\x89HDF": "an HDF5 file, as Keras writes it",
+    b"\x89HDF": "an HDF5 file, for example of Keras",
     b"\x93NUMPY": "a single NumPy array",
     b"GGUF": "a GGUF file",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself: run git lfs pull",

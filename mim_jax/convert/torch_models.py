@@ -138,7 +138,7 @@ def of_timm(state, network, size):
 
 
 def plain(state, network, images, batch):
-    """Runs MAE or BEiT by the official names, or a hybrid ViT by timm's, as in their papers."""
+    """Runs MAE or BEiT with official names, or a hybrid ViT with timm's, as in their papers."""
     grid = [side // p for side, p in zip(images.shape[2:], network.encoder.patch, strict=True)]
     x = images if network.encoder.stem == "none" else stem(state, images)
     kernel, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]

@@ -28,8 +28,7 @@ def usable(view: Callable[[dict], dict], examples: Sequence[dict], i: int) -> di
         else:
             return example | {"bad": np.int64(i if offset else -1)}
     raise UserError(
-        f"none of {len(OFFSETS)} images can be used in place of a bad one; the reason of the last: "
-        f"{reason}."
+        f"none of {len(OFFSETS)} images can be used in place of a bad one; the last one: {reason}."
     )
 
 

@@ -228,9 +228,9 @@ def label_in(content: bytes, how: str) -> str:
             raise ValueError(f"it has no {key!r}")
         value = value[key]
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is no label")
+        raise ValueError(f"{value!r} is not a label")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no label")
+        raise ValueError(f"{value} is not a label")
     return short(str(value))
 
 

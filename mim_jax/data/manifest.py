@@ -233,7 +233,7 @@ def row_of(file: Entry, width: int, height: int, mode: int, companions: dict) ->
 
 
 def key_of(name: str) -> str:
-    """Returns a path up to the first dot of its last part, as WebDataset joins files."""
+    """Returns a path up to the first dot of its last part, WebDataset's key of an example."""
     folder, _, file = name.rpartition("/")
     return os.path.join(folder, file.partition(".")[0])
 
@@ -333,7 +333,7 @@ def in_threads(
 
 
 def printable(name: str) -> str:
-    """Returns a name with control characters, and bytes that are not UTF-8, as escapes."""
+    """Returns a name with escaped control characters and bytes that are not UTF-8."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -206,29 +206,29 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         except (ValueError, KeyError, TypeError, AttributeError, ParseError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the metadata of {path} cannot be read: {reason}.") from error
-    how = f"mim-jax prepare {name} --data_dir=FOLDER"
-    there = f"{', '.join(BUILTIN)}, folder:PATH, tfds:PATH, or a data set of TFDS"
+    command = f"mim-jax prepare {name} --data_dir=FOLDER"
+    choices = f"{', '.join(BUILTIN)}, folder:PATH, tfds:PATH, or a data set of TFDS"
     if Path(name).expanduser().exists():
-        there = f"folder:{name} for this path, {there}"
+        choices = f"folder:{name} for this path, {choices}"
     if ":" in name:  # a TFDS namespace, whose code would be downloaded
-        raise UserError(f"data.name = {name!r} is not a data set: set it to {there}.")
+        raise UserError(f"data.name = {name!r} is not a data set: set it to {choices}.")
     try:
         with only_features_of_tfds():
             builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"there is no data set {name!r}: set data.name to {there}.") from error
+        raise UserError(f"there is no data set {name!r}: set data.name to {choices}.") from error
     except ValueError as error:
         if "File format is already set" not in str(error):
             raise UserError(
-                f"data.name = {name!r} is not a data set: set it to {there}."
+                f"data.name = {name!r} is not a data set: set it to {choices}."
             ) from error
         raise UserError(
             f"data set {name!r} is prepared in a file format without random access: prepare it "
-            f"again in another folder, by {how}."
+            f"again in another folder, by {command}."
         ) from error
     if not builder.is_prepared():
         raise UserError(
             f"data set {name!r} is not prepared in {builder.data_path}: set its folder with "
-            f"--config.data.data_dir, or prepare it by {how}."
+            f"--config.data.data_dir, or prepare it by {command}."
         )
     return builder

@@ -115,7 +115,7 @@ def follow_links(members: Members) -> None:
         for name in reached:
             members.files[name] = members.files[members.links.pop(name)]
     for name, target in members.links.items():
-        members.unread.append((name, f"a link to {target!r}, which is no file of the tar"))
+        members.unread.append((name, f"a link to {target!r}, which is not a file in the tar"))
 
 
 def unpacked(tar: str, name: str) -> str:
