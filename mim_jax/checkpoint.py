@@ -296,9 +296,9 @@ def state_before(workdir: str, like: TrainState, step: int) -> TrainState | None
 
 
 def record_in(workdir: str) -> dict:
-    """Returns the record of a run that its newest checkpoint carries.
+    """Returns the record of a run from its newest checkpoint.
 
-    Raises UserError if there is none, so that nobody can tell whose checkpoints these are.
+    Raises UserError if there is none, because the run of the checkpoints is then unknown.
     """
     folder = Path(workdir).expanduser() / "checkpoints"
     step = newest(folder)

@@ -199,13 +199,13 @@ class Log:
 
 
 def format_metrics(metrics: dict) -> str:
-    """Formats an objective's metrics on a line, the loss first."""
+    """Formats an objective's metrics in one line, the loss first."""
     rest = (f"{k} {float(v):.4g}" for k, v in metrics.items() if k not in ("loss", "grad_norm"))
     return "  ".join((f"loss {float(metrics['loss']):.4f}", *rest))
 
 
 def format_speed(values: Mapping[str, float], devices: int) -> str:
-    """Formats speed, utilization, input wait and memory on a line."""
+    """Formats speed, utilization, input wait and memory in one line."""
     speed = f"{values['images_per_second']:,.0f} images/s"
     if devices > 1:
         speed += f" ({values['images_per_second_per_chip']:,.0f} per chip)"

@@ -41,7 +41,7 @@ class Probe:
     def __call__(self, state: TrainState, guard: Callable = iter) -> dict[str, float]:
         """Returns "probe_rank", and with labels "probe_knn" and "probe_linear".
 
-        guard(batches) -> batches: may end the probe with an exception.
+        `guard` is a function batches -> batches that may raise an exception to stop the probe.
         """
         # Frozen parameters of a classifier's encoder are buffers.
         parts = (flatten_dict(x.get("encoder", {})) for x in (state.buffers, state.averaged))

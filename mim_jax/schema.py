@@ -151,7 +151,7 @@ class Save(NamedTuple):
 NETWORKS: dict[str, Callable] = {"model": vit, "tokenizer": dvae}
 FROM_DATA = ("num_labels", "segmentation_classes", "segmentation_colors", "image_size")
 SUPPLIED = (*NETWORKS, *FROM_DATA)  # arguments of an objective that are not keys
-CHOICES = ("objective", "optimizer")  # blocks with a key `name` that decides which others there are
+CHOICES = ("objective", "optimizer")  # blocks whose key `name` determines the other keys
 
 
 def functions(config: Mapping) -> dict[str, tuple[Callable, ...]]:

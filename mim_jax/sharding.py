@@ -54,9 +54,9 @@ def coordinates(device: jax.Device) -> tuple[int, ...]:
 
 
 def line_length(mesh: Mesh) -> int:
-    """Returns how many neighbors along `fsdp` lie on one line of a TPU slice.
+    """Returns the number of consecutive devices along `fsdp` that are on one line of a TPU slice.
 
-    It is the whole axis for other devices, or if lines do not divide the axis.
+    For other devices, or if lines do not divide the axis, it is the length of the axis.
     """
     first, *others = (coordinates(device) for device in mesh.devices[0])
     count, directions = 1, set()
@@ -71,10 +71,10 @@ def line_length(mesh: Mesh) -> int:
 
 
 def scatter(x: jax.Array, side: int, count: int, line: int) -> jax.Array:
-    """Adds x over the `count` devices along `fsdp`; each keeps its part of a side.
+    """Reduce-scatters x along axis `side` over the `count` devices along `fsdp`.
 
-    For devices on several lines there are two scatters, across lines and along them. A TPU's
-    compiler turns one over 16 chips on two axes into an all-reduce of the whole array.
+    If the devices are on several lines, it is done across lines and then along them: the TPU
+    compiler turns a single scatter over 16 chips on two axes into an all-reduce of the whole array.
     """
     options = dict(scatter_dimension=side, tiled=True)
     if line == count:

@@ -1,4 +1,4 @@
-"""Ends a process that waits forever: for a worker, another process or a store."""
+"""Ends a process that waits too long for a worker, another process or a storage."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
-STAGES = {  # what a process waits for: what may be stuck
+STAGES = {  # stage: possible causes if it does not end
     "a batch": "a worker process, or the storage of the data",
     "a step": "the compilation, the device, or another process",
     "an evaluation": "a worker process, the storage of the data, or another process",
@@ -20,7 +20,7 @@ class Watchdog:
     """A context in which every stage must end within some minutes, or the process exits with 1.
 
     Args:
-        minutes: 0 for no limit.
+        minutes: the limit of each stage; 0: none.
     """
 
     def __init__(self, minutes: float):
@@ -62,7 +62,7 @@ class Watchdog:
             minutes = (time.monotonic() - self.since) / 60
             if self.stage and minutes > self.minutes:
                 print(
-                    f"failed: waiting for {self.stage} since {minutes:.1f} minutes, more than "
+                    f"failed: {self.stage} has taken {minutes:.1f} minutes, more than "
                     f"stall_minutes = {self.minutes:g}: {STAGES[self.stage]} may be stuck. Run the "
                     "same command again to continue from the newest checkpoint.",
                     file=sys.stderr,

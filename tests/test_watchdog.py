@@ -28,7 +28,7 @@ def test_a_stalled_process_ends_with_a_reason():
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert done.returncode == 1
     assert done.stdout == "batch 1\n"
-    assert "failed: waiting for a batch since 0.0 minutes" in done.stderr
+    assert "failed: a batch has taken 0.0 minutes" in done.stderr
     assert "a worker process, or the storage of the data may be stuck" in done.stderr
     assert time.monotonic() - started < 30
 

@@ -54,7 +54,9 @@ def size_warnings(examples: int, evaluation_examples: int, batch_size: int) -> l
     """Returns warnings about the sizes of a data set, one sentence each.
 
     Args:
-        examples, evaluation_examples: of the training split and of the evaluation split.
+        examples: size of the training split.
+        evaluation_examples: size of the evaluation split.
+        batch_size: images per update.
     """
     warnings = []
     if batch_size > examples:

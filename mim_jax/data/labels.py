@@ -20,7 +20,7 @@ LONGEST = 256  # characters of a label
 WHOLE = re.compile(
     r"[+-]?\d{1,18}(\.0*)?"
 )  # "3", and "3.0" as pandas writes it in a column with gaps
-OTHERS = {  # headers of columns of something else
+OTHERS = {  # headers of columns without labels
     *("split", "set", "subset", "fold", "width", "height", "size", "date", "time", "url", "md5"),
     *("caption", "text", "description", "bbox", "x", "y", "w", "h"),
 }

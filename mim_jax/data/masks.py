@@ -390,7 +390,7 @@ def read_values(encoded: bytes) -> np.ndarray:
         raise BadImageError(
             f"it is in color ({mode}): a mask must have one channel of class numbers"
         )
-    if mode == "L" and bits < 8:  # Pillow spreads these over 0 to 255
+    if mode == "L" and bits < 8:  # Pillow scales these to 0 to 255
         values = values // (255 // (2**bits - 1))
     return values.astype(np.uint16)
 

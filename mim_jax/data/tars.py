@@ -60,7 +60,7 @@ def add_members(
     """Adds the members of an open tar, also of one in a tar.
 
     Args:
-        size: of the tar in bytes.
+        size: size of the tar in bytes.
         prefix, start: path and offset in the outer tar.
 
     Raises tarfile.TarError if it is truncated or damaged; members before that point are added.

@@ -171,7 +171,7 @@ def squeezed(shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], str]:
     """Returns shape and axes ("YX", "YXC", "CYX", or "" for unknown) without axes of length 1.
 
     Args:
-        axes: tifffile's, where Q is an unknown axis.
+        axes: tifffile's names of the axes, where Q is an unknown axis.
     """
     kept = [(n, axis) for n, axis in zip(shape, axes, strict=True) if n > 1 or axis in "YX"]
     shape, names = tuple(n for n, _ in kept), "".join(axis for _, axis in kept)

@@ -138,7 +138,7 @@ def tiles_of(
                 for top, left, tile in tiles(file, side, channels, dtype):
                     yield {"image": tile, "file_name": f"{name}#{top},{left}"} | label
         except BadImageError as error:
-            print(f"{printable(name)} is left out, or a part of it: {error}")
+            print(f"{printable(name)} is left out, completely or in part: {error}")
 
 
 def as_records(examples: Iterator[dict], is_image: bool) -> Iterator[dict]:

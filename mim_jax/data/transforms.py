@@ -249,7 +249,7 @@ class EvaluationView(View):
             left, top = max(0, across - longest) // 2, max(0, down - longest) // 2
             image = crop(image, (left, top, across - left, down - top))
             across, down = width_and_height(image)
-        if across * h > down * w:  # a wide image: its height decides
+        if across * h > down * w:  # a wide image: limited by its height
             w = int(h * across / down)
         else:
             h = int(w * down / across)
