@@ -8,6 +8,7 @@ record, for example because it was killed. Exit codes: 0 done, 2 user error.
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -122,13 +123,19 @@ def is_step(record: Mapping[str, Any]) -> bool:
 
 
 def runs_below(root: str | epath.PathLike) -> Iterator[RecordedRun]:
-    """Yields the runs in and below a directory, by name, without searching inside runs."""
+    """Yields the runs in and below a directory, by name, without searching inside runs.
+
+    A run whose record is damaged is left out, with a warning.
+    """
     folder = workdir.open_path(root)
     if not folder.is_dir():
         raise UserError(f"there is no directory {root}.")
     if workdir.is_run(folder):
-        if not workdir.is_converted(workdir.read(folder)):
-            yield read_run(folder)
+        try:
+            if not workdir.is_converted(workdir.read(folder)):
+                yield read_run(folder)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
         return
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):

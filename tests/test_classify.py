@@ -453,7 +453,10 @@ def test_invalid_labels_are_reported():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (dict(num_labels=0), "classify needs images with labels: this data set has no labels"),
+        (
+            dict(num_labels=0),
+            "classify needs images with labels: this data set has no labels. For a",
+        ),
         (dict(num_labels=1), "classify needs images with labels: this data set has only one label"),
         (dict(tuned_blocks=4.0), "tuned_blocks = 4 must be 0, 0.5, 1, 1.5, ... up to the 3 blocks"),
         (dict(tuned_blocks=0.3), "tuned_blocks = 0.3"),

@@ -85,6 +85,18 @@ def test_the_directory_is_runs_by_default(tmp_path, capsys, monkeypatch):
     assert "20/100" in capsys.readouterr().out
 
 
+def test_a_damaged_run_does_not_hide_the_others(tmp_path, capsys):
+    make(tmp_path / "a", [10], loss=[3.0])
+    make(tmp_path / "b", [20], loss=[3.0])
+    (tmp_path / "a" / "config.json").write_text("{")
+    assert runs.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "20/100" in printed.out
+    assert "10/100" not in printed.out
+    assert "warning: " in printed.err
+    assert "config.json is damaged" in printed.err
+
+
 def test_where_there_are_no_runs(tmp_path, capsys):
     assert runs.main([str(tmp_path)]) == 2
     assert "there are no runs below" in capsys.readouterr().err

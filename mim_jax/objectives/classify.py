@@ -140,7 +140,10 @@ class Classification:
     def __post_init__(self):
         if self.num_labels < 2:
             number = "only one label" if self.num_labels else "no labels"
-            raise UserError(f"classify needs images with labels: this data set has {number}.")
+            raise UserError(
+                f"classify needs images with labels: this data set has {number}. For a folder, set "
+                "data.labels to 'folder' or to a CSV file."
+            )
         blocks, depth = self.tuned_blocks, self.model.depth
         if blocks != -1 and (blocks % 0.5 or not 0 <= blocks <= depth):
             raise UserError(
