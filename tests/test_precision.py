@@ -148,10 +148,17 @@ precision = pytest.importorskip("benchmarks.precision", exc_type=ImportError)
 
 @pytest.mark.parametrize("name", ["BEiT", "BEiT, LayerScale 0.1", "BEiT, LayerScale 1e-5", "MAE"])
 def test_errors_next_to_autocast(name):
-    """The table of benchmarks/precision.py, of smaller networks."""
+    """The table of benchmarks/precision.py, of smaller networks.
+
+    With LayerScale 1e-5, blocks add so little that float32 itself rounds off up to a tenth of it at
+    this width: PyTorch in float32, without autocast, is the limit there.
+    """
     case = precision.cases(width=64, depth=12, images=4)[name]
     rows = precision.compare(case)
-    assert rows["ours"]["blocks"] <= 0.02
+    params = precision.initial(case)
+    exact, wide = (precision.reference(case, params, dtype) for dtype in ("float64", "float32"))
+    limit = 1.05 * precision.errors(wide, exact)["blocks"]
+    assert rows["ours"]["blocks"] <= max(0.02, limit)
     assert rows["ours"]["gradient, median"] <= rows["autocast"]["gradient, median"]
 
 
