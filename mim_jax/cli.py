@@ -8,14 +8,16 @@ Exit codes: 0 done, 1 failed, 2 user error, reported in one sentence, 130 interr
 
 import argparse
 import errno
+import gc
 import importlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import NoReturn
 
 from mim_jax import UserError, __version__
@@ -138,6 +140,9 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
     """Runs a command and returns its exit code; expected errors are printed as one sentence."""
     import jax  # late, so that --help is fast
 
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         return command()
     except KeyboardInterrupt:
@@ -169,6 +174,17 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt, or soon if the garbage collector calls JAX, which loses it."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks:
+            threading.Timer(0.01, signal.raise_signal, (number,)).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:

@@ -1,9 +1,11 @@
 """The command `mim-jax`, and the lists of configs and keys."""
 
+import gc
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -113,3 +115,27 @@ def test_keys_without_effect_are_refused(command, capsys):
         cli.main([command, *arguments, *([] if command == "evaluate" else ["--to=x"])])
     assert done.value.code == 2
     assert "--config.optimizer.lr=1 has no effect:" in capsys.readouterr().err
+
+
+def test_an_interruption_during_garbage_collection_is_not_lost():
+    """Python ignores exceptions in callbacks of the garbage collector, of which JAX has one."""
+    sent = []
+
+    def callback(*_):
+        if not sent:
+            sent.append(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    def command():
+        gc.callbacks.append(callback)
+        gc.collect()
+        gc.callbacks.remove(callback)
+        time.sleep(10)
+        return 0
+
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.exit_code(command, "") == 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert sent
