@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         "--dry-run", action="store_true", help="print the config and a summary of the recipe"
     )
     options, overrides = cli.parse(parser, argv)
+    if options.max_minutes < 0:
+        parser.error(f"--max-minutes={options.max_minutes:g} must be at least 0")
     path = cli.workdir_of(options)
 
     def command() -> int:

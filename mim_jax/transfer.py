@@ -102,6 +102,9 @@ def start_from(
         head_arrays, change = fit_classes(head_arrays, class_names, their_classes)
         taken |= head_arrays
         print(f"head: {', '.join(head_arrays) or 'new'}{change}")
+    elif key == "encoder" and ours.objective == theirs.objective:  # all of it may be expected
+        others = sorted({name.split("/")[0] for name in flat(state.params)} - {"encoder"})
+        print(f"not taken from {source}, but random: {', '.join(others)}")
     names = flat(state.params) | flat(state.buffers)
     if entire and (missing := sorted(names.keys() - taken)):
         raise UserError(f"cannot evaluate: {source} has no {missing[0]}, which this model needs.")

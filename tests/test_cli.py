@@ -45,6 +45,13 @@ def test_an_unknown_argument_is_refused_with_a_hint(capsys):
     assert "keys of the config are set by --config.KEY=VALUE" in capsys.readouterr().err
 
 
+def test_a_negative_time_is_refused(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["train", "--config=mae_emoji", "--max-minutes=-1"])
+    assert done.value.code == 2
+    assert "--max-minutes=-1 must be at least 0" in capsys.readouterr().err
+
+
 def test_help_with_a_config_lists_its_keys(capsys):
     with pytest.raises(SystemExit) as done:
         main.main(["--config=mae_emoji", "--help"])

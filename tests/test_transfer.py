@@ -89,7 +89,9 @@ def test_only_the_encoder_is_taken(tmp_path, capsys):
     folder, source = run_of(tmp_path, MAE)
     state = begin(MAE)
     begun = start_from(state, "encoder", folder, MAE)
-    assert "arrays from step 0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "arrays from step 0" in said
+    assert f"not taken from {folder}, but random: decoder\n" in said
     assert equal(begun.params["encoder"], source.params["encoder"])
     assert equal(begun.params["decoder"], state.params["decoder"])
     assert begun.step == 0
