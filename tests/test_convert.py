@@ -229,6 +229,11 @@ def test_the_official_mae():
     encoder, described = from_torch(other, heads=4, encoder_only=True)
     assert (described.kind, list(encoder)) == ("encoder", ["encoder"])
     jax.tree.map(np.testing.assert_array_equal, encoder["encoder"], params["encoder"])
+    # an MLP of another width
+    narrow = {k: x[: len(x) // 2] if ".fc1." in k else x for k, x in state.items()}
+    narrow |= {k: x[:, : x.shape[1] // 2] for k, x in state.items() if k.endswith("fc2.weight")}
+    with pytest.raises(UserError, match="MLP must be 4 times as wide"):
+        from_torch(narrow, heads=4, decoder_heads=2)
     # the encoder alone, as released: timm's names
     alone = to_torch(params, network, layout="timm")
     assert sorted(alone) == sorted(k for k in state if "decoder" not in k and k != "mask_token")

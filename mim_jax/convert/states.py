@@ -373,4 +373,6 @@ def compare(params: dict, network: Network, unexpected: list[str]) -> None:
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": different}
     if any(kinds.values()):
         lists = [f"{len(x)} {kind}: {shortened(x)}" for kind, x in kinds.items() if x]
-        raise UserError(f"this is not {LAYOUTS[network.layout].title}: {'; '.join(lists)}.")
+        wide = any("/fc1/" in path and given.get(path, x) != x for path, x in wanted.items())
+        hint = " Hidden layers of an MLP must be 4 times as wide as its input." if wide else ""
+        raise UserError(f"this is not {LAYOUTS[network.layout].title}: {'; '.join(lists)}.{hint}")
