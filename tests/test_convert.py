@@ -448,6 +448,8 @@ def test_the_command_there_and_back(tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, begun.params["encoder"], params["encoder"])
     # back, in each kind of file
     assert convert.main([run, f"{tmp_path}/hf", "--to=hf", "--check"]) == 0
+    alone = [f"{tmp_path}/hf", f"{tmp_path}/alone", "--to=mim_jax", "--encoder-only", "--check"]
+    assert convert.main(alone) == 0
     output = capsys.readouterr().out
     assert f"transformers {transformers.__version__}, ViTMAEForPreTraining" in output
     for source, file in ((run, "b.pth"), (f"{tmp_path}/hf", "b.safetensors")):

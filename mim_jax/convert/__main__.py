@@ -84,6 +84,7 @@ def check(params: dict, network: Network, to: str) -> int:
     """Compares the network with PyTorch's, and prints the differences. Returns the exit code."""
     if to == "mim_jax":
         to = network.layout if network.layout != "mim_jax" else "timm"
+        to = "hf" if to.startswith("hf_") else to  # without its decoder it is another model
     title, largest = differences(params, network, to)
     print(f"mim_jax and {title} in float64, largest difference / largest value:")
     for name, value in largest.items():
