@@ -3,6 +3,7 @@
 import collections
 import json
 import shlex
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -138,13 +139,20 @@ def test_a_reduced_batch_keeps_the_schedule(tmp_path, monkeypatch, capsys):
 
 
 def test_the_source_of_a_run_may_be_deleted(tmp_path, capsys):
-    run = [*TINY[1:6], "--config=configs/emoji_finetune.py", f"--workdir={tmp_path}"]
-    run += ["--config.objective.mixup_group=2"]
-    gone = "--config.init_from.encoder=gone"
-    assert check.main([*run, gone]) == 2
-    assert "gone is not a run directory" in capsys.readouterr().err
-    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    assert check.main([*run, gone]) == 0
+    """It is read once, before the first step; later the run's own checkpoints are used."""
+    source, short = tmp_path / "source", ["--config.steps=2", "--config.pictures.count=0"]
+    short += ["--config.probe.images=0", "--config.evaluate.limit=8"]
+    assert main([*TINY, *short, f"--workdir={source}"]) == 0
+    run = ["--config=configs/emoji_finetune.py", *TINY[1:6], *short, "--config.batch_size=16"]
+    run += ["--config.objective.mixup_group=2", f"--config.init_from.encoder={source}"]
+    run += [f"--workdir={tmp_path / 'run'}"]
+    assert main(run) == 0
+    shutil.rmtree(source)
+    capsys.readouterr()
+    assert check.main(run) == 0
+    shutil.rmtree(tmp_path / "run")
+    assert check.main(run) == 2
+    assert "source is not a run directory" in capsys.readouterr().err
 
 
 def test_a_zero_head_does_not_hide_gradients_of_the_encoder(tmp_path, capsys):
