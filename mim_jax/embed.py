@@ -106,6 +106,13 @@ def load(
                 raise UserError("there are no images: the list is empty.")
             data = dict(size=network.size, channels=network.channels)
             images = batch_of(images, data)["image"]
+        if isinstance(images, np.ndarray) and np.issubdtype(images.dtype, np.floating):
+            low, high = float(images.min(initial=0)), float(images.max(initial=0))
+            if low < 0 or high > 1:
+                raise UserError(
+                    f"float images must be in [0, 1], not {low:g} to {high:g}: pass integers, or "
+                    "divide by their largest value."
+                )
         images = jnp.asarray(images)
         if images.ndim != 4 or images.shape[-1] != network.channels:
             raise UserError(

@@ -83,7 +83,8 @@ class Training:
         run, config, log = self.run, self.config, self.log
         first = self.checkpoints.latest or 0
         state = self.state()
-        if jax.process_index() == 0:  # after the directory is locked and the state restored
+        unfinished = first < run.steps or not workdir.is_run(self.path)
+        if unfinished and jax.process_index() == 0:  # the directory is locked, the state restored
             workdir.write(self.path, self.checkpoints.record)
         log.say(f"{config.objective.name}: {self.start.parameters:,} parameters\n{run.summary}")
         log.unread(run.data.unread)

@@ -268,6 +268,8 @@ def test_encoders_take_images_of_any_size_and_kind(runs, tmp_path):
     np.testing.assert_allclose(encoder(params, [pixels, pixels])[1:], expected, atol=1e-6)
     wide = Image.fromarray(pixels).resize((200, 100))
     assert encoder(params, [wide, pixels]).shape == (2, *expected.shape[1:])
+    with pytest.raises(UserError, match=r"must be in \[0, 1\], not 0 to 255"):
+        encoder(params, np.full((1, 64, 64, 3), 255.0))
     with pytest.raises(UserError, match=r"cannot read the image nowhere\.png"):
         encoder(params, ["nowhere.png"])
 

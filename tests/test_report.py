@@ -210,7 +210,7 @@ def test_keys_that_differ_from_their_defaults(tmp_path):
     changed = {setting.key: setting for setting in report.settings(run) if setting.changed}
     assert changed["objective.mask_ratio"].value == "0.5"
     assert changed["objective.mask_ratio"].default == "0.75"
-    assert "share of patches hidden" in changed["objective.mask_ratio"].meaning
+    assert "share of hidden patches" in changed["objective.mask_ratio"].meaning
     assert "log.wandb" not in changed
     assert "batch_size" in changed  # it has no default
 

@@ -55,7 +55,7 @@ def objective(
     model: ViT,
     tokenizer: DVAE | None = None,
     *,
-    mask_ratio: Annotated[float, SHARE, "share of patches hidden from the encoder"] = 0.75,
+    mask_ratio: Annotated[float, SHARE, "masking ratio: share of hidden patches"] = 0.75,
     sampling: Annotated[
         Literal["random", "blockwise", "grid"], "which patches are hidden (table 1f)"
     ] = "random",
