@@ -68,10 +68,14 @@ def test_one_of_two_processes_gets_a_signal(number, tmp_path):
     pair = [
         subprocess.Popen(
             [*call[:-1], f"{call[-1]}{i}"],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
     first, second = pair
     try:
         for line in first.stdout:
@@ -86,7 +90,7 @@ def test_one_of_two_processes_gets_a_signal(number, tmp_path):
     if number == signal.SIGKILL:
         assert first.returncode == 1
         assert "failed: process 0 of 2 lost another process" in error
-        assert "the same command goes on from the newest checkpoint" in error
+        assert "run the same command again to continue from the newest checkpoint" in error
         assert "Traceback" not in error
     else:
         assert first.returncode == second.returncode == 143

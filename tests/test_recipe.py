@@ -149,12 +149,12 @@ def test_the_recipe_of_dalles_tokenizer():
         ("data.name=mnist", "'mnist' is not prepared in"),
         ("data.split=test", "'emoji' has no split 'test'; it has train, validation"),
         ("data.split=train[:0]", "'train[:0]' of data set 'emoji' is empty"),
-        ("data.interpolation=cubic", "choose one of bicubic, bilinear"),
+        ("data.interpolation=cubic", "did you mean bicubic? Choose one of bicubic, bilinear"),
         ("data.resizer=cv2", "data.resizer = 'cv2' is unknown; choose one of pillow, simd"),
         ("data.channels=2", "data.channels = 2, but the images of emoji have 3"),
         (
             "model.dtype=bf16",
-            "model.dtype = 'bf16' is unknown; choose one of auto, bfloat16, float32",
+            "model.dtype = 'bf16' is unknown; did you mean bfloat16? Choose one of auto,",
         ),
         ("optimizer.min_lr=1", "optimizer.min_lr = 1 must not exceed the learning rate"),
         (
