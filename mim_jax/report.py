@@ -36,6 +36,7 @@ FRAMES = 9  # sheets of pictures over time
 MATRIX = 24  # largest number of classes for which a confusion matrix is shown
 MOST_FAULTS = 20  # warnings and failures that are listed
 EVALUATION = "evaluate/"
+ABSENT = "-"  # shown for a key that a run does not have
 TEMPLATES = epath.Path(__file__).parent / "templates"
 
 TITLES = {  # titles and meanings of the metrics that are shown first
@@ -205,7 +206,7 @@ def references(metric: str, runs: Sequence[RecordedRun]) -> list[Reference]:
     marks = set()
     for run in runs:
         objective, classes = run.config["objective"], len(class_names(run))
-        vocabulary = run.config.get("tokenizer", {}).get("vocabulary", 0)
+        vocabulary = run.config["tokenizer"]["vocabulary"] if "tokenizer" in run.config else 0
         if metric in ("accuracy", "probe_knn", "probe_linear") and classes:
             marks.add(Reference(1 / classes, f"chance: 1 of {classes}"))
         if metric == "loss" and objective.get("target") == "normalized_pixels":
@@ -264,9 +265,9 @@ def plain(value: Any) -> str:
 
 def differences(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
     """Returns the keys whose values differ between runs: (key, value of each run)."""
-    flat = [{k: plain(x) for k, x in schema.flatten(run.config).items()} for run in runs]
-    keys = dict.fromkeys(key for config in flat for key in config)
-    rows = [(key, [config.get(key, "-") for config in flat]) for key in keys]
+    settings = [{k: plain(x) for k, x in schema.flatten(run.config).items()} for run in runs]
+    keys = dict.fromkeys(key for of_run in settings for key in of_run)
+    rows = [(key, [of_run.get(key, ABSENT) for of_run in settings]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
@@ -328,7 +329,7 @@ def numbers(run: RecordedRun) -> list[tuple[str, str, str]]:
 
 def durations(run: RecordedRun) -> dict[str, float]:
     """Returns seconds in training steps, and in all processes from start to their last record."""
-    size, steps, last = run.config.get("batch_size", 0), 0.0, 0
+    size, steps, last = run.config["batch_size"], 0.0, 0
     for step, speed in run.series("images_per_second"):
         steps += (step - last) * size / speed if speed > 0 else 0.0
         last = step

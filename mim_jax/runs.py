@@ -18,6 +18,7 @@ from etils import epath
 from mim_jax import UserError, cli, workdir
 
 QUIET = 600  # seconds without a record after which a run is stale, at least
+REQUIRED = ("objective", "batch_size", "steps", "epochs")  # keys that every recorded config has
 LOWER_IS_BETTER = ("loss", "error", "kl", "norm")  # parts of the names of such metrics
 
 
@@ -52,11 +53,10 @@ class RecordedRun(NamedTuple):
     @property
     def steps(self) -> int:
         """The length of the run, 0 if it is unknown."""
-        if self.config.get("steps"):
+        if self.config["steps"]:
             return int(self.config["steps"])
         examples = self.record["trajectory"].get("data set's examples", 0)
-        batch_size = self.config.get("batch_size", 0)
-        return int(self.config.get("epochs", 0) * examples / batch_size) if batch_size else 0
+        return int(self.config["epochs"] * examples / self.config["batch_size"])
 
     @property
     def status(self) -> str:
@@ -109,12 +109,25 @@ def read_run(path: str | epath.PathLike) -> RecordedRun:
     record = workdir.read(folder)
     if not record or workdir.is_converted(record):
         raise UserError(f"{path} is not the directory of a training run.")
+    if problem := damage_of(record["config"]):
+        raise UserError(f"{folder / 'config.json'} is damaged: {problem}.")
     files = [folder / name for name in ("metrics.jsonl", "events.jsonl")]
     changed = max((file.stat().mtime for file in files if file.exists()), default=0.0)
     metrics, events = ([x for x in workdir.read_lines(file) if is_step(x)] for file in files)
     metrics = sorted(metrics, key=lambda x: x["step"])
     events = [event for event in events if {"event", "time"} <= event.keys()]
     return RecordedRun(folder, record, metrics, events, changed, time.time())
+
+
+def damage_of(config: Any) -> str:
+    """Returns what is wrong with a recorded config, "" if it has the keys that are read here."""
+    if not isinstance(config, dict):
+        return "its config is not an object"
+    if missing := [key for key in REQUIRED if key not in config]:
+        return f"it lacks {', '.join(missing)}"
+    if not isinstance(config["batch_size"], int) or config["batch_size"] < 1:
+        return f"batch_size = {config['batch_size']!r} must be at least 1"
+    return ""
 
 
 def is_step(record: Mapping[str, Any]) -> bool:

@@ -9,7 +9,9 @@ import pytest
 
 from mim_jax import UserError, runs, workdir
 
-CONFIG = dict(objective=dict(name="mae"), batch_size=8, steps=100, data=dict(name="emoji"))
+CONFIG = dict(
+    objective=dict(name="mae"), batch_size=8, steps=100, epochs=0.0, data=dict(name="emoji")
+)
 
 
 def make(folder, steps=(), *, events=(), config=CONFIG, age=0.0, **metrics):
@@ -141,3 +143,17 @@ def test_the_state_of_the_checkout(tmp_path, monkeypatch):
     assert not state["changed"]
     (tmp_path / "workdir.py").write_text("2")
     assert workdir.git_state()["changed"]
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ([1], "its config is not an object"),
+        ({"objective": {"name": "mae"}, "steps": 5}, "it lacks batch_size, epochs"),
+        (CONFIG | {"batch_size": 0}, "batch_size = 0 must be at least 1"),
+    ],
+)
+def test_incomplete_configs_are_reported(tmp_path, config, problem):
+    make(tmp_path / "a", config=config)
+    with pytest.raises(UserError, match=rf"config\.json is damaged: {problem}"):
+        runs.read_run(tmp_path / "a")
