@@ -30,12 +30,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.pod import collectives
-from benchmarks.tpu_compiler import Step, chips, trace
-from mim_jax import UserError, cli
+from benchmarks.tpu_compiler import chips, trace
+from mim_jax import UserError, cli, flops
 from mim_jax.models import attention_tpu
 
 CLOCK, PEAK, BANDWIDTH = 1.5e9, 197e12, 819e9  # of a v5e: Hz, FLOP/s, bytes/s
@@ -79,7 +78,7 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What an attention kernel is compiled for."""
+    """The shapes and options of a compiled attention kernel."""
 
     backward: bool
     images: int
@@ -124,20 +123,22 @@ def report(options: argparse.Namespace, overrides: list[str]) -> int:
         Path(options.text).write_text(text)
     print(f"compiled in {seconds:.0f} s", flush=True)
 
-    found = instructions(text)
-    loops = [x for x in found.values() if x.opcode == "while" and "known_trip_count" not in x.line]
+    program = instructions(text)
+    loops = [
+        x for x in program.values() if x.opcode == "while" and "known_trip_count" not in x.line
+    ]
     if loops:
         print(f"{len(loops)} loops of unknown length, counted once: {sources(loops)}")
-    cycles = kernel_cycles({kernel_of(x, found) for x in found.values() if x.is_kernel})
+    cycles = kernel_cycles({kernel_of(x, program) for x in program.values() if x.is_kernel})
     rows = collections.Counter()
-    for instruction in found.values():
-        rows[instruction.work] += seconds_of(instruction, found, cycles)
+    for instruction in program.values():
+        rows[instruction.work] += seconds_of(instruction, program, cycles)
     total = sum(rows.values())
     for (part, kind), share in rows.most_common():
         if share > 0.001 * total:
             print(f"{part:10} {kind:13} {1e3 * share:7.2f} ms {share / total:6.1%}")
-    kernels = sum(seconds_of(x, found, cycles) for x in found.values() if x.is_kernel)
-    count = flops(step) / len(devices)
+    kernels = sum(seconds_of(x, program, cycles) for x in program.values() if x.is_kernel)
+    count = flops.of_step(step.traced.jaxpr)
     print(f"sum: {1e3 * total:.1f} ms a step, of which kernels {1e3 * kernels:.1f} ms")
     print(f"{options.images / total:.0f} images/s per chip")
     print(
@@ -183,13 +184,13 @@ def sources(rows: list[Instruction]) -> str:
     return ", ".join(sorted({match[1] if match else "unknown" for match in names}))
 
 
-def seconds_of(instruction: Instruction, found: dict[str, Instruction], kernels: dict) -> float:
+def seconds_of(instruction: Instruction, program: dict[str, Instruction], kernels: dict) -> float:
     """Returns the predicted time of an operation, as often as it runs."""
     if instruction.opcode in NOTHING:
         return 0.0
     if instruction.is_kernel:
-        scheduled = kernels[kernel_of(instruction, found)] / CLOCK
-        operands = [found[name].shape for name in instruction.operands if name in found]
+        scheduled = kernels[kernel_of(instruction, program)] / CLOCK
+        operands = [program[name].shape for name in instruction.operands if name in program]
         moved = sum(map(bytes_in_memory, [instruction.shape, *operands]))
         return instruction.times * max(scheduled, moved / BANDWIDTH)
     estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.line)
@@ -205,14 +206,14 @@ def bytes_in_memory(shape: str) -> int:
     )
 
 
-def kernel_of(instruction: Instruction, found: dict[str, Instruction]) -> Kernel:
+def kernel_of(instruction: Instruction, program: dict[str, Instruction]) -> Kernel:
     """Returns which kernel of attention_tpu an operation is, by its shapes."""
 
     def shapes(text):
         return [tuple(map(int, sides.split(","))) for _, _, sides, _ in re.findall(BITS, text)]
 
     results = shapes(instruction.shape)
-    operands = [shapes(found[name].shape)[0] for name in instruction.operands]
+    operands = [shapes(program[name].shape)[0] for name in instruction.operands]
     backward = len(operands) > 2  # qkv and the bias, or also the gradient, y and the sums
     (b, n, features), (_, heads, last) = operands[0], operands[3] if backward else results[1]
     biased = len(operands) in (2, 5)
@@ -280,40 +281,6 @@ def compile_kernel(kernel: Kernel) -> None:
     mesh = Mesh(chips("v5e:2x2")[:1], "chip")
     everywhere = NamedSharding(mesh, PartitionSpec())
     jax.jit(function, in_shardings=everywhere).lower(qkv, bias, y, sums).compile()
-
-
-def flops(step: Step) -> int:
-    """Returns the FLOPs of the matrix products and convolutions of a step, on all its devices."""
-    return products(step.traced.jaxpr.jaxpr) * step.run.mesh.size
-
-
-def products(jaxpr: core.Jaxpr) -> int:
-    """Returns the FLOPs of products in a program as it is written; in a shard_map, of a device."""
-    total = 0
-    for equation in jaxpr.eqns:
-        sides, parameters = [x.aval.shape for x in equation.invars], equation.params
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = parameters["dimension_numbers"]
-            size = math.prod(equation.outvars[0].aval.shape)
-            total += 2 * size * math.prod(sides[0][axis] for axis in contracted)
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel = parameters["dimension_numbers"].rhs_spec
-            size = math.prod(equation.outvars[0].aval.shape) // math.prod(
-                parameters["lhs_dilation"]
-            )
-            total += 2 * size * math.prod(sides[1]) // sides[1][kernel[0]]
-        elif equation.primitive.name == "cond":  # the plain branch of a choice by platform
-            total += products(parameters["branches"][-1].jaxpr)
-        else:
-            times = parameters.get("length", 1) if equation.primitive.name == "scan" else 1
-            total += times * sum(map(products, core_jaxprs(parameters)))
-    return total
-
-
-def core_jaxprs(parameters: dict) -> list[core.Jaxpr]:
-    """Returns the programs among the parameters of an equation."""
-    values = [parameters.get(name) for name in ("jaxpr", "call_jaxpr", "body_jaxpr")]
-    return [getattr(x, "jaxpr", x) for x in values if x is not None]
 
 
 if __name__ == "__main__":

@@ -127,6 +127,12 @@ def build_objective(config, function, networks: Mapping, dataset) -> objectives.
     return objective
 
 
+def rebuild_objective(run: Run, config: ConfigDict) -> objectives.Objective:
+    """Returns the objective of a changed config, for the data and the devices of a run."""
+    networks = schema.networks(with_dtypes(config, run.mesh))
+    return build_objective(config, objectives.find(config.objective.name), networks, run.data)
+
+
 def build_schedule(config, steps: int, steps_per_epoch: float) -> optax.Schedule:
     """Returns the learning rate by step."""
     rate = learning_rate(config)

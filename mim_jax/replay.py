@@ -133,6 +133,4 @@ def objective_in(run: Run, config: ConfigDict, dtype: str) -> objectives.Objecti
     for name in schema.NETWORKS:
         if name in settings:
             settings[name].dtype = dtype
-    function = objectives.find(config.objective.name)
-    networks = schema.networks(recipe.with_dtypes(settings, run.mesh))
-    return recipe.build_objective(settings, function, networks, run.data)
+    return recipe.rebuild_objective(run, settings)

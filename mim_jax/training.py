@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mim_jax import UserError, flops, objectives, recipe, schema, workdir
+from mim_jax import UserError, flops, recipe, workdir
 from mim_jax.checkpoint import Checkpoints, flat
 from mim_jax.divergence import ADVICE, Failures, RollbackError, all_finite, data_step
 from mim_jax.experiment import pictures_of
@@ -126,7 +126,7 @@ class Training:
 
         If no loss was finite since step `first`, its checkpoint is not used again.
         """
-        self.checkpoints.set_aside(after=min(error.last_finite, self.run.steps))
+        self.checkpoints.set_aside(after=error.last_finite)
         if first and error.last_finite == first:
             self.checkpoints.set_aside(after=first - 1)
             if not self.checkpoints.latest:
@@ -197,9 +197,7 @@ class Training:
             accumulate=self.config.accumulate,
             ema=self.config.ema,
         )
-        rates = np.asarray(
-            run.schedule(np.arange(run.steps))
-        )  # all in advance, so that no step waits for them
+        rates = np.asarray(run.schedule(np.arange(run.steps)))  # computed once, before the loop
         failures = self.failures_after(first)
         log.say("compiling the first step")
         trace.after(first)
@@ -318,8 +316,6 @@ def peak_share(run: Run, config: ConfigDict) -> float:
     plain = config.copy_and_resolve_references()
     if "model" in plain:
         plain.model.remat = "none"
-    networks = schema.networks(recipe.with_dtypes(plain, run.mesh))
-    function = objectives.find(config.objective.name)
-    objective = recipe.build_objective(plain, function, networks, run.data)
+    objective = recipe.rebuild_objective(run, plain)
     step = Start(run._replace(objective=objective), plain).trace_step()
     return flops.of_step(step.jaxpr) / (config.batch_size / run.mesh.size) / peak
