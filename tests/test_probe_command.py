@@ -1,11 +1,12 @@
 """`mim-jax probe`: the features of each block of an encoder."""
 
-import jax
 import numpy as np
 import pytest
 
-import mim_jax
 from mim_jax import data, main, probe, probe_command
+from mim_jax.convert import files
+from mim_jax.embed import statistics_of
+from mim_jax.normalize import normalize
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +22,31 @@ def rows_of(text):
     return [line.split() for line in lines if line.strip()[:1].isdigit() and "%" in line]
 
 
-def test_the_last_layer_without_its_norm_is_the_encoders(run, capsys):
-    """The table's last row, from features of `mim_jax.load`, which differ by a final norm alone."""
+def test_each_block_is_probed(run, capsys):
+    """The table, from the outputs of the blocks that Flax captures."""
     assert probe_command.main([str(run), "--data=emoji", "--images=60", "--batch-size=16"]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert [row[0] for row in rows] == ["1", "2"]
 
-    encoder, params = mim_jax.load(run)
+    params, network, _ = files.load_weights(run)
     dataset = data.make(name="emoji", size=32)
     features, labels = {}, {}
     for of_training in (True, False):
         batch = next(dataset.evaluation_batches(60, limit=60, of_training=of_training))
-        tokens = jax.jit(encoder)(params, batch["image"])
-        features[of_training] = np.asarray(tokens[:, 1:].mean(1))
+        _, state = network.encoder.apply(
+            {"params": params["encoder"]},
+            normalize(batch["image"], **statistics_of(run, network.metadata)),
+            capture_intermediates=lambda module, _: (module.name or "").startswith("block_"),
+            mutable=["intermediates"],
+        )
+        outputs = [state["intermediates"][f"block_{i}"]["__call__"][0] for i in range(2)]
+        features[of_training] = [np.asarray(tokens[:, 1:].mean(1)) for tokens in outputs]
         labels[of_training] = batch["label"]
-    predicted = probe.neighbors(features[True], labels[True], features[False])
-    accuracy = (predicted == labels[False]).mean()
-    assert float(rows[-1][2].rstrip("%")) == pytest.approx(100 * accuracy, abs=7)
-    assert 1 < float(rows[-1][1]) < 60
+    for row, train, test in zip(rows, features[True], features[False], strict=True):
+        assert float(row[1]) == pytest.approx(probe.rank(train), abs=0.06)
+        for text, predict in zip(row[2:], (probe.neighbors, probe.linear), strict=True):
+            accuracy = (predict(train, labels[True], test) == labels[False]).mean()
+            assert float(text.rstrip("%")) == pytest.approx(100 * accuracy, abs=0.006)
 
 
 def test_mistakes(run, tmp_path, capsys):
