@@ -54,17 +54,17 @@ def main() -> None:
     for kind, title in KINDS.items():
         print(f"\n{title}: accuracy on {options.held_out}\n")
         print("| base_lr | layer_decay | accuracy |\n|---|---|---|")
-        found = {}
+        accuracies = {}
         for rate, decay in itertools.product(options.base_lr, options.layer_decay):
-            found[rate, decay] = run(
+            accuracies[rate, decay] = run(
                 kind,
                 f"{rate}_{decay}",
                 optimizer__base_lr=rate,
                 optimizer__layer_decay=decay,
                 data__evaluation_split=options.held_out,
             )[-1][1]
-            print(f"| {rate} | {decay} | {100 * found[rate, decay]:.1f} |", flush=True)
-        rate, decay = max(found, key=found.get)
+            print(f"| {rate} | {decay} | {100 * accuracies[rate, decay]:.1f} |", flush=True)
+        rate, decay = max(accuracies, key=accuracies.get)
         curves[kind] = [
             run(
                 kind,

@@ -110,15 +110,15 @@ def measure(batches, images: int) -> float:
 def distances(folder: str, resizer: str) -> list[float]:
     """Mean absolute differences from Pillow's pixels, of 255: a crop of each file."""
     torch.manual_seed(0)
-    theirs, found = Photographs(folder), []
+    theirs, measurements = Photographs(folder), []
     for file in theirs.files:
         image = Image.open(file).convert("RGB")
         image = image.crop(theirs.box(*image.size))
         pillow, other = (
             resize(image, (SIZE, SIZE), "bicubic", kind).astype(int) for kind in ("pillow", resizer)
         )
-        found.append(float(np.abs(pillow - other).mean()))
-    return found
+        measurements.append(float(np.abs(pillow - other).mean()))
+    return measurements
 
 
 def photographs(folder: Path, count: int = 200) -> None:
@@ -176,17 +176,17 @@ def main():
         call += [f"--resizer={flags.resizer}"]
         times = {"ours": [], "theirs": []}
         for i in range(flags.rounds):
-            for name, found in times.items():
+            for name, measurements in times.items():
                 done = subprocess.run(
                     [*call, f"--measure={name}"], check=True, stdout=subprocess.PIPE, text=True
                 )
-                found.append(json.loads(done.stdout.splitlines()[-1]))
+                measurements.append(json.loads(done.stdout.splitlines()[-1]))
             a, b = times["ours"][-1], times["theirs"][-1]
             print(
                 f"round {i + 1}: ours {a:.2f} ms, theirs {b:.2f} ms, ratio {b / a:.2f}", flush=True
             )
-    for name, found in times.items():
-        print(f"{name}: {1e3 / statistics.median(found):.0f} images per CPU second (median)")
+    for name, measurements in times.items():
+        print(f"{name}: {1e3 / statistics.median(measurements):.0f} images per CPU second (median)")
     ratios = [b / a for a, b in zip(times["ours"], times["theirs"], strict=True)]
     print(
         f"ours / theirs: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "

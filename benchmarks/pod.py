@@ -1,15 +1,17 @@
-r"""What a run would need of a TPU slice, by the TPU's own compiler, without the slice.
+r"""Prints the memory, operations and communication of a run's step on a TPU slice.
 
     pip install -e '.[tpu]'
     python -m benchmarks.pod --config=configs/mae_large.py --topology=v5e:4x4 --config.fsdp=16
 
-Compiles the step of the run ahead of time, at full size, on any machine. Printed are, of one chip:
-FLOPs and bytes read or written, as the compiler counts them (the body of a loop once, as over parts
-of a batch); memory of the state, of temporaries, and at its peak; what collectives gather and add
-up, also as a multiple of the bytes of the parameters in float32. These are exact, and the same
-every time; seconds are of the compilation. Data are not needed. A step that does not fit ends with
-the sentence of the compiler. Compiling a ViT-L takes some minutes of a core. For predicted times,
-see benchmarks/tpu_step.py.
+The TPU compiler compiles the step ahead of time, at full size, on any machine: no TPU and no data
+are needed. For one chip the output contains:
+
+- FLOPs and bytes read or written, as the compiler counts them: the body of a loop counts once;
+- the memory of the state, of temporaries, and at its peak;
+- the bytes moved by collectives, also as a multiple of the float32 parameters.
+
+These figures are reproducible. If the step does not fit, the compiler's message is printed.
+Compiling a ViT-L takes some minutes of one core. See benchmarks/tpu_step.py for predicted times.
 """
 
 import argparse
@@ -29,13 +31,15 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True)
-    parser.add_argument("--topology", default="v5e:4x4", help="as v5e:4x4, v5p:2x2x4, v6e:8x8")
+    parser.add_argument(
+        "--topology", default="v5e:4x4", help="for example v5e:4x4, v5p:2x2x4, v6e:8x8"
+    )
     options, overrides = cli.parse(parser, argv)
     return cli.exit_code(lambda: report(options.config, overrides, options.topology), "")
 
 
 def report(path: str, overrides: list[str], topology: str) -> int:
-    """Compiles the step and prints what the compiler says of it."""
+    """Compiles the step and prints the compiler's figures."""
     step = trace(path, overrides, chips(topology))
     print(f"{step.parameters:,} parameters\n{step.run.summary}", flush=True)
     compiled, seconds = step.compile()
@@ -64,7 +68,7 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     all-reduce of which a chip keeps its part is in a computation all-reduce-scatter.
     """
     kinds = "all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-[a-z]+"
-    found, seen, computation = collections.defaultdict(lambda: (0, 0)), set(), ""
+    moved, seen, computation = collections.defaultdict(lambda: (0, 0)), set(), ""
     for line in text.splitlines():
         if header := re.match(r"(?:ENTRY )?%([\w.-]+) \(.*\{$", line):
             computation = header[1]
@@ -80,9 +84,9 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             kind = "reduce-scatter"
         for dtype, bits, sides in re.findall(r"\b(pred|[a-z]+(\d+))\[([\d,]*)\]", result):
             size = int(bits or 8) // 8 * math.prod(int(side) for side in sides.split(",") if side)
-            count, total = found[f"{kind} {dtype}"]
-            found[f"{kind} {dtype}"] = count + 1, total + parts * size
-    return dict(found)
+            count, total = moved[f"{kind} {dtype}"]
+            moved[f"{kind} {dtype}"] = count + 1, total + parts * size
+    return dict(moved)
 
 
 def group_size(line: str) -> int:

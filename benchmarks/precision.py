@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What is compared."""
+    """The quantities of a network that are compared."""
 
     loss: np.ndarray  # ()
     output: np.ndarray  # what the loss reads

@@ -34,13 +34,16 @@ PLACES = {
 def shapes(*, grid=(4, 4), patch=(8, 8), channels=3, width=32, depth=2, heads=4, shared=True):
     """The trainable tensors of the official BEiT, with a vocabulary of 64."""
     d, (rows, columns) = width, grid
-    found = {"cls_token": (1, 1, d), "mask_token": (1, 1, d)}
-    found |= {"patch_embed.proj.weight": (d, channels, *patch), "patch_embed.proj.bias": (d,)}
+    tensor_shapes = {"cls_token": (1, 1, d), "mask_token": (1, 1, d)}
+    tensor_shapes |= {
+        "patch_embed.proj.weight": (d, channels, *patch),
+        "patch_embed.proj.bias": (d,),
+    }
     if shared:
         table = ((2 * rows - 1) * (2 * columns - 1) + 3, heads)
-        found["rel_pos_bias.relative_position_bias_table"] = table
+        tensor_shapes["rel_pos_bias.relative_position_bias_table"] = table
     else:
-        found["pos_embed"] = (1, 1 + rows * columns, d)
+        tensor_shapes["pos_embed"] = (1, 1 + rows * columns, d)
     for i in range(depth):
         block = {"attn.q_bias": (d,), "attn.v_bias": (d,), "attn.qkv.weight": (3 * d, d)}
         block |= {"attn.proj.weight": (d, d), "attn.proj.bias": (d,)}
@@ -48,9 +51,9 @@ def shapes(*, grid=(4, 4), patch=(8, 8), channels=3, width=32, depth=2, heads=4,
         block |= {"mlp.fc2.weight": (d, 4 * d), "mlp.fc2.bias": (d,)}
         block |= {f"norm{k}.{leaf}": (d,) for k in (1, 2) for leaf in ("weight", "bias")}
         block |= {"gamma_1": (d,), "gamma_2": (d,)} if shared else {}
-        found |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    found |= {"norm.weight": (d,), "norm.bias": (d,)}
-    return found | {"lm_head.weight": (64, d), "lm_head.bias": (64,)}
+        tensor_shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    tensor_shapes |= {"norm.weight": (d,), "norm.bias": (d,)}
+    return tensor_shapes | {"lm_head.weight": (64, d), "lm_head.bias": (64,)}
 
 
 def our_name(name: str) -> str:

@@ -78,10 +78,10 @@ def saved(tmp_path_factory):
 
 
 def test_a_checkpoint_describes_itself(saved):
-    about = json.loads((saved / "checkpoints" / "2" / "metadata" / "metadata").read_text())
-    assert about["config"] == {"seed": 7}
-    assert about["parts"]["params"]["encoder/block_0/qkv/kernel"] == [16, 48]
-    assert about["skips"] == []
+    metadata = json.loads((saved / "checkpoints" / "2" / "metadata" / "metadata").read_text())
+    assert metadata["config"] == {"seed": 7}
+    assert metadata["parts"]["params"]["encoder/block_0/qkv/kernel"] == [16, 48]
+    assert metadata["skips"] == []
 
 
 def flip(path, rng):

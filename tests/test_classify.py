@@ -180,12 +180,12 @@ def test_batch_norm_equals_pytorch():
                 n(torch.tensor(rows)) for n, rows in zip(theirs, (x[:7], x[7:]), strict=True)
             ]
             np.testing.assert_allclose(ours, torch.cat(expected).numpy(), atol=1e-12)
-        found = variables["batch_statistics"]
+        measured = variables["batch_statistics"]
         for name, running in (("mean", "running_mean"), ("variance", "running_var")):
             expected = sum(getattr(n, running).numpy() for n in theirs) / 2
-            np.testing.assert_allclose(found[name], expected, atol=1e-12)
+            np.testing.assert_allclose(measured[name], expected, atol=1e-12)
         x = rng.normal(size=(4, 5))
-        expected = (x - found["mean"]) / np.sqrt(found["variance"] + 1e-6)
+        expected = (x - measured["mean"]) / np.sqrt(measured["variance"] + 1e-6)
         np.testing.assert_allclose(norm.apply(variables, x, False), expected, atol=1e-12)
 
 
@@ -417,7 +417,7 @@ def test_accuracy_counts_each_example_once(options):
     params, buffers = objective.init(jax.random.key(3), batch)
     mesh = make_mesh(jax.devices()[:2])
     state = TrainState(jnp.int32(0), params, buffers, ())
-    found = evaluate(objective, state, [batch], mesh=mesh, seed=0)
+    measured = evaluate(objective, state, [batch], mesh=mesh, seed=0)
 
     mean, std = (np.array(x, np.float32) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     network = classify.Classifier(vit(**MODEL), CLASSES, batch_norm=0, head_std=1.0, **options)
@@ -426,15 +426,15 @@ def test_accuracy_counts_each_example_once(options):
     order = np.argsort(-logits, axis=-1)  # (b, l, k)
     top1 = (order[..., 0] == label[:, None]).mean(0)
     best = top1.argmax()
-    assert found["accuracy"] == pytest.approx(top1[best])
+    assert measured["accuracy"] == pytest.approx(top1[best])
     top5 = (order[:, best, :5] == label[:, None]).any(-1).mean()
-    assert found["top5"] == pytest.approx(top5)
+    assert measured["top5"] == pytest.approx(top5)
     if options["pooling"] == "layers":
-        assert found["best_layer"] == best + 1
-        assert found["accuracy_layer_2"] == pytest.approx(top1[1])
+        assert measured["best_layer"] == best + 1
+        assert measured["accuracy_layer_2"] == pytest.approx(top1[1])
     right = order[:, best, 0] == label
     for k in range(CLASSES):
-        share, accuracy = found["by_class"][k]
+        share, accuracy = measured["by_class"][k]
         assert share == pytest.approx((label == k).mean())
         assert accuracy == pytest.approx(right[label == k].mean() if (label == k).any() else 0)
 

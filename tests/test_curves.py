@@ -19,14 +19,14 @@ def parsed(svg: str) -> ElementTree.Element:
 
 def paths(svg: str, kind: str) -> list[np.ndarray]:
     """Returns the points in pixels of each part of the paths of a class."""
-    found = []
+    lines_of_chart = []
     for path in parsed(svg).iterfind(".//svg:path[@class]", MARKUP):
         if kind in path.get("class").split():
             for part in path.get("d").split("M")[1:]:
                 part = part.split("l")[0]
                 numbers = re.findall(r"-?[\d.]+", part.split("h")[0])
-                found.append(np.array(numbers, float).reshape(-1, 2))
-    return found
+                lines_of_chart.append(np.array(numbers, float).reshape(-1, 2))
+    return lines_of_chart
 
 
 def test_a_line():

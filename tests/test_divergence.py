@@ -97,9 +97,9 @@ def test_one_bad_batch_is_left_out_and_named(config, tmp_path, capsys):
     assert main.main([f"--config={config}", f"--workdir={work}"]) == 0
     text = capsys.readouterr().out
     assert "warning: step 5: the loss is nan" in text
-    found = losses(work)
-    assert sorted(step for step, loss in found.items() if np.isnan(loss)) == [5]
-    assert found[16] < found[1]
+    loss_of_step = losses(work)
+    assert sorted(step for step, loss in loss_of_step.items() if np.isnan(loss)) == [5]
+    assert loss_of_step[16] < loss_of_step[1]
     capture = json.loads((work / "captures" / "step_0000005.json").read_text())
     assert bad in capture["images"]
     assert len(capture["images"]) == 8

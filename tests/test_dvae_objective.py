@@ -37,8 +37,8 @@ def test_logit_laplace_at_golden_values():
             ((0.9, 2.0, -1.0), 2.17868644),
         ]:
             painted = jnp.array([location, location, log_scale, log_scale])
-            found = dvae.logit_laplace(jnp.array([x, x]), painted)
-            np.testing.assert_allclose(found, ln_f, atol=5e-9)
+            likelihood = dvae.logit_laplace(jnp.array([x, x]), painted)
+            np.testing.assert_allclose(likelihood, ln_f, atol=5e-9)
 
 
 def test_logit_laplace_is_a_density():

@@ -35,13 +35,13 @@ def runs(tmp_path_factory):
 def test_a_run_is_evaluated_again(runs, tmp_path, capsys):
     run, to = runs / "mae_base_finetune", tmp_path / "found.json"
     assert evaluate.main([f"--config={run}", f"--to={to}"]) == 0
-    found = json.loads(to.read_text())
+    result = json.loads(to.read_text())
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     for name in ("loss", "accuracy", "top5"):
-        assert found[name] == pytest.approx(last[f"evaluate/{name}"], rel=1e-6)
-    shares, right = np.array(found["by_class"]).T
+        assert result[name] == pytest.approx(last[f"evaluate/{name}"], rel=1e-6)
+    shares, right = np.array(result["by_class"]).T
     assert shares.sum() == pytest.approx(1)
-    assert (shares * right).sum() == pytest.approx(found["accuracy"])
+    assert (shares * right).sum() == pytest.approx(result["accuracy"])
     said = capsys.readouterr().out
     assert "step 3, split validation[:30]" in said
     assert "class  of all  accuracy" in said

@@ -232,10 +232,10 @@ def test_pictures_leave_a_page_below_its_size(tmp_path, monkeypatch):
 def test_many_runs_leave_out_what_was_computed(tmp_path, monkeypatch):
     runs = [read_run(make(tmp_path / f"run_{i}", training(2))) for i in range(3)]
     noise = np.random.default_rng(0).random((8, 128, 128, 3))
-    found = [findings.Findings(attention={"image": noise, "average": noise})] * 3
-    assert report.fitted(runs, found).count("data:image") == 48
+    examined = [findings.Findings(attention={"image": noise, "average": noise})] * 3
+    assert report.fitted(runs, examined).count("data:image") == 48
     monkeypatch.setattr(report, "LARGEST", 300_000)
-    text = report.fitted(runs, found)
+    text = report.fitted(runs, examined)
     assert len(text) < report.LARGEST
     assert text.count("the page would be too large") == 3
 
@@ -263,15 +263,15 @@ def runs(tmp_path_factory):
 
 def test_a_classifier(runs):
     folder = runs / "mae_base_finetune"
-    found = findings.examine(str(folder))
-    assert not found.missing
-    count = found.predictions.confusion.sum()
+    examined = findings.examine(str(folder))
+    assert not examined.missing
+    count = examined.predictions.confusion.sum()
     record = json.loads((folder / "config.json").read_text())
     assert count == min(findings.PREDICTED, record["data"]["evaluation_images"])
-    chances = [hard.probability for hard in found.predictions.hardest]
+    chances = [hard.probability for hard in examined.predictions.hardest]
     assert chances == sorted(chances)
     assert len(chances) == findings.HARDEST
-    images = np.stack([hard.image for hard in found.predictions.hardest])
+    images = np.stack([hard.image for hard in examined.predictions.hardest])
     assert images.min() >= 0
     assert images.max() <= 1
     assert images.std() > 0.1
@@ -284,21 +284,21 @@ def test_a_classifier(runs):
 
 
 def test_a_tokenizer(runs):
-    found = findings.examine(str(runs / "dvae"))
-    assert not found.missing
-    assert found.attention is None
-    assert found.predictions is None
+    examined = findings.examine(str(runs / "dvae"))
+    assert not examined.missing
+    assert examined.attention is None
+    assert examined.predictions is None
     assert (
-        found.codebook.counts.sum()
+        examined.codebook.counts.sum()
         == 16
         * min(
             findings.TOKENIZED,
             json.loads((runs / "dvae" / "config.json").read_text())["data"]["evaluation_images"],
         )
-        * (found.codebook.columns["original"].shape[1] // 32) ** 2
+        * (examined.codebook.columns["original"].shape[1] // 32) ** 2
     )
-    assert 1 <= found.codebook.used <= 64
-    assert 1 <= found.codebook.perplexity <= found.codebook.used + 1e-6
+    assert 1 <= examined.codebook.used <= 64
+    assert 1 <= examined.codebook.perplexity <= examined.codebook.used + 1e-6
     text, _ = written(runs / "dvae", options=())
     assert "codes occur in" in text
 

@@ -71,8 +71,8 @@ def test_sides_of_a_relative_bias_are_resized_independently():
 
 def test_an_unknown_grid_is_kept_or_refused():
     kept = np.ones((1, 7, 4))
-    found = fit({"positions": kept}, {"positions": (1, 7, 4)}, before=None, after=(2, 3))
-    assert (found["positions"] == kept).all()
+    fitted_params = fit({"positions": kept}, {"positions": (1, 7, 4)}, before=None, after=(2, 3))
+    assert (fitted_params["positions"] == kept).all()
     with pytest.raises(UserError, match="positions cannot be resized: the original image size"):
         fit({"positions": kept}, {"positions": (1, 17, 4)}, before=None, after=(4, 4))
 
@@ -86,7 +86,9 @@ def test_a_single_row_of_patches_is_repeated(before, after):
         np.concatenate([np.repeat(table[:-3], 7, 0), table[-3:]]), (4, 4), (7, 7)
     )
     expected = long[:-3].reshape(13, 13, 2)[:, 0]  # one that depends on the rows alone
-    found = resize_relative(table, before, after)[:-3].reshape(*(2 * x - 1 for x in after), 2)
+    fitted_params = resize_relative(table, before, after)[:-3].reshape(
+        *(2 * x - 1 for x in after), 2
+    )
     along = 1 if before[0] == 1 else 0
-    for i in range(found.shape[1 - along]):
-        np.testing.assert_allclose(found.take(i, 1 - along), expected, atol=1e-9)
+    for i in range(fitted_params.shape[1 - along]):
+        np.testing.assert_allclose(fitted_params.take(i, 1 - along), expected, atol=1e-9)

@@ -327,11 +327,11 @@ def test_table_by_class(run, tmp_path, capsys):
     assert "class  of all  accuracy       IoU" in said
     rows = [line.split() for line in said.splitlines() if "%" in line]
     assert [row[0] for row in rows] == ["background", "gray", "red", "yellow", "green", "blue"]
-    found = json.loads(to.read_text())
-    assert found["miou"] == pytest.approx(records(run)[-1]["evaluate/miou"], rel=1e-6)
-    shares, _, iou = np.array(found["by_class"], float).T
+    evaluation = json.loads(to.read_text())
+    assert evaluation["miou"] == pytest.approx(records(run)[-1]["evaluate/miou"], rel=1e-6)
+    shares, _, iou = np.array(evaluation["by_class"], float).T
     assert shares.sum() == pytest.approx(1)
-    assert np.nanmean(iou) == pytest.approx(found["miou"])
+    assert np.nanmean(iou) == pytest.approx(evaluation["miou"])
 
 
 def test_sheets_have_a_legend(run):

@@ -20,12 +20,12 @@ def test_the_tokens_of_a_split(trained, tmp_path, capsys):
     overrides = ["--config.data.evaluation_split=train[:20]"]
     assert tokenize.main([f"--config={trained}", f"--to={to}", *overrides]) == 0
     assert "20 images of 16 tokens" in capsys.readouterr().out
-    found = np.load(to)
-    assert found["tokens"].shape == (20, 4, 4)
-    np.testing.assert_array_equal(found["index"], np.arange(20))
-    assert found["vocabulary"] == 64
-    assert found["tokens"].max() < 64
-    assert found["label"].shape == (20,)
+    written = np.load(to)
+    assert written["tokens"].shape == (20, 4, 4)
+    np.testing.assert_array_equal(written["index"], np.arange(20))
+    assert written["vocabulary"] == 64
+    assert written["tokens"].max() < 64
+    assert written["label"].shape == (20,)
 
 
 def test_directories_of_other_runs(trained, tmp_path, capsys):

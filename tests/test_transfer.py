@@ -137,8 +137,8 @@ def test_a_shared_bias_is_copied_to_each_block(tmp_path, capsys):
         own = config_of("classify", BEIT | dict(relative_bias="own"), size)
         begun = start_from(begin(own), "encoder", folder, own)
         for i in range(2):
-            found = begun.params["encoder"][f"block_{i}"]["relative_position_bias"]["table"]
-            np.testing.assert_array_equal(found, expected)
+            copied = begun.params["encoder"][f"block_{i}"]["relative_position_bias"]["table"]
+            np.testing.assert_array_equal(copied, expected)
         assert same(begun, source)
     said = capsys.readouterr().out
     assert "ignored: mask_token, norm/bias, norm/scale" in said
