@@ -46,3 +46,11 @@ def command():
         )
 
     return call
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    """Returns an empty folder that holds the caches of this test, for example of manifests."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder

@@ -11,10 +11,7 @@ from mim_jax.data.class_names import are_numbers, numbers_in, renumber, shown
 from mim_jax.data.masks import Classes
 from mim_jax.data.sources import Source
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def folder(root, names, each=6):

@@ -14,11 +14,7 @@ from mim_jax.data.layout import is_shard, layout, split_of
 from mim_jax.data.sources import open_sources
 from tests.images import PIXEL, jpeg, plant, tar
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Gives each test a manifest cache of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def tree(root, *names):

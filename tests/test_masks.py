@@ -15,9 +15,7 @@ RNG = np.random.default_rng(0)
 CLASSES = "0,sky,#0080ff\n1,road\n7,\n"
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def save(path, array, mode=None, **options):

@@ -15,11 +15,7 @@ from PIL import Image
 from mim_jax import data
 from mim_jax.data import manifest, pack, prepare
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Gives each test a manifest cache of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def image(seed, form="JPEG"):

@@ -21,13 +21,7 @@ from mim_jax.main import main
 from mim_jax.sheets import MARGIN, draw_sheet
 from tests.images import BAD, GOOD, PIXEL, UNREAD, encoded, npy, open_tree, pixels, plant
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Gives each test a manifest cache of its own."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -12,11 +12,7 @@ from mim_jax.data.sources import open_sources
 from mim_jax.data.statistics import main, observe, range_problem, statistics
 from tests.images import encoded, npy, open_tree, pixels, plant, tif
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Gives each test a manifest cache of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def source_of(root, arrays):

@@ -23,9 +23,7 @@ def by_rows(monkeypatch):
     monkeypatch.setattr("mim_jax.data.tiff.LARGE", 0)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def joined(parts, shape):
