@@ -44,6 +44,7 @@ OF_TRAINING = (  # keys and blocks that other commands do not use
     *("steps", "epochs", "optimizer", "log", "evaluate", "pictures", "probe", "save"),
     *("divergence", "ema"),
 )
+owns_process = False  # whether the process was started for one command, see exit_with
 NO_WRITE = (  # errors of a path that cannot be written
     *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG),
@@ -192,6 +193,8 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
 
     A process that failed does not wait for the other processes, which may wait for it.
     """
+    global owns_process
+    owns_process = True
     try:
         code = main()
         sys.stdout.flush()

@@ -11,7 +11,7 @@ import sys
 
 from flax.traverse_util import flatten_dict
 
-from mim_jax import cli
+from mim_jax import cli, goodput, workdir
 from mim_jax.convert.files import license_note, load_weights, story
 from mim_jax.convert.names import printable
 
@@ -34,6 +34,8 @@ def show(source: str) -> int:
     print(story(params, network))
     if note := license_note(source):
         print(note)
+    if note := time_note(source):
+        print(note)
     for part, tree in params.items():
         arrays = flatten_dict(tree, sep="/")
         count = sum(math.prod(x.shape) for x in arrays.values())
@@ -49,6 +51,15 @@ def show(source: str) -> int:
     if "config" in entries:
         print(f"config: {json.dumps(entries['config'], indent=2)}")
     return 0
+
+
+def time_note(source: str) -> str:
+    """Returns what the time of a run was spent on, "" for other sources."""
+    records = workdir.read_lines(workdir.open_path(source) / "metrics.jsonl")
+    seconds = goodput.newest(records)
+    if not (total := sum(seconds.values())):
+        return ""
+    return f"time: {total:,.0f} s of all processes: {goodput.describe(seconds)}"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from mim_jax import UserError, workdir
+from mim_jax.goodput import KINDS, Goodput
 
 
 class Pace:
@@ -70,6 +71,7 @@ class Log:
         every: {name of a periodic action: its interval in steps}.
         devices: number of devices that share a batch.
         peak_share: share of a device's peak FLOP/s that one image per second uses; 0: unknown.
+        goodput: the times of the run so far; by default those of a run that starts now.
     """
 
     def __init__(
@@ -86,16 +88,20 @@ class Log:
         every: Mapping[str, int] | None = None,
         devices: int = 1,
         peak_share: float = 0.0,
+        goodput: Goodput | None = None,
     ):
         self.steps, self.batch_size, self.warn, self.warning = steps, batch_size, warn, ""
         self.devices, self.peak_share = devices, peak_share
+        self.goodput = goodput or Goodput()
         self.pace = Pace(steps, every or {})
         self.writes = jax.process_index() == 0
         self.workdir = Path(workdir)
         self.training = self.waiting = 0.0  # seconds since the last line
         self.last_step, self.first = step, True
         self.pending: tuple[int, dict, dict, float] | None = None
-        self.sinks = sinks(workdir, step, tensorboard, wandb, trackio) if self.writes else []
+        self.sinks = []
+        if self.writes:
+            self.sinks = sinks(workdir, step, self.goodput, tensorboard, wandb, trackio)
         self.bad_files = lines_once(Path(workdir) / "bad_files.jsonl")
 
     def timed(self, steps: Iterable) -> Iterator:
@@ -114,11 +120,23 @@ class Log:
         batches = iter(batches)
         while True:
             start = time.perf_counter()
-            batch = next(batches, None)
+            with self.goodput.during("input"):
+                batch = next(batches, None)
             self.waiting += time.perf_counter() - start
             if batch is None:
                 return
             yield batch
+
+    @contextlib.contextmanager
+    def action(self, name: str) -> Iterator[None]:
+        """Measures a periodic action."""
+        kind = name if name in KINDS else "evaluate"
+        with self.pace.action(name), self.goodput.during(kind):
+            yield
+
+    def times(self, step: int) -> None:
+        """Writes the seconds of the run by kind of work."""
+        self.write(step, self.goodput.record())
 
     def train(self, step: int, metrics: dict, due: bool, **more: float) -> None:
         """Records a step. A line is written one step late, so that no device waits for it."""
@@ -134,7 +152,7 @@ class Log:
             more |= dict(images_per_second_per_chip=speed / self.devices, time=time.time())
             if self.peak_share:
                 more["mfu"] = speed / self.devices * self.peak_share
-            more |= memory()
+            more |= memory() | self.goodput.record()
             self.pending = step, metrics, more, left
             self.last_step, self.training, self.waiting = step, 0.0, 0.0
 
@@ -233,9 +251,11 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def sinks(workdir: str, step: int, tensorboard: bool, wandb: str, trackio: str) -> list:
+def sinks(
+    workdir: str, step: int, goodput: Goodput, tensorboard: bool, wandb: str, trackio: str
+) -> list:
     """Returns functions (step, values) that store records, each continuing after `step`."""
-    writers = [json_lines(Path(workdir) / "metrics.jsonl", step)]
+    writers = [json_lines(Path(workdir) / "metrics.jsonl", step, goodput)]
     if tensorboard:
         writers.append(tensorboard_events(workdir, step))
     if wandb:
@@ -245,11 +265,15 @@ def sinks(workdir: str, step: int, tensorboard: bool, wandb: str, trackio: str) 
     return writers
 
 
-def json_lines(path: Path, step: int):
-    """Appends records to `path`, after removing those after `step`, which will be repeated."""
+def json_lines(path: Path, step: int, goodput: Goodput):
+    """Appends records to `path`, after removing those after `step`, which will be repeated.
+
+    The time spent on them is kept in a record of its own.
+    """
     kept = [record for record in workdir.read_lines(path) if step_of(record) <= step]
+    goodput.repeat_after(kept)
     if path.exists() and len(kept) < len(path.read_bytes().splitlines()):
-        workdir.write_lines(path, kept)
+        workdir.write_lines(path, [*kept, {"step": step} | goodput.record()])
 
     def write(step, values):
         with path.open("a") as file:

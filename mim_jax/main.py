@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from mim_jax import UserError, cli, objectives, recipe, schema, workdir
 from mim_jax.checkpoint import Checkpoints
+from mim_jax.goodput import Goodput, process_age
 from mim_jax.probe import Probe
 from mim_jax.recipe import Run
 from mim_jax.start import Start, claim_workdir
@@ -141,6 +142,7 @@ def train_config(
     config: ConfigDict, path: str, profile: str, change: Collection[str], from_step: int, stop: Stop
 ) -> int:
     """Implements `run_config`, until a signal arrives."""
+    goodput = Goodput(process_age() if cli.owns_process else 0.0)
     run = recipe.build(config)
     run.require_labels(config.data.evaluation_split)
     start, trace, probe = Start(run, config), Trace(profile, path), probe_of(run, config)
@@ -150,7 +152,7 @@ def train_config(
     if from_step:
         checkpoints.return_to(from_step)
     watchdog = Watchdog(config.stall_minutes)
-    training = Training(run, config, path, start, checkpoints, probe, stop, watchdog)
+    training = Training(run, config, path, start, checkpoints, probe, stop, watchdog, goodput)
     try:
         with watchdog:
             return training.attempts(trace)

@@ -14,7 +14,6 @@ import base64
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import time
@@ -25,7 +24,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from mim_jax import UserError, __version__, cli, schema, workdir
+from mim_jax import UserError, __version__, cli, goodput, schema, workdir
 from mim_jax.curves import Reference, Series, chart
 from mim_jax.findings import Codebook, Findings, Predictions, examine
 from mim_jax.runs import RecordedRun, best, headline, is_better, read_run
@@ -174,7 +173,11 @@ def charts(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
     recorded = {name: None for run in runs for record in run.metrics for name in record}
     metrics = dict.fromkeys(name.removeprefix(EVALUATION) for name in recorded)
     order = [name for name in TITLES if name in metrics]
-    order += sorted(name for name in metrics if name not in (*TITLES, *HIDDEN))
+    order += sorted(
+        name
+        for name in metrics
+        if name not in (*TITLES, *HIDDEN) and not name.startswith(goodput.PREFIX)
+    )
     drawn, last = [], max((run.step for run in runs), default=0)
     for metric in order:
         lines = []
@@ -318,29 +321,11 @@ def numbers(run: RecordedRun) -> list[tuple[str, str, str]]:
         if chips := [y for _, y in run.series("images_per_second_per_chip")]:
             note += f"; {np.median(chips):,.4g} per chip"
         rows.append(("Speed", f"{np.median(speeds):,.4g}", note))
-    if (spent := durations(run))["processes"]:
-        share = min(1.0, spent["steps"] / spent["processes"])
-        note = f"{share:.0%} of it in training steps (goodput)"
-        rows.append(("Time", duration(spent["processes"]), note))
-    elif spent["steps"]:
-        rows.append(("Time", duration(spent["steps"]), "in training steps"))
+    seconds = goodput.newest(run.metrics)
+    if total := sum(seconds.values()):
+        rows.append(("Time", duration(total), f"of all processes: {goodput.describe(seconds)}"))
+        rows.append(("Goodput", f"{seconds['step'] / total:.1%}", "of the time in training steps"))
     return rows
-
-
-def durations(run: RecordedRun) -> dict[str, float]:
-    """Returns seconds in training steps, and in all processes from start to their last record."""
-    size, steps, last = run.config["batch_size"], 0.0, 0
-    for step, speed in run.series("images_per_second"):
-        steps += (step - last) * size / speed if speed > 0 else 0.0
-        last = step
-    starts = [event["time"] for event in run.events if event["event"] == "start"]
-    times = [x["time"] for x in (*run.metrics, *run.events) if "time" in x]
-    processes = 0.0
-    if any("images_per_second" in x and "time" not in x for x in run.metrics):
-        starts = []  # part of the run was logged by a version that did not record the time
-    for start, following in itertools.pairwise([*starts, math.inf]):
-        processes += max(t for t in times if start <= t < following) - start
-    return dict(steps=steps, processes=processes)
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from mim_jax import UserError, flops, recipe, workdir
 from mim_jax.checkpoint import Checkpoints, flat
 from mim_jax.divergence import ADVICE, Failures, RollbackError, all_finite, data_step
 from mim_jax.experiment import pictures_of
+from mim_jax.goodput import Goodput
 from mim_jax.log import Log, format_metrics
 from mim_jax.probe import Probe
 from mim_jax.recipe import Run
@@ -67,10 +68,12 @@ class Training:
         probe: Probe | None,
         stop: Stop,
         watchdog: Watchdog,
+        goodput: Goodput,
     ):
         self.run, self.config, self.path, self.start = run, config, path, start
         self.checkpoints, self.probe, self.stop = checkpoints, probe, stop
-        self.watchdog = watchdog
+        self.watchdog, self.goodput = watchdog, goodput
+        goodput.add_earlier(workdir.read_lines(Path(path) / "metrics.jsonl"))
         self.peak_share = peak_share(run, config)
         self.skips: list[tuple[int, int]] = []  # windows of data that this process left out
         self.log = self.log_after(checkpoints.latest or 0)
@@ -108,6 +111,7 @@ class Training:
             except RollbackError as error:
                 if rollbacks == config.divergence.rollbacks:
                     raise FloatingPointError(f"{error}. {ADVICE}.") from None
+                self.goodput.begin("start")
                 first = self.roll_back(error, first)
                 state = self.state()
         raise AssertionError
@@ -160,6 +164,7 @@ class Training:
             },
             devices=run.mesh.size,
             peak_share=self.peak_share,
+            goodput=self.goodput,
         )
 
     def failures_after(self, step: int) -> Failures:
@@ -200,8 +205,10 @@ class Training:
         rates = np.asarray(run.schedule(np.arange(run.steps)))  # computed once, before the loop
         failures = self.failures_after(first)
         log.say("compiling the first step")
+        self.goodput.begin("compile")
         trace.after(first)
         for step, state, metrics in self.watchdog.each("a step", log.timed(steps)):
+            self.goodput.begin("step")
             trace.after(step, metrics)
             stop.after(step)
             failures.after(step, metrics)
@@ -223,8 +230,9 @@ class Training:
                 break
         trace.end(metrics)
         log.flush()
-        with self.watchdog.during("a save"):
+        with self.watchdog.during("a save"), self.goodput.during("save"):
             self.checkpoints.close()
+        log.times(step)
         if stop.signal and step < run.steps:
             log.say(f"stopped and saved after step {step:,}: run the same command to continue")
             log.event("stopped", step, f"by signal {stop.signal}")
@@ -258,7 +266,7 @@ class Training:
         """Evaluates, probes and draws if these are due. Raises StoppedError after a signal."""
         run, config, log = self.run, self.config, self.log
         if self.is_due(config.evaluate, step):
-            with log.pace.action("evaluate"):
+            with log.action("evaluate"):
                 batches = run.data.evaluation_batches(
                     run.rows, limit=config.evaluate.limit, on_bad=log.bad_file
                 )
@@ -268,11 +276,11 @@ class Training:
             log.evaluation(step, means)
         if self.probe and self.is_due(config.probe, step):
             log.flush()
-            with log.pace.action("probe"):
+            with log.action("probe"):
                 means = self.probe(state, self.guard)
             log.evaluation(step, means)
         if self.is_due(config.pictures, step) and config.pictures.count:
-            with log.pace.action("pictures"), self.watchdog.during("pictures"):
+            with log.action("pictures"), self.watchdog.during("pictures"):
                 self.draw(step, state, metrics)
 
     def save(self, step: int, state: TrainState) -> None:
@@ -288,8 +296,9 @@ class Training:
             raise FloatingPointError(
                 f"{names[0]} is not finite after step {step:,}, although the loss is. {ADVICE}."
             )
-        with self.log.pace.action("save"), self.watchdog.during("a save"):
+        with self.log.action("save"), self.watchdog.during("a save"):
             self.checkpoints.save(state)
+        self.log.times(step)
 
     def draw(self, step: int, state: TrainState, metrics: dict) -> None:
         """Draws a sheet of the objective's pictures of the first images of the evaluation split."""

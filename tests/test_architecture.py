@@ -19,7 +19,8 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "targets": {"models", "normalize"},
     "sharding": set(),
     "optim": {"keys"},
-    "log": {"workdir"},
+    "goodput": set(),
+    "log": {"goodput", "workdir"},
     "sheets": set(),
     "attend": {"models"},
     "flops": set(),
@@ -42,13 +43,13 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "list_configs": {"cli", "config_files"},
     "list_keys": {"cli", "keys", "objectives", "optim", "schema"},
     "__main__": {"cli"},
-    "inspect": {"cli", "convert"},
+    "inspect": {"cli", "convert", "goodput", "workdir"},
     "divergence": set(),
     "stop": set(),
     "watchdog": set(),
     "training": {
-        *("checkpoint", "divergence", "experiment", "flops", "log", "objectives", "probe"),
-        *("recipe", "schema", "sheets", "start", "stop", "train", "watchdog", "workdir"),
+        *("checkpoint", "divergence", "experiment", "flops", "goodput", "log", "objectives"),
+        *("probe", "recipe", "schema", "sheets", "start", "stop", "train", "watchdog", "workdir"),
     },
     "replay": {
         *("checkpoint", "cli", "divergence", "objectives", "recipe", "schema", "sharding"),
@@ -56,7 +57,17 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     },
     "experiment": {"checkpoint", "recipe", "schema", "sharding", "start", "train", "workdir"},
     "main": {
-        *("checkpoint", "cli", "objectives", "probe", "recipe", "schema", "start", "stop"),
+        *(
+            "checkpoint",
+            "cli",
+            "goodput",
+            "objectives",
+            "probe",
+            "recipe",
+            "schema",
+            "start",
+            "stop",
+        ),
         *("training", "watchdog", "workdir"),
     },
     "check": {
@@ -83,7 +94,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "findings": {
         *("checkpoint", "normalize", "pictures", "recipe", "schema", "sharding", "start"),
     },
-    "report": {"cli", "curves", "findings", "runs", "schema", "sheets", "workdir"},
+    "report": {"cli", "curves", "findings", "goodput", "runs", "schema", "sheets", "workdir"},
     "__init__": {"embed", "experiment"},
 }
 MUST_NOT_IMPORT = {  # packages, by module

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import check, evaluate, main, recipe, schema, training
+from mim_jax import check, evaluate, inspect, main, recipe, schema, training
+from mim_jax.goodput import KINDS, REPEATED
 from tests.conftest import ROOT, environment
 
 MAE = "--config=configs/mae_base.py"
@@ -63,6 +65,7 @@ def test_a_run_leaves_its_files(finished):
     assert set(line) == {
         *("step", "loss", "lr", "grad_norm", "epoch", "time", "host_memory_gib"),
         *("images_per_second", "images_per_second_per_chip", "input_wait"),
+        *(f"goodput/{kind}" for kind in KINDS),
     }
     events = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
     assert [(event["event"], event["step"]) for event in events] == [("start", 0), ("done", 20)]
@@ -207,6 +210,14 @@ def test_a_run_continues_from_a_chosen_checkpoint(finished, tmp_path, capsys):
     assert "continuing after step 10" in capsys.readouterr().out
     assert losses(tmp_path) == pytest.approx(losses(finished[0]), rel=1e-5)
     assert list((tmp_path / "checkpoints").glob("20.set-aside-*"))
+    before, after = (
+        list(records(folder, "goodput/step").values()) for folder in (finished[0], tmp_path)
+    )
+    at_10 = next(line for line in before if line["step"] == 10)
+    repeated = sum(before[-1][f"goodput/{kind}"] - at_10[f"goodput/{kind}"] for kind in REPEATED)
+    assert after[-1]["goodput/lost"] == pytest.approx(repeated, abs=0.01)
+    assert inspect.main([str(tmp_path)]) == 0
+    assert re.search(r"time: \d+ s of all processes: .*% step", capsys.readouterr().out)
 
 
 def test_lines_of_a_killed_process_are_survived(finished, tmp_path, capsys):

@@ -241,13 +241,20 @@ def test_many_runs_leave_out_what_was_computed(tmp_path, monkeypatch):
 
 
 def test_time_and_goodput(tmp_path):
-    speed = dict(images_per_second=80.0)
-    lines = [dict(step=10 * i, time=100.0 + 2 * i, loss=1.0, **speed) for i in range(1, 6)]
-    events = [dict(time=t, step=0, event="start") for t in (95.0, 108.0)]
-    run = read_run(make(tmp_path / "run", lines, events=events, overrides=["batch_size=8"]))
-    spent = report.durations(run)
-    assert spent["steps"] == pytest.approx(50 * 8 / 80)
-    assert spent["processes"] == pytest.approx((106 - 95) + (110 - 108))
+    spent = dict(start=100, compile=50, step=700, input=50, save=20, evaluate=30, lost=50)
+    lines = [
+        {"step": i, "loss": 1.0} | {f"goodput/{kind}": i * x for kind, x in spent.items()}
+        for i in (1, 2)
+    ]
+    run = read_run(make(tmp_path / "run", lines))
+    rows = {label: (value, note) for label, value, note in report.numbers(run)}
+    assert rows["Goodput"][0] == "70.0%"
+    assert rows["Time"][0] == "33 min 20 s"
+    assert rows["Time"][1].startswith("of all processes: 70.0% step, 10.0% start, 5.0% lost")
+    text, _ = written(tmp_path / "run")
+    assert "Goodput/" not in text  # no charts of them
+    older = read_run(make(tmp_path / "older", [{"step": 1, "loss": 1.0}]))
+    assert not {"Time", "Goodput"} & {label for label, _, _ in report.numbers(older)}
 
 
 @pytest.fixture(scope="module")
