@@ -1,5 +1,7 @@
 """Compares our network with PyTorch's on the same images, both in float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,8 +53,8 @@ def run(params: dict, network: Network, batch: dict[str, np.ndarray]) -> dict[st
     if network.decoder and "decoder" in params:
         require_heads(network.decoder)
     with jax.enable_x64(True):
-        module = whole(params, network, "float64")
-        encoder = network.encoder.clone(dtype="float64")
+        module: Any = whole(params, network, "float64")
+        encoder: Any = network.encoder.clone(dtype="float64")
         params = jax.tree.map(jnp.asarray, params)
         inner = {"params": params["encoder"]}
         images, masked = jnp.asarray(batch["image"]), jnp.asarray(batch["masked"])

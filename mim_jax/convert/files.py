@@ -273,8 +273,12 @@ def save_file(path: Path, state: dict[str, np.ndarray], network: Network) -> Non
         raise UserError(f"there is no folder {printable(path.parent)} for {printable(path.name)}.")
     heads = network.model.heads if isinstance(network.model, ViT) else 0
     decoder_heads = network.decoder.heads if network.decoder else 0
-    record = dict(heads=heads, decoder_heads=decoder_heads, grid=network.grid)
-    record |= dict(facts=network.metadata)
+    record = {
+        "heads": heads,
+        "decoder_heads": decoder_heads,
+        "grid": network.grid,
+        "facts": network.metadata,
+    }
     text = json.dumps({name: value for name, value in record.items() if value})
     if path.suffix == ".safetensors":
         safetensors.save_file(state, path, metadata={"format": "pt", "mim_jax": text})

@@ -223,8 +223,9 @@ def decoded_layers(folder: Path, entries: dict[str, Any]) -> list[int]:
     scales = entries.get("pool_scales", list(POOLS.values()))
     segments = isinstance(names, list) and "BeitForSemanticSegmentation" in names
     shift = 1 if entries.get("model_type") == "upernet" else 2 if segments else 0
-    lists = (isinstance(x, list) and len(x) == len(POOLS) for x in (indices, scales))
-    if not shift or not all(lists):
+    if not shift or not (isinstance(indices, list) and isinstance(scales, list)):
+        return []
+    if not len(indices) == len(scales) == len(POOLS):
         return []
     if scales != list(POOLS.values()):
         raise UserError(
@@ -247,7 +248,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(state, network, layout)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    images = dict(
+    images: dict[str, Any] = dict(
         image_processor_type="BeitImageProcessor" if "beit" in layout else "ViTImageProcessor",
         do_resize=True,
         size=dict(height=network.size[0], width=network.size[1]),

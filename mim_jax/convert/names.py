@@ -68,7 +68,8 @@ def find(names: Collection[str], entry: str = "") -> tuple[str, str, str]:
 
 def prefixes(names: Collection[str]) -> dict[str, str]:
     """Returns {prefix: layout} of all networks among names."""
-    names, networks = dict.fromkeys(map(spelled, names)), {}
+    names = dict.fromkeys(map(spelled, names))
+    networks: dict[str, str] = {}
     for layout, (_, signs, _) in LAYOUTS.items():
         ends = [name for name in names if f".{name}".endswith(f".{signs[0]}")]
         for prefix in (name.removesuffix(signs[0]) for name in ends):

@@ -7,7 +7,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,7 @@ from mim_jax.models.vit import SIZES, ViT
 from mim_jax.objectives.beit import BEiT
 from mim_jax.objectives.classify import Classifier
 from mim_jax.objectives.mae import MAE
+from mim_jax.objectives.segment import Decoder as SegmentationDecoder
 from mim_jax.objectives.segment import Segmenter, default_layers
 
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
@@ -50,11 +51,16 @@ class Network(NamedTuple):
         return self.model
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of an image. Raises UserError if they are unknown."""
+    def known_grid(self) -> tuple[int, int]:
+        """The grid. Raises UserError if it is unknown."""
         if self.grid is None:
             raise UserError("the image size is unknown: set --image-size, for example 224.")
-        (rows, columns), (p, q) = self.grid, self.encoder.patch
+        return self.grid
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image. Raises UserError if they are unknown."""
+        (rows, columns), (p, q) = self.known_grid, self.encoder.patch
         return rows * p, columns * q
 
 
@@ -72,7 +78,7 @@ def describe(
     grid: tuple[int, int] | None = None,
     heads: int = 0,
     decoder_heads: int = 0,
-    positions: str = "",
+    positions: Literal["sincos", "learned", "none", ""] = "",
     **options: Any,
 ) -> Network:
     """Returns the network of our parameters. Arguments take precedence over the shapes.
@@ -129,7 +135,8 @@ def describe_dvae(shapes: dict[str, tuple]) -> DVAE:
     layers = {n for path in shapes for n in re.findall(r"(?:layer|group)_(\d+)", path)}
     blocks = {n for path in shapes for n in re.findall(r"block_(\d+)/", path)}
     dalle = any("group_" in path for path in shapes)
-    encoder, decoder = shapes.get("tokenizer/output/kernel"), shapes.get("decoder/output/kernel")
+    encoder = shapes.get("tokenizer/output/kernel", ())
+    decoder = shapes.get("decoder/output/kernel", ())
     if not 0 < len(layers) <= 10 or not (encoder or decoder):
         raise UserError("the weights belong to neither an encoder nor a dVAE.")
     codebook = shapes.get("decoder/input/kernel" if dalle else "decoder/codebook", (8192, 0))
@@ -217,8 +224,15 @@ def whole(params: dict, network: Network, dtype: str = "float32") -> nn.Module:
 def segmenter(params: dict, network: Network, encoder: ViT) -> Segmenter:
     """Returns the module of an encoder and its segmentation decoders."""
     head, auxiliary = params["head"], params.get("auxiliary") or params.get("auxiliary_0")
-    decoder = "upernet" if "pyramid" in params else "setr_pup" if "conv_3" in head else "setr_naive"
-    decoder = decoder if "fusion" in head or "conv_0" in head else "linear"
+    decoder: SegmentationDecoder
+    if "pyramid" in params:
+        decoder = "upernet"
+    elif "conv_3" in head:
+        decoder = "setr_pup"
+    elif "conv_0" in head:
+        decoder = "setr_naive"
+    else:
+        decoder = "linear"
 
     def channels(part: dict) -> int:
         return np.shape(part["classes"]["conv"]["kernel"])[0]
@@ -254,7 +268,9 @@ def expected(params: dict, network: Network) -> dict[str, tuple[int, ...]]:
     if network.kind == "segment":  # with the blocks after those that are decoded
         last = network.encoder.depth - 1
         network = network._replace(metadata=network.metadata | dict(layers=(last,) * 4))
-    module, inputs, options = whole(params, network), (), {}
+    module: Any = whole(params, network)
+    inputs: tuple[jax.Array, ...] = ()
+    options: dict[str, Any] = {}
     if network.kind == "mae":
         inputs = jnp.zeros((1, 1), int), jnp.arange(n)[None]  # one visible, n hidden
     elif network.kind == "beit":

@@ -169,7 +169,7 @@ def storage(reference: Any) -> Any:
     raise RefusedError("it refers to an unknown storage")
 
 
-CONSTANTS = {
+CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -257,8 +257,8 @@ class Machine:
             values = [stack.pop()] if name == "APPEND" else self.pop_mark()
             self.extend(stack[-1], values)
         elif name == "DICT":
-            items, target = self.pop_mark(), {}
-            self.set_items(target, items)
+            target: dict = {}
+            self.set_items(target, self.pop_mark())
             push(target)
         elif name == "GLOBAL":
             push(find(value.replace(" ", ".")))

@@ -205,7 +205,9 @@ def from_tree(tree: Any, content: Callable[[str], bytes], budget: Budget) -> tup
         budget.spend(tensor.nbytes)
         return tensor.array(content(tensor.storage.key))
 
-    loaders = {name: functools.partial(load, x) for name, x in pickles.tensors(tree).items()}
+    loaders: Loaders = {
+        name: functools.partial(load, x) for name, x in pickles.tensors(tree).items()
+    }
     entries = tree if isinstance(tree, dict) else {}
     return loaders, {k: v for k, v in entries.items() if isinstance(v, bool | int | float | str)}
 

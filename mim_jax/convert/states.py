@@ -146,7 +146,7 @@ def to_torch(params: dict, network: Network | None = None, *, layout: str) -> di
 
 def arrays(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the arrays of nested dicts, by their names joined with dots."""
-    flat = {}
+    flat: dict[str, np.ndarray] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
             flat |= {f"{name}.{inner}": x for inner, x in arrays(value).items()}
@@ -210,7 +210,8 @@ def rename(name: str, layout: str, back: bool = False) -> str | None:
 
 def fused(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Concatenates Hugging Face's query, key and value; like BEiT's code without a key bias."""
-    fused, parts = {}, {}
+    fused: dict[str, np.ndarray] = {}
+    parts: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name, value in state.items():
         if match := re.fullmatch(r"(.*\.)(query|key|value)\.(weight|bias)", name):
             parts.setdefault((match[1], match[3]), {})[match[2]] = value
@@ -229,7 +230,7 @@ def fused(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def split(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Inverts `fused`."""
-    parts = {}
+    parts: dict[str, np.ndarray] = {}
     for name, value in state.items():
         if match := re.fullmatch(r"(.*\.)qkv\.(weight|bias)", name):
             thirds = zip(("query", "key", "value"), np.split(value, 3), strict=True)
@@ -320,9 +321,11 @@ def far_from_fixed(table: np.ndarray, grid: tuple[int, int], shift: int = 0) -> 
     return np.abs(table - np.roll(sines(grid, table.shape[2]), shift, 2)).max() if usual else np.inf
 
 
-def is_moco_small(table: np.ndarray | None, grid: tuple[int, int]) -> bool:
+def is_moco_small(table: np.ndarray | None, grid: tuple[int, int] | None) -> bool:
     """Returns whether positions are those of MoCo v3's ViT-S, which has 12 heads instead of 6."""
-    return table is not None and table.shape[2] == 384 and far_from_fixed(table, grid, 192) <= FIXED
+    if table is None or grid is None or table.shape[2] != 384:
+        return False
+    return far_from_fixed(table, grid, 192) <= FIXED
 
 
 def sines(grid: tuple[int, int], width: int) -> np.ndarray:
@@ -335,11 +338,9 @@ def fixed(params: dict, network: Network, dtype: np.dtype) -> dict[str, np.ndarr
     tables = {}
     if network.encoder.positions == "sincos":
         tables["encoder/positions"] = network.encoder.width
-    if "decoder" in params:
+    if network.decoder and "decoder" in params:
         tables["decoder/positions"] = network.decoder.width
-    if tables and not network.grid:
-        raise UserError("the image size is unknown: set --image-size, for example 224.")
-    return {path: sines(network.grid, d).astype(dtype) for path, d in tables.items()}
+    return {path: sines(network.known_grid, d).astype(dtype) for path, d in tables.items()}
 
 
 def index_buffers(network: Network) -> dict[str, np.ndarray]:
@@ -348,7 +349,9 @@ def index_buffers(network: Network) -> dict[str, np.ndarray]:
     places = ["rel_pos_bias"] if bias == "shared" else []
     if bias == "own":
         places = [f"blocks.{i}.attn" for i in range(network.encoder.depth)]
-    index = relative_index(network.grid).astype(np.int64) if places else None
+    if not places:
+        return {}
+    index = relative_index(network.known_grid).astype(np.int64)
     return {f"{place}.relative_position_index": index for place in places}
 
 

@@ -1,6 +1,7 @@
 """Data sets: batches of images as a function of the seed and the step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -191,7 +192,11 @@ class Data:
             yield batch
 
 
-def views_of(segmented: bool) -> tuple[type, type]:
+def views_of(
+    segmented: bool,
+) -> tuple[
+    type[TrainingView | SegmentationTrainingView], type[EvaluationView | SegmentationEvaluationView]
+]:
     """Returns the classes of the training view and the evaluation view."""
     if segmented:
         return SegmentationTrainingView, SegmentationEvaluationView
@@ -274,7 +279,8 @@ def make(
         train, evaluation = (renumber(x, class_names, name) for x in (train, evaluation))
     require_channels(name, train, channels)
     require_bands(bands, channels)
-    declared = dict(
+    declared = functools.partial(
+        fields_of,
         size=size,
         tokenizer_size=tokenizer_size,
         channels=channels,
@@ -282,8 +288,8 @@ def make(
         labeled=train.num_labels > 0,
         segmentation=train.classes.dtype.name if train.classes else "",
     )
-    fields = fields_of(**declared, interpolation=interpolation)
-    evaluation_fields = fields_of(**declared, interpolation=evaluation_interpolation)
+    fields = declared(interpolation=interpolation)
+    evaluation_fields = declared(interpolation=evaluation_interpolation)
     training_view, evaluation_view = views_of(segmented)
     views |= dict(classes=train.classes)
     return Data(

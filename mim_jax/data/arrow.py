@@ -137,7 +137,7 @@ class Rows:
 
     def mode(self) -> str:
         """Returns the mode of most of a sample of images, as in decode.Header."""
-        modes = Counter()
+        modes: Counter[str] = Counter()
         for i in np.linspace(0, len(self) - 1, min(SAMPLE, len(self))).astype(int):
             try:
                 modes[header(BytesIO(self[i]["image"])).mode] += 1

@@ -41,7 +41,7 @@ class BadFiles:
 
     def __init__(self, source: Source, channels: int, dtype: str, most: float):
         self.source, self.channels, self.dtype, self.most = source, channels, dtype, most
-        self.seen = set()
+        self.seen: set[int] = set()
 
     def noted(self, batches: Iterable[dict], on_bad: Callable[[str, str], None]) -> Iterator[dict]:
         """Yields the batches without `bad`; calls on_bad(name, reason) once for each bad file."""

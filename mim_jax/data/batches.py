@@ -1,6 +1,7 @@
 """Streams of batches: pure functions of the seed and the step, in threads or processes."""
 
 import functools
+import math
 import os
 import threading
 import time
@@ -36,7 +37,8 @@ def stream(
     local = batch_size // processes  # rows of a batch in this process
     rows = grain.MapDataset.range(first * local, (first + count) * local)
     rows = rows.map(lambda i: dataset[i // local * batch_size + process * local + i % local])
-    threads = threads or -(-os.cpu_count() // max(1, workers))  # each makes a batch of its own
+    if not threads:  # each worker makes batches of its own
+        threads = math.ceil((os.cpu_count() or 1) / max(1, workers))
     options = grain.ReadOptions(threads, prefetch_buffer_size=max(4, threads))
     batches = rows.batch(local).to_iter_dataset(options)
     if workers:

@@ -109,8 +109,8 @@ def decode(
     """
     with reasons():
         image = opened(io.BytesIO(encoded))
-        arrays = isinstance(image, Pixels)
-        large = (math.prod(image.shape) if arrays else image.width * image.height) > LARGE
+        shape = image.shape if isinstance(image, Pixels) else image.size
+        large = math.prod(shape) > LARGE
         with one_large_image if large else contextlib.nullcontext():
             if isinstance(image, Pixels):
                 array = in_type(image.load(channels), dtype)

@@ -16,7 +16,7 @@ class Field(NamedTuple):
     shape: tuple[int, ...]  # per example: (height, width, channels) of an image, () of a number,
     # (height, width) of a mask
     dtype: str
-    interpolation: Interpolation | None = None  # how an image is resized; None: not an image
+    interpolation: Interpolation | Literal[""] = ""  # how an image is resized, "" for no image
 
     @property
     def size(self) -> tuple[int, int]:

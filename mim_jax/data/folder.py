@@ -65,7 +65,9 @@ class Folder:
         tars = {tar.removesuffix(".tar") for tar in self.manifest.tars}
         self.layout = layout(list(folders), tars)
         self.splits = self.all_splits()
-        self.how_labeled, self.labels, self.label_names = labels, None, []
+        self.how_labeled = labels
+        self.labels: np.ndarray | None = None  # by row, -1 for none
+        self.label_names: list[str] = []
         if labels:
             self.set_labels(labels, (self.root, given))
 

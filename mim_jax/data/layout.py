@@ -51,7 +51,9 @@ def is_shard(name: str, is_tar: bool = False) -> bool:
     if is_tar and NUMBERED_TAR.fullmatch(name):
         return True
     words = NUMBERED.fullmatch(name.lower())
-    return bool(words) and bool(set(re.findall(r"[a-z]+", words[1])) & (PARTS | NEUTRAL))
+    if words is None:
+        return False
+    return not (PARTS | NEUTRAL).isdisjoint(re.findall(r"[a-z]+", words[1]))
 
 
 def layout(folders: Sequence[str], tars: Collection[str] = ()) -> Layout:

@@ -199,7 +199,8 @@ def rescan(root: str, cached: Manifest | None, large: bool) -> Manifest:
         return known.get((file.name, file.bytes, file.changed)) or describe(root, tars, file, large)
 
     companions = {(x.tar, x.name): x for x in files if x.name.lower().endswith(COMPANIONS)}
-    images, modes = [], {}
+    images: list[tuple[Entry, int, int, int]] = []  # width, height, index into modes
+    modes: dict[str, int] = {}
     with tqdm(unit=" files", desc=f"scanning {root}", delay=3, total=len(files)) as progress:
 
         def look_at(some: list[Entry]) -> None:
@@ -215,7 +216,7 @@ def rescan(root: str, cached: Manifest | None, large: bool) -> Manifest:
         look_at([file for file in files if (file.tar, file.name) not in companions])
         keys = {(file.tar, key_of(file.name)) for file, *_ in images}
         look_at([x for x in companions.values() if (x.tar, key_of(x.name)) not in keys])
-    rows = [row_of(*image, companions) for image in images]
+    rows = [row_of(*image, companions=companions) for image in images]
     names = [os.fsencode(file.name) for file, *_ in images]
     order = sorted(range(len(rows)), key=lambda i: (zlib.crc32(names[i]), names[i], rows[i]))
     blob = b"".join(names[i] + b"\0" for i in order)
@@ -246,7 +247,8 @@ def walk(root: str) -> tuple[list[Entry], list[tuple[str, str]], dict[str, int]]
     if os.path.isfile(root):
         return [Entry("", 0, 0)], [], {}
     files, unread, stamps, seen = [], [], {}, set()
-    folders, links = [""], []  # links last, so that a folder keeps its own name
+    folders: list[str] = [""]
+    links: list[str] = []  # links last, so that a folder keeps its own name
     while folders or links:
         folder = folders.pop() if folders else links.pop()
         try:

@@ -94,7 +94,7 @@ def palette(count: int) -> tuple[tuple[int, int, int], ...]:
         for bit in range(8):
             for channel in range(3):
                 color[channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
-        colors.append(tuple(color))
+        colors.append((color[0], color[1], color[2]))
     return tuple(colors)
 
 

@@ -48,12 +48,11 @@ def pack(
     sizes = {
         split: folder.manifest.rows["bytes"][examples.rows] for split, examples in splits.items()
     }
+    counts_of = {split: shards(x, int(shard_mb * 1_000_000)) for split, x in sizes.items()}
     plan = dict(
         mode=folder.mode,
         digests={split: examples.digest() for split, examples in splits.items()},
-        shards={
-            split: shards(bytes_, int(shard_mb * 1_000_000)) for split, bytes_ in sizes.items()
-        },
+        shards=counts_of,
     )
     claim(to, plan)
     name = set_name(to)
@@ -62,7 +61,7 @@ def pack(
 
     def write(shard: tuple[str, int]) -> int:
         split, number = shard
-        counts = plan["shards"][split]
+        counts = counts_of[split]
         path = shard_path(to, name, split, number, len(counts))
         if not path.exists():
             first = sum(counts[:number])
@@ -70,12 +69,12 @@ def pack(
             write_shard(path, features, records(splits[split], rows, is_image))
         return counts[number]
 
-    todo = [(split, i) for split, counts in plan["shards"].items() for i in range(len(counts))]
+    todo = [(split, i) for split, counts in counts_of.items() for i in range(len(counts))]
     total = sum(len(examples) for examples in splits.values())
     with tqdm(total=total, unit=" images", desc=str(to)) as progress:
         for count in in_parallel(write, todo, at_once=1):
             progress.update(count)
-    lengths = {split: (plan["shards"][split], int(sizes[split].sum())) for split in splits}
+    lengths = {split: (counts_of[split], int(sizes[split].sum())) for split in splits}
     write_info(to, name, features, lengths, plan, f"The images of {folder.root}.")
     report(to, folder, {split: len(examples) for split, examples in splits.items()})
 

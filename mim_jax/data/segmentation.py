@@ -214,17 +214,21 @@ class SegmentationEvaluationView(SegmentationView):
     )  # shapes of images and labels
 
     def groups(
-        self, sizes: np.ndarray, count: int
+        self, sizes: np.ndarray | None, count: int
     ) -> list[tuple[list[int], "SegmentationEvaluationView"]]:
         """Groups the first examples by shape -> [(their indices, the view of these)].
 
         `sizes` (n, 2) are those of the images. The largest group comes first.
+
+        Raises ValueError if the sizes are unknown.
         """
+        if sizes is None:
+            raise ValueError("the sizes of images with masks must be known")
         members = defaultdict(list)
-        for i, size in enumerate(map(tuple, np.asarray(sizes[:count]).tolist())):
-            view = fitted(size, *self.limits())
-            shape = tuple(max(pair) for pair in zip(map(next_side, view), self.size, strict=True))
-            members[shape, tuple(map(next_side, size))].append(i)
+        for i, (height, width) in enumerate(np.asarray(sizes[:count]).tolist()):
+            h, w = fitted((height, width), *self.limits())
+            shape = max(next_side(h), self.size[0]), max(next_side(w), self.size[1])
+            members[shape, (next_side(height), next_side(width))].append(i)
         return [
             (indices, dataclasses.replace(self, shapes=shapes))
             for shapes, indices in sorted(members.items(), key=lambda item: -len(item[1]))

@@ -103,7 +103,7 @@ def observe(source: Source, channels: int, limit: int = 0) -> Values:
         return np.stack([pixels.min(0), pixels.max(0), pixels.mean(0), (pixels**2).mean(0)])
 
     good, bad = [], []
-    summaries = in_threads(summarize, drawn, at_once=8)
+    summaries = in_threads(summarize, drawn.tolist(), at_once=8)
     for i, summary in zip(drawn, tqdm(summaries, "reading values", count, delay=3), strict=True):
         if isinstance(summary, str):
             bad.append((int(i), summary))
@@ -111,7 +111,7 @@ def observe(source: Source, channels: int, limit: int = 0) -> Values:
             good.append(summary)
     if not good:
         raise UserError(f"none of {len(drawn):,} images can be used; the first: {bad[0][1]}.")
-    low, high, mean, squares = np.moveaxis(good, 1, 0)  # (images, c) each
+    low, high, mean, squares = np.stack(good, axis=1)  # (images, c) each
     std = np.sqrt(np.maximum(squares.mean(0) - mean.mean(0) ** 2, 0))
     return Values(dtype, len(good), low.min(0), high.max(0), mean.mean(0), std, bad)
 

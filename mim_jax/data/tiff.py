@@ -60,17 +60,17 @@ def open_tiff(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
         shape, axes, read = stack
     elif large and math.prod(shape) > LARGE and has_rows(page):
         shape, axes = squeezed(shape, axes)
-        return Pixels(shape, page.dtype, axes, read, alpha=alpha_of(page) != NO_ALPHA)
+        return Pixels(shape, dtype_of(page), axes, read, alpha=alpha_of(page) != NO_ALPHA)
     elif pillow_reads(page) and (image := pillow_image(file, page)):
         return image
     known = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) and page.dtype is not None
     if not known or (page.bitspersample < 8 and page.samplesperpixel > 1):
         raise BadImageError(f"{describe(page)}; convert it to RGB or gray of 8 or more bits")
-    require_size(shape, page.dtype)
+    require_size(shape, dtype_of(page))
     shape, axes = squeezed(shape, axes)
     return Pixels(
         shape,
-        page.dtype,
+        dtype_of(page),
         axes,
         lambda: read().reshape(shape),
         finish=lambda array: interpret(page, array),
@@ -88,6 +88,13 @@ def pillow_image(file: BinaryIO, page: tifffile.TiffPage) -> Image.Image | None:
     except Image.UnidentifiedImageError:
         return None
     return image
+
+
+def dtype_of(page: tifffile.TiffPage) -> np.dtype:
+    """Returns the type of a page's values. Raises BadImageError if NumPy has none for them."""
+    if page.dtype is None:
+        raise BadImageError(f"{describe(page)}; convert it to RGB or gray of 8 or more bits")
+    return page.dtype
 
 
 def page_reader(file: BinaryIO, page: tifffile.TiffPage) -> Callable[[], np.ndarray]:

@@ -42,6 +42,7 @@ from mim_jax.data.tiff import (
     STARTS,
     YCBCR,
     alpha_of,
+    dtype_of,
     full_pages,
     has_rows,
     interpret,
@@ -83,17 +84,18 @@ def pack_tiles(
         split: area[examples.rows] * channels * np.dtype(dtype).itemsize // 2
         for split, examples in splits.items()
     }
+    counts_of = {split: shards(x, int(shard_mb * 1_000_000)) for split, x in sizes.items()}
     plan = dict(
         mode=MODES[channels] if is_image else f"{dtype} x {channels}",
         digests={split: f"{x.digest()}, tiles of {side}" for split, x in splits.items()},
-        shards={split: shards(x, int(shard_mb * 1_000_000)) for split, x in sizes.items()},
+        shards=counts_of,
     )
     claim(target, plan)
     name, features = set_name(target), features_of(is_image, folder.label_names)
 
     def write(shard: tuple[str, int]) -> int:
         split, number = shard
-        counts = plan["shards"][split]
+        counts = counts_of[split]
         path = shard_path(target, name, split, number, len(counts))
         first = sum(counts[:number])
         rows = range(first, first + counts[number])
@@ -102,14 +104,14 @@ def pack_tiles(
             write_shard(path, features, as_records(examples, is_image))
         return len(rows)
 
-    todo = [(split, i) for split, counts in plan["shards"].items() for i in range(len(counts))]
+    todo = [(split, i) for split, counts in counts_of.items() for i in range(len(counts))]
     total = sum(len(examples) for examples in splits.values())
     with tqdm(total=total, unit=" images", desc=str(target)) as progress:
         run = in_parallel or functools.partial(in_threads, threads=os.cpu_count())
         for count in run(write, todo, at_once=1):
             progress.update(count)
     lengths = {}
-    for split, counts in plan["shards"].items():
+    for split, counts in counts_of.items():
         paths = [shard_path(target, name, split, i, len(counts)) for i in range(len(counts))]
         numbers = [ArrayRecordReader(str(path)).num_records() for path in paths]
         if 0 in numbers:
@@ -172,7 +174,7 @@ def tiles(
             height = len(image)
         else:
             height = page.imagelength
-            require_size((min(side, height), page.imagewidth, page.samplesperpixel), page.dtype)
+            require_size((min(side, height), page.imagewidth, page.samplesperpixel), dtype_of(page))
     for top in starts(height, side):
         bottom = min(top + side, height)
         with reasons():
@@ -206,10 +208,10 @@ def read_rows(file: BinaryIO, page: tifffile.TiffPage, top: int, bottom: int) ->
     width, samples = page.imagewidth, page.samplesperpixel
     if page.is_tiled:
         length, across = page.tilelength, -(-width // page.tilewidth)
-        require_size((length, page.tilewidth, samples), page.dtype)
+        require_size((length, page.tilewidth, samples), dtype_of(page))
     else:
         length, across = min(page.rowsperstrip, page.imagelength), 1
-        require_size((length, width, samples), page.dtype)
+        require_size((length, width, samples), dtype_of(page))
     rows = np.zeros((bottom - top, width, samples), page.dtype)
     for i in range(top // length * across, -(-bottom // length) * across):
         file.seek(page.dataoffsets[i])

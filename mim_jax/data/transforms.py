@@ -102,10 +102,13 @@ def resize_simd(image: Image.Image, size, interpolation: str) -> Image.Image:
     return image
 
 
-def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+def color_jitter(
+    image: Image.Image | np.ndarray, strength: float, rng: np.random.Generator
+) -> Image.Image:
     """Scales brightness, contrast and saturation, in random order, by 1 - strength to 1 + strength.
 
     Equals torchvision's ColorJitter(strength, strength, strength) of a PIL image (BEiT, appendix).
+    Raises UserError for an array.
     """
     if not isinstance(image, Image.Image):
         raise UserError("data.color_jitter needs 8-bit images of 1, 3 or 4 channels: set it to 0.")
@@ -213,7 +216,8 @@ class TrainingView(View):
         if image.dtype != np.uint8:
             raise UserError("data.randaugment needs 8-bit images: set it to ().")
         pixels = Image.fromarray(image if self.channels > 1 else image[..., 0])
-        pixels = rand_augment(pixels, *self.randaugment, self.fill, rng)
+        magnitude, deviation = self.randaugment
+        pixels = rand_augment(pixels, magnitude, deviation, self.fill, rng)
         return np.asarray(pixels).reshape(image.shape)
 
 
@@ -254,5 +258,5 @@ class EvaluationView(View):
         else:
             h = int(w * down / across)
         left, top = round((w - width) / 2), round((h - height) / 2)
-        image = resize(image, (h, w), field.interpolation, self.resizer)
-        return crop(image, (left, top, left + width, top + height))
+        array = resize(image, (h, w), field.interpolation, self.resizer)
+        return array[top : top + height, left : left + width]
