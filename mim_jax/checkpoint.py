@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -46,6 +46,7 @@ class Checkpoints:
     def __init__(self, workdir: str, keep: int, record: dict | None = None):
         self.record = record or {}
         self.skips: list[tuple[int, int]] = []  # windows of data left out, see divergence.py
+        self.largest: list[Sequence[float]] = []  # losses and norms, see divergence.Spikes
         self.folder = Path(workdir).expanduser().absolute() / "checkpoints"
         self.lock = lock(self.folder) if jax.process_index() == 0 else None
         self.latest = newest(self.folder, set_aside=True)
@@ -65,7 +66,9 @@ class Checkpoints:
         parts = {field: shapes(tree) for field, tree in state._asdict().items()}
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state._asdict()),
-            metadata=ocp.args.JsonSave(self.record | {"parts": parts, "skips": self.skips}),
+            metadata=ocp.args.JsonSave(
+                self.record | dict(parts=parts, skips=self.skips, largest=self.largest)
+            ),
         )
         with disk_errors(self.folder):
             self.manager.save(int(state.step), args=args, force=True)
@@ -95,13 +98,13 @@ class Checkpoints:
     def restore(self, like: TrainState) -> TrainState:
         """Returns the latest state, with the shapes and shardings of `like` (abstract arrays).
 
-        Sets `skips` to the windows that its run had left out.
+        Sets `skips` and `largest` to those of its run.
         """
         assert self.latest is not None  # there is a checkpoint
         restored = restore(self.manager, self.latest, like._asdict())
-        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        metadata = self.manager.restore(self.latest, args=args)["metadata"]
+        metadata = metadata_of(self.manager, self.latest)
         self.skips = [(int(start), int(length)) for start, length in metadata.get("skips", [])]
+        self.largest = metadata.get("largest", [])
         return TrainState(**restored)
 
     def set_aside(self, after: int) -> None:
@@ -269,6 +272,12 @@ def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
     return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
+def metadata_of(manager: ocp.CheckpointManager, step: int) -> dict:
+    """Returns the metadata of a checkpoint."""
+    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    return manager.restore(step, args=args)["metadata"]
+
+
 def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
     """Opens a run's checkpoints for reading -> the manager and the newest step.
 
@@ -284,15 +293,16 @@ def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
     return manager_of(workdir, create=False), step
 
 
-def state_before(workdir: str, like: TrainState, step: int) -> TrainState | None:
-    """Restores the newest state of a run before a step, None if there is none."""
+def state_before(workdir: str, like: TrainState, step: int) -> tuple[TrainState, dict] | None:
+    """Restores the newest state of a run before a step -> state, metadata. None: there is none."""
     newest_step = newest(Path(workdir).expanduser() / "checkpoints", before=step)
     if newest_step is None:
         return None
     manager = manager_of(workdir, create=False)
     restored = restore(manager, newest_step, like._asdict())
+    metadata = metadata_of(manager, newest_step)
     manager.close()
-    return TrainState(**restored)
+    return TrainState(**restored), metadata
 
 
 def record_in(workdir: str) -> dict:
@@ -351,8 +361,7 @@ def load(workdir: str) -> tuple[dict, dict, dict]:
     source = "ema" if saved.get("ema") else "params"
     like = {name: saved[name] for name in (source, "buffers") if saved.get(name)}
     state = arrays(manager, step, like)
-    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    metadata = manager.restore(step, args=args)["metadata"]
+    metadata = metadata_of(manager, step)
     manager.close()
     return state[source], state.get("buffers", {}), metadata | {"step": step}
 

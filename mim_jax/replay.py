@@ -1,4 +1,4 @@
-r"""Repeats a step of a run whose loss or gradient was not finite, and reports what was not.
+r"""Repeats a step of a run that was not applied, and reports which gradients are not finite.
 
     mim-jax replay --config=runs/mae_base                  # the newest of RUN/captures
     mim-jax replay --config=runs/mae_base --step=12345
@@ -10,7 +10,6 @@ is written. Exit codes: 0 done, 2 user error.
 """
 
 import json
-import math
 from pathlib import Path
 
 import jax
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 
 from mim_jax import UserError, cli, objectives, recipe, schema
 from mim_jax.checkpoint import flat, state_before
-from mim_jax.divergence import data_step
+from mim_jax.divergence import Spikes, data_step
 from mim_jax.recipe import Run
 from mim_jax.sharding import to_global
 from mim_jax.start import Start
@@ -91,8 +90,9 @@ def before(
 ) -> tuple[TrainState, dict]:
     """Returns the state before a step, and the batch of that step."""
     start = Start(run, config)
-    restored = state_before(path, start.like, step) or start.state()
+    restored, metadata = state_before(path, start.like, step) or (start.state(), {})
     first = int(restored.step)
+    spikes = Spikes(config.divergence.spike, metadata.get("largest", []))
 
     def batches_from(at: int):
         position = data_step(at, skips)
@@ -111,11 +111,12 @@ def before(
         seed=config.seed,
         accumulate=config.accumulate,
         ema=config.ema,
+        limits=spikes.limits,
     )
     for done, after, metrics in steps if first < step - 1 else ():
         state = after
-        if not math.isfinite(metrics["loss"]):
-            print(f"  step {done:,}: the loss is {float(metrics['loss'])} too")
+        if problem := spikes.check(done, metrics):
+            print(f"  step {done:,}: {problem} too")
     print(f"trained from step {first:,} to {step - 1:,}")
     return state, to_global(next(iter(batches_from(step - 1))), run.mesh)
 

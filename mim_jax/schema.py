@@ -126,7 +126,7 @@ class Probe(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """Steps whose loss or gradient is not finite; they are not applied."""
+    """Steps that fail: their loss or gradient is not finite, or a spike. They are not applied."""
 
     patience: Annotated[
         int, NOT_NEGATIVE, FREE, "failures in a row before a rollback; 0: the first ends the run"
@@ -137,6 +137,13 @@ class Divergence(NamedTuple):
         FREE,
         "number of times that a run may return to a checkpoint and skip data",
     ] = 3
+    spike: Annotated[
+        float,
+        NOT_NEGATIVE,
+        FREE,
+        "a step fails if its loss or gradient norm is over this many times the largest of recent "
+        "steps; 0: only if it is not finite",
+    ] = 100.0
 
 
 class Save(NamedTuple):

@@ -90,7 +90,8 @@ class Start:
             accumulate=self.config.accumulate,
             ema=self.config.ema,
         )
-        return step.trace(self.like, batch, rng)
+        limits = jax.ShapeDtypeStruct((2,), "float32", sharding=replicated(mesh))
+        return step.trace(self.like, batch, rng, limits)
 
 
 def how_to(key: str, source: str) -> str:

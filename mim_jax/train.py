@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from mim_jax.objectives import Objective
 from mim_jax.sharding import over_devices, replicated, to_global, whole
 
+NO_LIMITS = np.full(2, np.finfo(np.float32).max)  # of finite losses and norms
+
 
 class TrainState(NamedTuple):
     """The state of a run, updated in every step."""
@@ -57,11 +59,12 @@ def gradient_of(state: TrainState, batch: dict, rng, *, objective, accumulate, m
 
 
 def train_step(
-    state: TrainState, batch: dict, rng, *, objective, optimizer, accumulate, mesh, ema=0.0
+    state, batch, rng, limits=NO_LIMITS, *, objective, optimizer, accumulate, mesh, ema=0.0
 ):
-    """Performs one update: state, batch -> state, metrics {name: ()}.
+    """Performs one update: state, batch, limits (2,) -> state, metrics {name: ()}.
 
-    If the loss or the gradient is not finite, the update is skipped and only counters advance.
+    If the absolute loss or the norm of the gradient is over its limit or not a number, the update
+    is skipped and only counters advance.
     """
     grads, metrics, changed = gradient_of(
         state, batch, rng, objective=objective, accumulate=accumulate, mesh=mesh
@@ -71,16 +74,17 @@ def train_step(
     average = optax.incremental_update(params, state.ema, 1 - ema) if ema else None
     buffers = objective.after(params, state.buffers | changed, state.step)
     updated = TrainState(state.step + 1, params, buffers, opt_state, average)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    sizes = jnp.abs(jnp.stack([metrics["loss"], metrics["grad_norm"]]))
+    usable = (sizes <= limits).all()
 
     def choose(new, old):
-        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+        return jnp.where(usable, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
 
     return jax.tree.map(choose, updated, state), metrics
 
 
 def jit_step(objective, optimizer, state: TrainState, *, mesh: Mesh, accumulate=1, ema=0.0):
-    """Returns `train_step` as a jitted function (state, batch, rng) -> state, metrics.
+    """Returns `train_step` as a jitted function (state, batch, rng, limits) -> state, metrics.
 
     The state is donated. It keeps the shardings of `state`, which may consist of shapes only.
     """
@@ -104,6 +108,7 @@ def train(
     seed: int,
     accumulate: int = 1,
     ema: float = 0.0,
+    limits: Callable[[int], np.ndarray] = lambda step: NO_LIMITS,
 ) -> Iterator[tuple[int, TrainState, dict]]:
     """Trains an objective: yields (step, state, metrics {name: ()}) after every update.
 
@@ -120,6 +125,7 @@ def train(
         seed: seed of the random numbers drawn in the loss.
         accumulate: number of parts of a batch that are processed one after another.
         ema: decay of the moving average of the parameters; 0: no average.
+        limits: step -> largest loss and norm of the gradient with which it is applied, (2,).
     """
     rng = jax.random.key(seed)
     step_fn = jit_step(objective, optimizer, state, mesh=mesh, accumulate=accumulate, ema=ema)
@@ -127,7 +133,7 @@ def train(
     batches = (to_global(batch, mesh) for batch in batches_from(start))
     batch = next(batches)
     for step in range(start + 1, steps + 1):
-        state, metrics = step_fn(state, batch, rng)
+        state, metrics = step_fn(state, batch, rng, limits(step))
         if step < steps:
             batch = next(batches)  # transferred while the step runs
         jax.block_until_ready(previous)  # at most two steps in flight, to bound device memory

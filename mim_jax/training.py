@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mim_jax import UserError, flops, recipe, workdir
 from mim_jax.checkpoint import Checkpoints, flat
-from mim_jax.divergence import ADVICE, Failures, RollbackError, all_finite, data_step
+from mim_jax.divergence import ADVICE, Failures, RollbackError, Spikes, all_finite, data_step
 from mim_jax.experiment import pictures_of
 from mim_jax.goodput import Goodput
 from mim_jax.log import Log, format_metrics
@@ -77,6 +77,7 @@ class Training:
         self.peak_share = peak_share(run, config)
         self.skips: list[tuple[int, int]] = []  # windows of data that this process left out
         self.log = self.log_after(checkpoints.latest or 0)
+        self.failures: Failures  # set by `loop`
 
     def attempts(self, trace: Trace) -> int:
         """Trains to the end. If losses stop being finite, continues from a checkpoint.
@@ -119,6 +120,7 @@ class Training:
     def state(self) -> TrainState:
         """Returns the newest saved state, or the initial one."""
         if not self.checkpoints.latest:
+            self.checkpoints.largest = []
             return self.start.state()
         state = self.checkpoints.restore(self.start.like)
         known = self.checkpoints.skips
@@ -128,10 +130,10 @@ class Training:
     def roll_back(self, error: RollbackError, first: int) -> int:
         """Returns the step of the checkpoint to return to. Skips the data up to the failure.
 
-        If no loss was finite since step `first`, its checkpoint is not used again.
+        If every step since `first` failed, its checkpoint is not used again.
         """
-        self.checkpoints.set_aside(after=error.last_finite)
-        if first and error.last_finite == first:
+        self.checkpoints.set_aside(after=error.last_good)
+        if first and error.last_good == first:
             self.checkpoints.set_aside(after=first - 1)
             if not self.checkpoints.latest:
                 raise FloatingPointError(f"{error}, and there is no older checkpoint. {ADVICE}.")
@@ -186,11 +188,13 @@ class Training:
             names_of=names_of,
             skips=self.checkpoints.skips,
             say=say,
+            spikes=Spikes(self.config.divergence.spike, self.checkpoints.largest),
         )
 
     def loop(self, state: TrainState, first: int, trace: Trace) -> int:
         """Trains from step `first` to the end or to a signal. Returns the exit code."""
         run, log, stop = self.run, self.log, self.stop
+        failures = self.failures = self.failures_after(first)
         steps = train(
             run.objective,
             run.optimizer,
@@ -201,9 +205,9 @@ class Training:
             seed=self.config.seed,
             accumulate=self.config.accumulate,
             ema=self.config.ema,
+            limits=failures.spikes.limits,
         )
         rates = np.asarray(run.schedule(np.arange(run.steps)))  # computed once, before the loop
-        failures = self.failures_after(first)
         log.say("compiling the first step")
         self.goodput.begin("compile")
         trace.after(first)
@@ -291,6 +295,8 @@ class Training:
         if not self.is_due(self.config.save, step) and not self.stop.signal:
             return
         self.log.flush()  # so that no record is missing if the process ends here
+        self.failures.check()
+        self.checkpoints.largest = list(self.failures.spikes.largest)
         flags = flat(jax.device_get(all_finite(state)))
         if names := [name for name, finite in flags.items() if not finite]:
             raise FloatingPointError(

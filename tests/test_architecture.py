@@ -44,7 +44,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "list_keys": {"cli", "keys", "objectives", "optim", "schema"},
     "__main__": {"cli"},
     "inspect": {"cli", "convert", "goodput", "workdir"},
-    "divergence": set(),
+    "divergence": {"train"},
     "stop": set(),
     "watchdog": set(),
     "training": {

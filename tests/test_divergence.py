@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import main, recipe, replay, schema
-from mim_jax.divergence import Failures, RollbackError, data_step
+from mim_jax import divergence, main, recipe, replay, schema
+from mim_jax.divergence import Failures, RollbackError, Spikes, data_step
 from tests.tiny_run import OBJECTIVE, STEPS, numbers, run
 
 OBJECTIVE_FILE = """
 import jax.numpy as jnp
 from mim_jax.objectives import mae
 
-def objective(model, tokenizer=None, *, decoder_width: int = 16):
-    \"\"\"MAE whose loss is not a number for a batch with a white image.\"\"\"
+def objective(model, tokenizer=None, *, decoder_width: int = 16, factor: float = 0.0):
+    \"\"\"MAE whose loss is multiplied by a factor or NaN for a batch with a white image.\"\"\"
     base = mae.objective(model, decoder_width=decoder_width, decoder_depth=1, decoder_heads=2)
 
     def loss(params, buffers, batch, rng, step):
         total, weight, rest = base.loss(params, buffers, batch, rng, step)
         white = (batch["image"] == 255).all((1, 2, 3)).any()
-        return jnp.where(white, jnp.nan, total), weight, rest
+        return total * jnp.where(white, factor or jnp.nan, 1.0), weight, rest
 
     return base._replace(loss=loss)
 """
@@ -91,6 +91,73 @@ def test_a_failed_step_changes_nothing():
     assert len(history) == STEPS
 
 
+def test_a_spike_changes_nothing():
+    """A step over its limit is computed, but not applied."""
+
+    def loss(params, buffers, batch, rng, step):
+        total, weight, rest = OBJECTIVE.loss(params, buffers, batch, rng, step)
+        return jnp.where(step == 2, 1e6 * total, total), weight, rest
+
+    def limits(step):
+        return np.array([10.0, np.inf], np.float32)
+
+    objective = OBJECTIVE._replace(loss=loss)
+    history = run(objective=objective, limits=limits)
+    assert np.isfinite(numbers(history)).all()
+    assert numbers(history)[2, 0] > 1e5
+    for old, new in zip(*map(jax.tree.leaves, (history[1][1][1:], history[2][1][1:])), strict=True):
+        if np.issubdtype(old.dtype, np.inexact):
+            np.testing.assert_array_equal(old, new)
+    assert np.abs(numbers(run(objective=objective))[3:] / numbers(history)[3:] - 1).min() > 1e-3
+
+
+def test_limits_follow_the_largest_recent_losses_and_norms(monkeypatch):
+    monkeypatch.setattr(divergence, "WARM_UP", 3)
+    monkeypatch.setattr(divergence, "DECAY", 0.5)
+    spikes = Spikes(10.0)
+    sizes = [(1, 2), (-3, 1), (1, 1), (2, 2), (31, 1), (2, 31), (1e5, 1), (np.nan, 1), (1, 1)]
+    found, limits = [], []
+    for step, (loss, norm) in enumerate(sizes, start=1):
+        limits.append(spikes.limits(step).tolist())
+        found.append(bool(spikes.check(step, dict(loss=loss, grad_norm=norm))))
+    unlimited = [float(np.finfo(np.float32).max)] * 2
+    assert limits[:4] == [unlimited] * 4
+    assert limits[4:] == [[15, 10], [20, 20], [20, 20], [20, 20], [20, 20]]
+    assert found == [False] * 4 + [True] * 4 + [False]
+    assert Spikes(0.0, spikes.largest).limits(20).tolist() == unlimited
+    again = Spikes(10.0, json.loads(json.dumps(spikes.largest)))  # as a checkpoint stores it
+    for step in (9, 10, 11):
+        assert again.limits(step).tolist() == spikes.limits(step).tolist()
+
+
+def test_a_run_survives_spikes(config, tmp_path, capsys, monkeypatch):
+    """They are left out, named and repeated exactly, also by a restart and by `replay`."""
+    monkeypatch.setattr(divergence, "WARM_UP", 3)
+    (bad, _) = whiten(config, [7, 12])
+    work = tmp_path / "run"
+    arguments = [f"--config={config}", f"--workdir={work}", "--config.objective.factor=1e6"]
+    assert main.main([*arguments, "--config.save.keep=9"]) == 0
+    text = capsys.readouterr().out
+    assert "warning: step 7: the loss is" in text
+    assert "more than 100 times that of recent steps: the step is not applied" in text
+    expected = losses(work)
+    assert [step for step, loss in expected.items() if loss > 1e4] == [7, 12]
+    capture = json.loads((work / "captures" / "step_0000007.json").read_text())
+    assert bad in capture["images"]
+    assert replay.main([f"--config={work}", "--trust-code", "--step=13"]) == 0
+    assert "trained from step 12 to 12" in capsys.readouterr().out
+
+    for step in (12, 14, 16):
+        (work / "checkpoints" / str(step)).rename(tmp_path / str(step))
+    assert main.main(arguments) == 0
+    assert losses(work) == expected
+    assert (
+        main.main([*arguments[::2], f"--workdir={tmp_path / 'off'}", "--config.divergence.spike=0"])
+        == 0
+    )
+    assert losses(tmp_path / "off")[16] != expected[16]
+
+
 def test_one_bad_batch_is_left_out_and_named(config, tmp_path, capsys):
     (bad,) = whiten(config, [5])
     work = tmp_path / "run"
@@ -117,7 +184,7 @@ def test_several_return_to_a_checkpoint_and_skip_the_data(config, tmp_path, caps
     work = tmp_path / "run"
     assert main.main([f"--config={config}", f"--workdir={work}"]) == 0
     text = capsys.readouterr().out
-    assert "no loss was finite from step 5 to 6: returning to step 4" in text
+    assert "all steps from 5 to 6 failed: returning to step 4" in text
     assert sorted(losses(work)) == list(range(1, 17))
     assert np.isfinite(list(losses(work).values())).all()
     metadata = json.loads((work / "checkpoints" / "16" / "metadata" / "metadata").read_text())
@@ -138,7 +205,7 @@ def test_a_run_that_cannot_go_on_ends(config, tmp_path, capsys):
     arguments = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
     whiten(config, range(1, 17))
     assert main.main([*arguments, "--config.divergence.rollbacks=1"]) == 1
-    assert "failed: no loss was finite from step" in capsys.readouterr().err
+    assert "failed: all steps from" in capsys.readouterr().err
     whiten(config, [1])
     assert main.main([*arguments, "--config.divergence.patience=0"]) == 1
     assert "the loss is nan" in capsys.readouterr().err
@@ -153,12 +220,13 @@ def test_failures_are_counted_in_a_row(tmp_path):
         names_of=lambda step: [f"image of {step}"],
         skips=[],
         say=lambda step, text: said.append(step),
+        spikes=Spikes(0.0),
     )
     good, bad = ({"loss": x, "grad_norm": 1.0} for x in (1.0, np.inf))
     for step, metrics in enumerate([good, bad, bad, good, bad, good, bad, bad], start=1):
         failures.after(step, metrics)
     failures.after(9, dict(good, grad_norm=np.nan))
-    with pytest.raises(RollbackError, match="no loss was finite from step 7 to 9"):
+    with pytest.raises(RollbackError, match="all steps from 7 to 9 failed"):
         failures.check()
     assert said == [2, 5, 7]
 

@@ -36,7 +36,16 @@ def start(mesh, objective=OBJECTIVE, seed=0):
     return jax.jit(begin, out_shardings=place(jax.eval_shape(begin), mesh))()
 
 
-def run(devices=1, *, fsdp=1, state=None, accumulate=1, objective=OBJECTIVE, batches=batches_from):
+def run(
+    devices=1,
+    *,
+    fsdp=1,
+    state=None,
+    accumulate=1,
+    objective=OBJECTIVE,
+    batches=batches_from,
+    **more,
+):
     """Trains for STEPS steps -> [(step, state on the host, loss, norm of the gradient), ...]."""
     mesh = make_mesh(jax.devices()[:devices], fsdp=fsdp)
     state = start(mesh, objective) if state is None else state
@@ -49,6 +58,7 @@ def run(devices=1, *, fsdp=1, state=None, accumulate=1, objective=OBJECTIVE, bat
         steps=STEPS,
         seed=0,
         accumulate=accumulate,
+        **more,
     )
     return [
         (step, jax.device_get(state), float(metrics["loss"]), float(metrics["grad_norm"]))
