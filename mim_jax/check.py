@@ -24,13 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from mim_jax import cli, recipe, schema, workdir
 from mim_jax.data.decode import BadImageError, decode, header
 from mim_jax.data.sources import Source
 from mim_jax.keys import PER_DEVICE
 from mim_jax.normalize import unit
+from mim_jax.progress import Bar
 from mim_jax.recipe import Run
 from mim_jax.sharding import to_global
 from mim_jax.sheets import draw_sheet
@@ -139,11 +139,10 @@ def survey_images(source: Source, channels: int, dtype: str, seconds: float) -> 
             return source.name_of(i), str(error)
 
     end, at_once = time.monotonic() + seconds, 64
-    progress = tqdm(total=len(order), unit=" images", delay=SECONDS + 2)
-    with ThreadPoolExecutor() as pool, progress:
+    with ThreadPoolExecutor() as pool, Bar("decoding", len(order), unit="images") as bar:
         for start in range(0, len(order), at_once):
             for image, more in pool.map(look, order[start : start + at_once].tolist()):
-                progress.update()
+                bar.update()
                 if isinstance(image, str):
                     bad.append((image, more))
                     continue

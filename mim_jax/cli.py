@@ -1,7 +1,7 @@
 """The command line, `mim-jax COMMAND`, and functions that all commands share.
 
     mim-jax train --config=configs/mae_emoji.py      the same as python -m mim_jax.main
-    mim-jax evaluate --config=runs/mae_base_finetune
+    mim-jax evaluate runs/mae_base_finetune
 
 Exit codes: 0 done, 1 failed, 2 user error, reported in one sentence, 130 interrupted.
 """
@@ -83,9 +83,12 @@ def parser_of(command: str, text: str) -> argparse.ArgumentParser:
 
 
 def add_config(parser: argparse.ArgumentParser, text: str = "", required: bool = True) -> None:
-    """Adds --config and --trust-code to a parser."""
+    """Adds --config and --trust-code to a parser. A required config may omit "--config="."""
     text = text or "a config file, a name that `mim-jax configs` lists, or a run directory"
-    parser.add_argument("--config", required=required, default="", help=text)
+    if required:
+        parser.add_argument("source", nargs="?", default="", metavar="CONFIG", help=text)
+        text = "the same as CONFIG"
+    parser.add_argument("--config", default="", help=text)
     parser.add_argument(
         "--trust-code",
         action="store_true",
@@ -122,18 +125,25 @@ def parse(
         print("\nkeys of the config:\n")
         config = [word for word in argv if word.startswith("--config")]
         parser.exit(module_of("keys").main(config))
-    options, rest = parser.parse_known_args(argv)
-    overrides = []
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--config."):
-            parser.error(
-                f"unknown argument {flag}: keys of the config are set by --config.KEY=VALUE"
-            )
-        if flag.removeprefix("--config.").split("=")[0].split(".")[0] in unused:
-            parser.error(f"{flag} has no effect: only training uses that key")
-        separate = "=" not in flag and rest and not rest[0].startswith("--")
-        overrides.append(flag.removeprefix("--config.") + (f"={rest.pop(0)}" if separate else ""))
+    rest, overrides, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        if word.removeprefix("--config.").split("=")[0].split(".")[0] in unused:
+            parser.error(f"{word} has no effect: only training uses that key")
+        separate = "=" not in word and words and not words[0].startswith("--")
+        overrides.append(word.removeprefix("--config.") + (f"={words.pop(0)}" if separate else ""))
+    options, unknown = parser.parse_known_args(rest)
+    if unknown:
+        parser.error(
+            f"unknown argument {unknown[0]}: keys of the config are set by --config.KEY=VALUE"
+        )
+    if "source" in options:
+        if bool(options.source) == bool(options.config):
+            parser.error("pass one config: CONFIG or --config=CONFIG")
+        options.config = options.config or options.source
     return options, overrides
 
 

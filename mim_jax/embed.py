@@ -1,7 +1,7 @@
 r"""Writes the features of a data set, computed by a trained encoder.
 
-    mim-jax embed --config=runs/mae_base --to=features.npz
-    mim-jax embed --config=runs/mae_base --to=train --config.data.evaluation_split=train
+    mim-jax embed runs/mae_base --to=features.npz
+    mim-jax embed runs/mae_base --to=train --config.data.evaluation_split=train
 
 --config is a run directory, or a config file that describes the data, with
 --config.init_from.encoder=RUN. For the evaluation views of the evaluation split, with no patch
@@ -33,6 +33,7 @@ from mim_jax.data.images import Images, batch_of
 from mim_jax.data.records import shard_path, write_info, write_shard
 from mim_jax.normalize import MEAN, STD
 from mim_jax.objectives import whole_images
+from mim_jax.progress import images_in, track
 from mim_jax.sharding import replicated, to_global
 from mim_jax.start import source_run
 from mim_jax.transfer import encoder_in, require_bands
@@ -156,7 +157,9 @@ def write(path: str, config: ConfigDict, to: str) -> int:
 
     def rows() -> Iterator[dict[str, np.ndarray]]:
         """Yields the valid rows of each batch."""
-        for batch in run.data.evaluation_batches(run.rows):
+        count = len(run.data.evaluation.examples)
+        batches = run.data.evaluation_batches(run.rows)
+        for batch in track(batches, "embedding", count, unit="images", count=images_in):
             images = to_global({"image": batch["image"]}, run.mesh)["image"]
             features = jax.tree.map(np.asarray, pooled(images))
             notes = {name: batch[name] for name in ("index", "label") if name in batch}

@@ -1,7 +1,7 @@
 r"""Evaluates a run on every example of its evaluation split, or of another split.
 
-    mim-jax evaluate --config=runs/mae_base_finetune
-    mim-jax evaluate --config=runs/mae_base_finetune --config.data.evaluation_split=test
+    mim-jax evaluate runs/mae_base_finetune
+    mim-jax evaluate runs/mae_base_finetune --config.data.evaluation_split=test
 
 --config is a run directory, or a config file with --config.init_from.encoder=RUN: a classifier,
 trained or converted, with the network of that config. --to=FILE.json also writes the numbers. If
@@ -20,6 +20,7 @@ import numpy as np
 from mim_jax import cli, recipe, schema, workdir
 from mim_jax.checkpoint import peek
 from mim_jax.data.class_names import shown
+from mim_jax.progress import images_in, track
 from mim_jax.start import Start, source_run
 from mim_jax.train import evaluate
 from mim_jax.transfer import compare, encoder_in
@@ -56,7 +57,9 @@ def evaluate_run(path: str, config, to: str) -> int:
         state = peek(path, start.like)
     else:
         state = start.state(entire=True)
+    count = len(run.data.evaluation.examples)
     batches = run.data.evaluation_batches(run.rows)
+    batches = track(batches, "evaluating", count, unit="images", count=images_in)
     means = evaluate(run.objective, state, batches, mesh=run.mesh, seed=config.seed)
     metrics = {name: np.asarray(value).tolist() for name, value in means.items()}
     print(f"{path}, step {int(state.step):,}, split {config.data.evaluation_split}")

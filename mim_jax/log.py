@@ -19,6 +19,7 @@ import numpy as np
 
 from mim_jax import UserError, workdir
 from mim_jax.goodput import KINDS, Goodput
+from mim_jax.progress import write_line
 
 
 class Pace:
@@ -203,7 +204,7 @@ class Log:
     def bad_file(self, name: str, reason: str) -> None:
         """Records a file that cannot be used, with the reason. Every process records its own."""
         if self.bad_files({"file": name, "reason": reason}):
-            print(f"cannot use {name}: {reason} (in bad_files.jsonl)", flush=True)
+            write_line(f"cannot use {name}: {reason} (in bad_files.jsonl)")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes a record to all sinks."""
@@ -213,7 +214,7 @@ class Log:
     def say(self, text: str) -> None:
         """Prints text, in the first process only."""
         if self.writes:
-            print(text, flush=True)
+            write_line(text)
 
 
 def format_metrics(metrics: dict) -> str:

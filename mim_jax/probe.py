@@ -62,7 +62,7 @@ class Probe:
         batches = self.data.evaluation_batches(
             self.batch_size, limit=self.images, of_training=of_training
         )
-        for batch in batches:
+        for batch in guard(batches):
             batch = to_global({name: batch[name] for name in names if name in batch}, self.mesh)
             arrays = jax.tree.map(np.asarray, self.batch_features(params, batch))
             valid = arrays.pop("valid") > 0

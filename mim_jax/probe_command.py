@@ -24,6 +24,7 @@ from mim_jax.embed import statistics_of
 from mim_jax.models.vit import ViT
 from mim_jax.normalize import normalize
 from mim_jax.probe import linear, neighbors, rank
+from mim_jax.progress import images_in, track
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,8 +95,10 @@ def features(
         return jnp.stack([tokens[:, 1:].mean(1) for tokens in layers])
 
     def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        limits = dict(limit=options.images, of_training=of_training)
-        for batch in dataset.evaluation_batches(options.batch_size, **limits):
+        batches = dataset.evaluation_batches(
+            options.batch_size, limit=options.images, of_training=of_training
+        )
+        for batch in track(batches, "encoding", unit="images", count=images_in):
             valid = batch["valid"] > 0
             labels = batch.get("label", np.full(len(valid), -1))
             yield np.asarray(encode(batch["image"]))[:, valid], labels[valid]

@@ -1,7 +1,7 @@
 r"""Repeats a step of a run that was not applied, and reports which gradients are not finite.
 
-    mim-jax replay --config=runs/mae_base                  # the newest of RUN/captures
-    mim-jax replay --config=runs/mae_base --step=12345
+    mim-jax replay runs/mae_base                  # the newest of RUN/captures
+    mim-jax replay runs/mae_base --step=12345
 
 Trains from the newest checkpoint before that step up to it, which gives the state that the run had
 then; and computes loss and gradient of the step in the run's dtype and in float32. If float32 is

@@ -1,7 +1,7 @@
 r"""Writes the visual tokens of a data set, by a trained tokenizer.
 
-    mim-jax tokenize --config=runs/dvae_emoji --to=tokens.npz
-    mim-jax tokenize --config=runs/dvae_emoji --to=tokens.npz \
+    mim-jax tokenize runs/dvae_emoji --to=tokens.npz
+    mim-jax tokenize runs/dvae_emoji --to=tokens.npz \
         --config.data.evaluation_split=train
 
 --config is the directory of a run that trained a tokenizer. For the evaluation views of the
@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from mim_jax import UserError, cli, recipe, schema
 from mim_jax.checkpoint import abstract
 from mim_jax.normalize import unit
+from mim_jax.progress import images_in, track
 from mim_jax.recipe import Run
 from mim_jax.sharding import replicated, to_global
 from mim_jax.start import source_run
@@ -75,7 +76,9 @@ def tokens(run: Run, config: ConfigDict, source: str) -> dict[str, np.ndarray]:
     )
     names = ("tokens", "index", "label") if run.data.num_labels else ("tokens", "index")
     rows = []
-    for batch in run.data.evaluation_batches(run.rows):
+    count = len(run.data.evaluation.examples)
+    batches = run.data.evaluation_batches(run.rows)
+    for batch in track(batches, "tokenizing", count, unit="images", count=images_in):
         images = to_global({"image": batch["image"]}, run.mesh)["image"]
         batch["tokens"] = np.asarray(tokens_of(images))
         rows.append({name: batch[name][batch["valid"] > 0] for name in names})

@@ -15,6 +15,7 @@ from mim_jax.experiment import pictures_of
 from mim_jax.goodput import Goodput
 from mim_jax.log import Log, format_metrics
 from mim_jax.probe import Probe
+from mim_jax.progress import Bar, images_in, track
 from mim_jax.recipe import Run
 from mim_jax.sheets import draw_sheet
 from mim_jax.start import Start
@@ -211,7 +212,8 @@ class Training:
         log.say("compiling the first step")
         self.goodput.begin("compile")
         trace.after(first)
-        for step, state, metrics in self.watchdog.each("a step", log.timed(steps)):
+        steps = self.shown(self.watchdog.each("a step", log.timed(steps)), first)
+        for step, state, metrics in steps:
             self.goodput.begin("step")
             trace.after(step, metrics)
             stop.after(step)
@@ -245,6 +247,14 @@ class Training:
         log.event("done", step)
         return 0
 
+    def shown(self, steps: Iterator[tuple], first: int) -> Iterator[tuple]:
+        """Yields the steps after `first` and shows a bar on a terminal."""
+        with Bar("compiling", self.run.steps, unit="steps", first=first, lines=False) as bar:
+            for result in steps:
+                bar.set_description("training", refresh=False)
+                bar.update(result[0] - bar.n)
+                yield result
+
     def batches_from(self, step: int) -> Iterator[dict]:
         """Yields the batches after `step` updates."""
         position = data_step(step, self.checkpoints.skips)
@@ -259,7 +269,8 @@ class Training:
 
     def guard(self, batches: Iterator[dict]) -> Iterator[dict]:
         """Yields the batches of a periodic action, which a signal or a stall ends."""
-        return self.watchdog.each("an evaluation", self.stop.guard(batches))
+        batches = self.watchdog.each("an evaluation", self.stop.guard(batches))
+        return track(batches, "evaluating", unit="images", count=images_in)
 
     def is_due(self, block: ConfigDict, step: int) -> bool:
         """Returns whether the action of a block of the config follows a step."""

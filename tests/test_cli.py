@@ -111,8 +111,18 @@ def test_a_run_is_continued_where_it_is(tmp_path):
         (["--config=configs/mae_emoji.py"], "runs/mae_emoji"),
         (["--config=mae_emoji"], "runs/mae_emoji"),
         (["--config=mae_emoji", "--workdir=x"], "x"),
+        (["--config.seed", "1", "mae_emoji"], "runs/mae_emoji"),
     ]:
         assert cli.workdir_of(cli.parse(parser, words)[0]) == expected
+
+
+@pytest.mark.parametrize("words", [[], ["mae_emoji", "--config=beit_emoji"]])
+def test_exactly_one_config(words, capsys):
+    parser = cli.parser_of("train", "")
+    cli.add_config(parser)
+    with pytest.raises(SystemExit):
+        cli.parse(parser, words)
+    assert "pass one config: CONFIG or --config=CONFIG" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["evaluate", "embed", "tokenize"])

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from mim_jax import UserError
 from mim_jax.data.arrays import LARGEST
 from mim_jax.data.decode import BadImageError, header
 from mim_jax.data.tars import is_hidden, is_tar, list_tar
 from mim_jax.data.tiff import STARTS
+from mim_jax.progress import Bar
 
 FORMAT = 2  # version of the cached files; others are ignored
 ROW = np.dtype(
@@ -201,11 +201,11 @@ def rescan(root: str, cached: Manifest | None, large: bool) -> Manifest:
     companions = {(x.tar, x.name): x for x in files if x.name.lower().endswith(COMPANIONS)}
     images: list[tuple[Entry, int, int, int]] = []  # width, height, index into modes
     modes: dict[str, int] = {}
-    with tqdm(unit=" files", desc=f"scanning {root}", delay=3, total=len(files)) as progress:
+    with Bar(f"scanning {root}", len(files), unit="files") as bar:
 
         def look_at(some: list[Entry]) -> None:
             for file, result in zip(some, in_threads(described, some), strict=True):
-                progress.update()
+                bar.update()
                 if isinstance(result, str):
                     unread.append((file.name, result))
                     if file.tar < 0:

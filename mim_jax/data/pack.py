@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
 from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, type_of
 from mim_jax.data.folder import Examples, Folder
 from mim_jax.data.manifest import in_threads, printable
 from mim_jax.data.records import shard_path, write_info, write_shard
+from mim_jax.progress import Bar
 
 
 def pack(
@@ -71,9 +71,9 @@ def pack(
 
     todo = [(split, i) for split, counts in counts_of.items() for i in range(len(counts))]
     total = sum(len(examples) for examples in splits.values())
-    with tqdm(total=total, unit=" images", desc=str(to)) as progress:
+    with Bar(f"packing {to}", total, unit="images") as bar:
         for count in in_parallel(write, todo, at_once=1):
-            progress.update(count)
+            bar.update(count)
     lengths = {split: (counts_of[split], int(sizes[split].sum())) for split in splits}
     write_info(to, name, features, lengths, plan, f"The images of {folder.root}.")
     report(to, folder, {split: len(examples) for split, examples in splits.items()})

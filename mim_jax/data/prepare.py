@@ -29,11 +29,11 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
-from tqdm import tqdm
 
 from mim_jax import UserError, cli
 from mim_jax.data.pack import pack
 from mim_jax.data.tile import pack_tiles
+from mim_jax.progress import track
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 SYNSETS, TRAINING_IMAGES, VALIDATION_IMAGES = 1000, 1_281_167, 50_000  # in ILSVRC 2012
@@ -175,7 +175,7 @@ def synsets_and_images(path: Path) -> tuple[int, int]:
     """Returns the number of tars in a tar, and the number of files in them."""
     counts = []
     with tarfile.open(path, "r:") as tar:
-        for synset in tqdm(tar, "counting ImageNet's images", unit=" synsets", delay=3):
+        for synset in track(tar, "counting ImageNet's images", unit="synsets"):
             with tarfile.open(fileobj=tar.extractfile(synset), mode="r:") as images:
                 counts.append(sum(image.isfile() for image in images))
     return len(counts), sum(counts)

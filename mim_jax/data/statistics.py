@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from mim_jax import UserError, cli
 from mim_jax.data.decode import BadImageError, decode, type_of
 from mim_jax.data.manifest import in_threads
 from mim_jax.data.sources import Source, open_sources
+from mim_jax.progress import track
 
 FACTOR = 10  # largest deviation of normalized values from unit variance
 PIXELS = 2**18  # most pixels used of an image; larger ones are subsampled
@@ -104,7 +104,8 @@ def observe(source: Source, channels: int, limit: int = 0) -> Values:
 
     good, bad = [], []
     summaries = in_threads(summarize, drawn.tolist(), at_once=8)
-    for i, summary in zip(drawn, tqdm(summaries, "reading values", count, delay=3), strict=True):
+    summaries = track(summaries, "reading values", len(drawn), unit="images")
+    for i, summary in zip(drawn, summaries, strict=True):
         if isinstance(summary, str):
             bad.append((int(i), summary))
         else:

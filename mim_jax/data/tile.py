@@ -19,7 +19,6 @@ import numpy as np
 import tifffile
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
-from tqdm import tqdm
 
 from mim_jax import UserError
 from mim_jax.data.arrays import BadImageError, in_type, require_size
@@ -48,6 +47,7 @@ from mim_jax.data.tiff import (
     interpret,
     stacked,
 )
+from mim_jax.progress import Bar
 
 
 def pack_tiles(
@@ -106,10 +106,10 @@ def pack_tiles(
 
     todo = [(split, i) for split, counts in counts_of.items() for i in range(len(counts))]
     total = sum(len(examples) for examples in splits.values())
-    with tqdm(total=total, unit=" images", desc=str(target)) as progress:
+    with Bar(f"tiling {target}", total, unit="images") as bar:
         run = in_parallel or functools.partial(in_threads, threads=os.cpu_count())
         for count in run(write, todo, at_once=1):
-            progress.update(count)
+            bar.update(count)
     lengths = {}
     for split, counts in counts_of.items():
         paths = [shard_path(target, name, split, i, len(counts)) for i in range(len(counts))]
