@@ -25,19 +25,24 @@ class Stop:
     KeyboardInterrupt is raised instead. The previous handlers are restored at the end.
 
     SIGTERM may reach any of several processes: JAX notifies the others, and all stop after the
-    same step.
+    same training step or the same batch of an evaluation. SIGINT and SIGHUP are handled like
+    SIGTERM. Before the first step, JAX delays a SIGTERM until that step.
     """
 
     def __init__(self):
         self.signal = 0
         self.unsaved = False  # whether a step has been done
+        self.points = 0  # number of calls of `reached`
         self.previous: dict[int, Any] = {}
         self.exits = "ipykernel" not in sys.modules
 
     def __enter__(self) -> "Stop":
-        if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
             return self
+        several = jax.process_count() > 1  # JAX handles SIGTERM
         for number in SIGNALS:
+            if several and number == signal.SIGTERM:
+                continue
             self.previous[number] = signal.signal(number, self.record)
         if self.exits:  # Python's handlers wait until a compilation ends; this thread does not
             reader, self.writer = os.pipe()
@@ -57,7 +62,10 @@ class Stop:
         """Handles a signal in the main thread."""
         if not self.exits and (self.signal or not self.unsaved):
             raise KeyboardInterrupt
-        self.signal = number
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            self.signal = number
 
     def watch(self, reader: int) -> None:
         """Ends the process at the first signal if there is nothing to save, and at the second."""
@@ -70,14 +78,20 @@ class Stop:
         os.close(reader)
 
     def after(self, step: int) -> None:
-        """Records that a step is done, and whether another process received a signal."""
+        """Records that a step is done, and whether any process received a signal."""
         self.unsaved = True
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        self.reached()
+
+    def reached(self) -> bool:
+        """Returns whether the processes stop here. All of them must call it equally often."""
+        self.points += 1
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.points):
             self.signal = signal.SIGTERM
+        return bool(self.signal)
 
     def guard(self, batches: Iterator[dict]) -> Iterator[dict]:
         """Yields the batches of a periodic action. Raises StoppedError after a signal."""
         for batch in batches:
-            if self.signal and jax.process_count() == 1:  # several processes must act alike
+            if self.reached():
                 raise StoppedError
             yield batch
