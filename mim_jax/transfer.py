@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ def start_from(
         their_classes = workdir.class_names_of(record)
         head_arrays, change = fit_classes(head_arrays, class_names, their_classes)
         taken |= head_arrays
-        print(f"head: {', '.join(head_arrays) or 'new'}{change}")
+        print(f"head: {summary_of(head_arrays)}{change}")
     elif key == "encoder" and ours.objective == theirs.objective:  # all of it may be expected
         others = sorted({name.split("/")[0] for name in flat(state.params)} - {"encoder"})
         print(f"not taken from {source}, but random: {', '.join(others)}")
@@ -255,6 +256,19 @@ def fit_classes(
     return matched, "; classes matched by name"
 
 
+def is_of_head(field: str, part: str, head: tuple[str, ...]) -> bool:
+    """Returns whether a part of the params or buffers is of a head, and not of a tokenizer."""
+    return part.startswith(head) and not (field == "buffers" and part in PARTS["tokenizer"])
+
+
+def summary_of(head: Mapping[str, Any]) -> str:
+    """Returns the names of a head's arrays, or those of its parts if there are many."""
+    if len(head) <= 8:
+        return ", ".join(head) or "new"
+    counts = Counter(name.split("/")[0] for name in head)
+    return ", ".join(f"{count} arrays of {part}" for part, count in counts.items())
+
+
 def fit_head(saved: dict, fields: dict, head: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Returns the arrays of a head, {"head/bias": array, ...}, that fit the state.
 
@@ -262,8 +276,12 @@ def fit_head(saved: dict, fields: dict, head: tuple[str, ...]) -> dict[str, np.n
     """
 
     def norm_and_head(trees: dict) -> tuple[dict, dict]:
-        names = {name: x for tree in trees.values() for name, x in flat(tree).items()}
-        parts = {name: x for name, x in names.items() if name.startswith(head)}
+        parts = {
+            name: x
+            for field, tree in trees.items()
+            for name, x in flat(tree).items()
+            if is_of_head(field, name.split("/")[0], head)
+        }
         norm = {name: x for name, x in parts.items() if name.startswith("fc_norm")}
         return norm, {name: x for name, x in parts.items() if name not in norm}
 
@@ -293,7 +311,7 @@ def read_parts(source: str, key: str, head: tuple[str, ...]) -> tuple[dict[str, 
         raise UserError(f"init_from.{key}: {source} has no {key}; it has {names}.")
 
     def is_wanted(name: str, part: str) -> bool:
-        of_head = key == "encoder" and bool(head) and part.startswith(head)
+        of_head = key == "encoder" and is_of_head(name, part, head)
         return of_head or (name in holders and part in PARTS[key])
 
     like = {

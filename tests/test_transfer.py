@@ -273,6 +273,23 @@ def test_the_head_of_a_probe_is_copied_with_its_statistics(tmp_path):
         start_from(begin(probe), "encoder", folder, probe, HEAD, entire=True)
 
 
+@pytest.mark.parametrize("target", ["normalized_pixels", "tokens"])
+def test_a_pretraining_continues_with_its_decoder(target, tmp_path, capsys):
+    """Not with its tokenizer, whose decoder has the same name; that is another key's."""
+    config = config_of("mae", **DECODER, target=target)
+    folder, source = run_of(tmp_path / "mae", config)
+    state = begin(config)
+    begun = start_from(state, "encoder", folder, config, ("decoder",))
+    assert equal(begun.params, source.params)
+    assert equal(begun.buffers, state.buffers)
+    arrays = len(jax.tree.leaves(source.params["decoder"]))
+    assert f"head: {arrays} arrays of decoder\n" in capsys.readouterr().out
+    wider = config_of("mae", **DECODER | dict(decoder_width=24), target=target)
+    begun = start_from(begin(wider), "encoder", folder, wider, ("decoder",))
+    assert equal(begun.params["encoder"], source.params["encoder"])
+    assert "head: new\n" in capsys.readouterr().out
+
+
 def test_a_tokenizer_is_found_beside_maes_own_decoder(tmp_path):
     """Both have a part called decoder. From a tokenizer's run, and from one MAE to another."""
     tokens = config_of("mae", **DECODER, target="tokens")

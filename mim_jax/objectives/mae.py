@@ -118,4 +118,6 @@ def objective(
         k = count_visible(n, mask_ratio)
         return f"{n - k} of {n} patches are hidden and {k} visible (mask_ratio = {mask_ratio:g})"
 
-    return Objective(init, loss, evaluate, pictures, needs=target.needs, describe=describe)
+    return Objective(
+        init, loss, evaluate, pictures, needs=target.needs, head=("decoder",), describe=describe
+    )
