@@ -518,6 +518,36 @@ def test_pages_are_bounded():
             header(io.BytesIO(content))
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("compression", ["zlib", "jpeg"])
+def test_parts_of_tiffs_hold_what_the_tags_say(compression, tiled, monkeypatch):
+    """A strip or tile of a few bytes may inflate to gigabytes: no more than its size is read."""
+    if compression != "zlib":
+        pytest.importorskip("imagecodecs")
+    monkeypatch.setattr(tiff, "HAS_IMAGECODECS", False)  # which limits deflate, but not JPEG
+    monkeypatch.setattr(tiff, "pillow_reads", lambda page: False)
+    array = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    settings = dict(photometric="minisblack", compression=compression)
+    settings |= dict(tile=(32, 32)) if tiled else dict(rowsperstrip=32)
+    honest = tif(array, **settings)
+    assert decode(honest, 1).size == (64, 64)
+
+    large = tif(np.zeros((640, 640), np.uint8), photometric="minisblack", compression=compression)
+    file = io.BytesIO(large)
+    page = tifffile.TiffFile(file).pages[0]
+    file.seek(page.dataoffsets[0])
+    bomb = file.read(page.databytecounts[0])
+    page = tifffile.TiffFile(io.BytesIO(honest)).pages[0]
+    content = bytearray(honest) + bomb
+    for tag, values in ((273, len(honest)), (324, len(honest)), (279, len(bomb)), (325, len(bomb))):
+        if tag in page.tags:  # the first part is the bomb
+            entry = page.tags[tag]
+            code = {3: "<H", 4: "<I"}[entry.dtype]
+            struct.pack_into(code, content, entry.valueoffset, values)
+    with pytest.raises(BadImageError, match="holds more pixels than its tags say"):
+        decode(bytes(content), 1)
+
+
 def test_compressions_that_tifffile_alone_does_not_read():
     """Pillow decompresses one channel; more of them take imagecodecs."""
     rng = np.random.default_rng(0)

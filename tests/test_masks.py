@@ -1,6 +1,7 @@
 """Images with masks: what is paired, how values are read, and what is refused by its name."""
 
 import pickle
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -195,7 +196,7 @@ def broken(root, how):
     ("how", "words"),
     [
         ("colored", r"masks/train/a\.png: it is in color \(RGB\)"),
-        ("size", r"masks/train/a\.png has 5 x 7 pixels, its image images/train/a\.jpg 7 x 5"),
+        ("size", r"masks/train/a\.png: it has 5 x 7 pixels, its image 7 x 5"),
         ("missing", r"images/train/a\.jpg has no mask: masks/train/a\.png is missing"),
         ("extra", r"masks/train/z\.png has no image"),
         ("range", r"masks/train/a\.png has values without a class: 3"),
@@ -212,6 +213,38 @@ def test_refused_by_name(tmp_path, how, words):
     broken(root, how)
     with pytest.raises(UserError, match=words):
         opened(root)
+
+
+def test_large_files_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    root = build(tmp_path / "set")
+    monkeypatch.setattr(masks, "LARGE", 20)
+    with pytest.raises(UserError, match=r"masks/train/a\.png: it has more than 20 pixels: cut"):
+        opened(root)
+    monkeypatch.setattr(masks, "LARGEST", 100)
+    with pytest.raises(UserError, match=r"images/train/a\.jpg: it has \d+ bytes, more than 100"):
+        opened(root)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_zip_file_unpacks_to_no_more_than_its_sizes(tmp_path, method):
+    """A mask of 100 MB of zeros, of which the zip file says that it has 1000 bytes."""
+    root, size = build(tmp_path / "set"), 10**8
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", method) as file:
+        for path in sorted(root.rglob("*.*")):
+            if path.name == "c.png":
+                file.writestr(str(path.relative_to(root)), bytes(size))
+            else:
+                file.write(path, path.relative_to(root))
+    content = (tmp_path / "set.zip").read_bytes()
+    claimed = content.replace(size.to_bytes(4, "little"), (1000).to_bytes(4, "little"))
+    (tmp_path / "set.zip").write_bytes(claimed)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"(masks/val/c\.png: |classes\.csv )cannot be read: "):
+            opened(tmp_path / "set.zip")
+        assert tracemalloc.get_traced_memory()[1] < 5e7
+    finally:
+        tracemalloc.stop()
 
 
 def test_how_many_are_wrong(tmp_path):

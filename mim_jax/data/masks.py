@@ -16,11 +16,14 @@ ADE20K's release, "ADEChallengeData2016", is recognized by its `objectInfo150.tx
 are the classes, and 0 is ignored ("reduce zero label").
 """
 
+import contextlib
 import csv
 import hashlib
 import io
+import math
 import os
 import posixpath
+import threading
 import zipfile
 import zlib
 from collections import defaultdict
@@ -35,6 +38,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from mim_jax import UserError
+from mim_jax.data.arrays import LARGE, LARGEST
 from mim_jax.data.decode import BadImageError, header
 from mim_jax.data.folder import MASK_FOLDERS, select
 from mim_jax.data.layout import layout
@@ -45,6 +49,7 @@ VALUES = 2**16  # number of possible values of a mask
 UNKNOWN, IGNORED = -2, -1  # entries of a table of classes by value
 ORIENTATION = 274  # the EXIF tag
 THREADS = 16
+one_large_mask = threading.Lock()
 
 
 class Classes(NamedTuple):
@@ -148,13 +153,26 @@ class Tree:
         return {name: value for name, value in self.__dict__.items() if name != "zip"}
 
     def open(self, name: str) -> BinaryIO:
-        """Opens a file. Raises BadImageError if it cannot be opened."""
+        """Opens a file. Raises BadImageError if it cannot be opened or is too large."""
+        if (size := self.stamps[name][0]) > LARGEST:
+            raise BadImageError(f"it has {size:,} bytes, more than {LARGEST:,}")
         try:
             if self.zipped:
-                return io.BytesIO(self.zip.read(self.prefix + name))
+                return io.BytesIO(self.unzip(name))
             return open(os.path.join(self.root, self.prefix + name), "rb")
         except (OSError, zipfile.BadZipFile, zlib.error) as error:
             raise BadImageError(f"cannot be read: {error}") from error
+
+    def unzip(self, name: str) -> bytes:
+        """Returns the bytes of a file in the zip file, and never unpacks more than its size.
+
+        That holds for `ZipFile.open` with deflate, but not for `ZipFile.read` or other methods.
+        """
+        member = self.zip.getinfo(self.prefix + name)
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise BadImageError("it is not compressed by deflate: pack the zip file again")
+        with self.zip.open(member) as file:
+            return file.read(member.file_size)
 
     def read(self, name: str) -> bytes:
         """Returns the bytes of a file. Raises BadImageError if it cannot be read."""
@@ -333,10 +351,13 @@ def read_classes(tree: Tree, path: str) -> Classes:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.classes = {path!r} cannot be read: {error}.") from error
         return parse_classes(text, path)
-    if own in tree.stamps:
-        return parse_classes(tree.read(own).decode("utf-8-sig"), own)
-    if ade20k in tree.stamps:
-        return parse_ade20k(tree.read(ade20k).decode("utf-8-sig"))
+    for listed, parse in ((own, lambda text: parse_classes(text, own)), (ade20k, parse_ade20k)):
+        if listed in tree.stamps:
+            try:
+                text = tree.read(listed).decode("utf-8-sig")
+            except (BadImageError, UnicodeDecodeError) as error:
+                raise UserError(f"{tree.root}/{listed} cannot be read: {error}.") from error
+            return parse(text)
     raise UserError(
         f"{tree.root} has no {own}: write it, or set data.classes to another file, with a line "
         "VALUE,NAME or VALUE,NAME,#RRGGBB for each class."
@@ -378,12 +399,24 @@ def parse_ade20k(text: str) -> Classes:
     return Classes(names, palette(len(names)), values, ignored=(0,))
 
 
-def read_values(encoded: bytes) -> np.ndarray:
-    """Returns the values of a mask (H, W) in uint16. Raises BadImageError if it is not a mask."""
+def read_values(encoded: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Returns the values of a mask (H, W) in uint16.
+
+    Raises BadImageError if it is not a mask, is too large or does not have the `size` (W, H) of its
+    image.
+    """
     try:
         image = Image.open(io.BytesIO(encoded), formats=["PNG"])
         bits, mode = encoded[24], image.mode  # byte 24 of a PNG is its bit depth
-        values = np.asarray(image)
+        if size and image.size != size:
+            own, other = (f"{width} x {height}" for width, height in (image.size, size))
+            raise BadImageError(f"it has {own} pixels, its image {other}")
+        if math.prod(image.size) > LARGE:
+            raise BadImageError(f"it has more than {LARGE:,} pixels: cut image and mask into tiles")
+        with one_large_mask if math.prod(image.size) > LARGE // 16 else contextlib.nullcontext():
+            values = np.asarray(image)
+    except BadImageError:
+        raise
     except Exception as error:
         raise BadImageError(f"it is not a whole PNG ({error or type(error).__name__})") from error
     if mode not in ("1", "L", "P") and not mode.startswith("I"):
@@ -453,16 +486,13 @@ def check_pair(tree: Tree, pair: Pair, classes: Classes) -> tuple[int, int] | st
                     "store its pixels upright"
                 )
         name = pair.mask
-        values = read_values(tree.read(name))
+        with tree.open(name) as file:
+            values = read_values(file.read(), (width, height))
     except BadImageError as error:
         return f"{name}: {error}"
-    if values.shape != (height, width):
-        return (
-            f"{pair.mask} has {values.shape[1]} x {values.shape[0]} pixels, its image {pair.image} "
-            f"{width} x {height}"
-        )
-    unknown = np.unique(values)
-    unknown = unknown[classes.table[unknown] == UNKNOWN]
+    present = np.zeros(VALUES, bool)
+    present[values] = True
+    unknown = np.flatnonzero(present & (classes.table == UNKNOWN))
     if len(unknown):
         listed = ", ".join(map(str, unknown[:5].tolist()))
         return f"{pair.mask} has values without a class: {listed}"

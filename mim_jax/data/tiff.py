@@ -11,21 +11,29 @@ the same kind are channels; further color pages are ignored. A sample beyond gra
 alpha only if the ExtraSamples tag says so, otherwise it is a channel.
 """
 
+import importlib.util
+import io
+import itertools
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from typing import BinaryIO
 
 import numpy as np
 import tifffile
 from PIL import Image
 
-from mim_jax.data.arrays import LARGE, BadImageError, Pixels, require_size
+from mim_jax.data.arrays import LARGE, LARGEST, BadImageError, Pixels, require_size
 
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PAGES = 1024  # files with more pages are refused
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR = 0, 1, 2, 3, 5, 6  # photometrics
 JPEGS = (6, 7)  # compressions
+DEFLATES = (8, 32946)
+IMAGES = (7, 33003, 33004, 33005, 34712, 34933, 50001)  # JPEG, JPEG 2000, PNG, WebP
+INFLATED = 2**20  # bytes that are inflated at once
+HAS_IMAGECODECS = importlib.util.find_spec("imagecodecs") is not None
 NO_ALPHA, PREMULTIPLIED, STRAIGHT = 0, 1, 2  # in ExtraSamples
 REDUCED, MASK = 1, 4  # bits of NewSubfileType
 ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -56,7 +64,7 @@ def open_tiff(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
     page, shape, axes = pages[0], pages[0].shape, pages[0].axes
     read = page_reader(file, page)
     gray = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and page.samplesperpixel == 1
-    if gray and (stack := stacked(tiff, pages)):
+    if gray and (stack := stacked(file, tiff, pages)):
         shape, axes, read = stack
     elif large and math.prod(shape) > LARGE and has_rows(page):
         shape, axes = squeezed(shape, axes)
@@ -104,6 +112,7 @@ def page_reader(file: BinaryIO, page: tifffile.TiffPage) -> Callable[[], np.ndar
     """
 
     def read() -> np.ndarray:
+        require_honest(file, [page])
         try:
             return page.asarray()
         except (ImportError, NotImplementedError, ValueError) as error:
@@ -120,6 +129,42 @@ def page_reader(file: BinaryIO, page: tifffile.TiffPage) -> Callable[[], np.ndar
             raise BadImageError(reason) from error
 
     return read
+
+
+def require_honest(file: BinaryIO, pages: Iterable[tifffile.TiffPage]) -> None:
+    """Raises BadImageError if strips or tiles of pages hold more pixels than their tags say.
+
+    Their decoders would use memory and time for all of them.
+    """
+    for page in pages:
+        page = page.aspage()
+        if page.compression == 1:
+            continue
+        parts = zip(page.dataoffsets, page.databytecounts, strict=False)
+        for offset, size in itertools.islice(parts, math.prod(page.chunked)):  # the ones used
+            file.seek(offset)
+            require_honest_part(page, file.read(min(size, LARGEST)))
+
+
+def require_honest_part(page: tifffile.TiffPage, content: bytes) -> None:
+    """Raises BadImageError if a strip or tile holds more pixels than it should."""
+    shape = page.chunks
+    if page.compression in DEFLATES and not HAS_IMAGECODECS:  # which limits the bytes itself
+        most, count, inflate = math.prod(shape) * dtype_of(page).itemsize, 0, zlib.decompressobj()
+        while content and count <= most:
+            count += len(inflate.decompress(content, INFLATED))
+            content = inflate.unconsumed_tail
+        honest = count <= most
+    elif page.compression in IMAGES:
+        try:
+            part = Image.open(io.BytesIO(content), formats=["JPEG", "JPEG2000", "PNG", "WEBP"])
+        except Exception:  # the decoder knows the reason
+            return
+        honest = math.prod(part.size) <= math.prod(shape)
+    else:
+        honest = True
+    if not honest:
+        raise BadImageError("a strip or tile of it holds more pixels than its tags say")
 
 
 def has_rows(page: tifffile.TiffPage) -> bool:
@@ -151,7 +196,7 @@ def full_pages(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
 
 
 def stacked(
-    tiff: tifffile.TiffFile, pages: list[tifffile.TiffPage]
+    file: BinaryIO, tiff: tifffile.TiffFile, pages: list[tifffile.TiffPage]
 ) -> tuple[tuple[int, ...], str, Callable[[], np.ndarray]] | None:
     """Returns shape, axes and reader of several gray images like the first page; None if it is one.
 
@@ -164,14 +209,25 @@ def stacked(
                 if any(page is not None and page.parent is not tiff for page in series.pages):
                     raise BadImageError("its channels are in several files")
                 size = math.prod(first.shape)
-                several = math.prod(series.shape) > size
-                return (series.shape, series.axes, series.asarray) if several else None
+                if math.prod(series.shape) <= size:
+                    return None
+
+                def read(series=series) -> np.ndarray:
+                    require_honest(file, [page for page in series.pages if page is not None])
+                    return series.asarray()
+
+                return series.shape, series.axes, read
     kind = ("shape", "dtype", "photometric", "samplesperpixel")
     pages = [p for p in pages if all(getattr(p, key) == getattr(first, key) for key in kind)]
     if len(pages) == 1:
         return None
     shape = (len(pages), *first.shape)
-    return shape, f"I{first.axes}", lambda: np.stack([page.asarray() for page in pages])
+
+    def read_all() -> np.ndarray:
+        require_honest(file, pages)
+        return np.stack([page.asarray() for page in pages])
+
+    return shape, f"I{first.axes}", read_all
 
 
 def squeezed(shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], str]:

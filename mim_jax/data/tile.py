@@ -45,6 +45,7 @@ from mim_jax.data.tiff import (
     full_pages,
     has_rows,
     interpret,
+    require_honest_part,
     stacked,
 )
 from mim_jax.progress import Bar
@@ -198,7 +199,7 @@ def large_page(file: BinaryIO) -> tifffile.TiffPage | None:
     pages = full_pages(tiff)
     page = pages[0]
     small = math.prod(page.shape) <= LARGE
-    if small or not has_rows(page) or stacked(tiff, pages):
+    if small or not has_rows(page) or stacked(file, tiff, pages):
         return None
     return page
 
@@ -216,6 +217,8 @@ def read_rows(file: BinaryIO, page: tifffile.TiffPage, top: int, bottom: int) ->
     for i in range(top // length * across, -(-bottom // length) * across):
         file.seek(page.dataoffsets[i])
         content = file.read(page.databytecounts[i])
+        if page.compression != 1:
+            require_honest_part(page, content)
         part, (_, _, y, x, _), _ = page.decode(content, i, jpegtables=page.jpegtables)
         if part is None:  # a part without data is empty
             continue
