@@ -67,7 +67,7 @@ def load(
     heads: int = 0,
     image_size: int | tuple = 0,
 ) -> tuple[Callable, dict]:
-    """Loads the encoder of a run, a file of weights or a Hugging Face folder.
+    """Loads the encoder of a run, a file of weights or a Hugging Face folder::
 
         encoder, params = load("runs/mae_base")
 

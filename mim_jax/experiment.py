@@ -17,7 +17,7 @@ from mim_jax.train import TrainState, evaluate, train
 
 
 class Experiment:
-    """A run in memory: nothing is written to disk.
+    """A run in memory: nothing is written to disk::
 
         experiment = mim_jax.build("mae_emoji", steps=100)
         for step, state, metrics in experiment.train():

@@ -31,7 +31,7 @@ class Objective(NamedTuple):
     `buffers` are part of the state but not trained. All randomness of an example must be drawn from
     `per_example(rng, batch["index"])`, so that results do not depend on the number of devices.
 
-    Fields with their arguments and results:
+    Attributes:
         init: (rng, batch) -> params, buffers.
         loss: (params, buffers, batch, rng, step) -> total (), weight (), (metrics, buffers).
             The sum of the losses and its weight; the step adds both over microbatches and devices
