@@ -25,6 +25,7 @@ from mim_jax import UserError, __version__
 COMMANDS = {  # name: module with main(argv), what it does
     "train": ("main", "train a config, or continue a run"),
     "check": ("check", "check data, memory and disk of a run before it starts"),
+    "plan": ("plan.__main__", "predict memory and time of a run on TPUs that are not there"),
     "evaluate": ("evaluate", "evaluate a run"),
     "embed": ("embed", "write the features of a data set"),
     "probe": ("probe_command", "probe the features of an encoder: k-NN, linear, rank"),
@@ -82,13 +83,22 @@ def parser_of(command: str, text: str) -> argparse.ArgumentParser:
     )
 
 
-def add_config(parser: argparse.ArgumentParser, text: str = "", required: bool = True) -> None:
-    """Adds --config and --trust-code to a parser. A required config may omit "--config="."""
+def add_config(
+    parser: argparse.ArgumentParser, text: str = "", required: bool = True, several: bool = False
+) -> None:
+    """Adds --config and --trust-code to a parser. A required config may omit "--config=".
+
+    With `several`, the option is a list of one or more configs.
+    """
     text = text or "a config file, a name that `mim-jax configs` lists, or a run directory"
-    if required:
-        parser.add_argument("source", nargs="?", default="", metavar="CONFIG", help=text)
-        text = "the same as CONFIG"
-    parser.add_argument("--config", default="", help=text)
+    if several:
+        parser.add_argument("sources", nargs="*", default=[], metavar="CONFIG", help=text)
+        parser.add_argument("--config", action="append", default=[], help="the same as CONFIG")
+    else:
+        if required:
+            parser.add_argument("source", nargs="?", default="", metavar="CONFIG", help=text)
+            text = "the same as CONFIG"
+        parser.add_argument("--config", default="", help=text)
     parser.add_argument(
         "--trust-code",
         action="store_true",
@@ -144,6 +154,10 @@ def parse(
         if bool(options.source) == bool(options.config):
             parser.error("pass one config: CONFIG or --config=CONFIG")
         options.config = options.config or options.source
+    if "sources" in options:
+        options.config = [*options.sources, *options.config]
+        if not options.config:
+            parser.error("pass one config or more: CONFIG or --config=CONFIG")
     return options, overrides
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mim_jax import UserError, schema, workdir
+from mim_jax import UserError, flops, recipe, schema, workdir
 from mim_jax.checkpoint import abstract, record_in
 from mim_jax.recipe import Run
 from mim_jax.sharding import by_row, place, replicated
@@ -92,6 +92,15 @@ class Start:
         )
         limits = jax.ShapeDtypeStruct((2,), "float32", sharding=replicated(mesh))
         return step.trace(self.like, batch, rng, limits)
+
+
+def model_flops(run: Run, config: ConfigDict) -> float:
+    """Returns the operations of a step on each device, without what rematerialization repeats."""
+    plain = config.copy_and_resolve_references()
+    if "model" in plain:
+        plain.model.remat = "none"
+    objective = recipe.rebuild_objective(run, plain)
+    return flops.of_step(Start(run._replace(objective=objective), plain).trace_step().jaxpr)
 
 
 def how_to(key: str, source: str) -> str:

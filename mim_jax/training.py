@@ -18,7 +18,7 @@ from mim_jax.probe import Probe
 from mim_jax.progress import Bar, images_in, track
 from mim_jax.recipe import Run
 from mim_jax.sheets import draw_sheet
-from mim_jax.start import Start
+from mim_jax.start import Start, model_flops
 from mim_jax.stop import Stop, StoppedError
 from mim_jax.train import TrainState, evaluate, train
 from mim_jax.watchdog import Watchdog
@@ -332,16 +332,8 @@ class Training:
 
 
 def peak_share(run: Run, config: ConfigDict) -> float:
-    """Returns the share of a chip's peak that one image per second uses, 0 if it is unknown.
-
-    Operations that rematerialization repeats do not count.
-    """
+    """Returns the share of a chip's peak that one image per second uses, 0 if it is unknown."""
     peak, network = flops.peak(jax.devices()[0].device_kind), run.model or run.tokenizer
     if not peak or not network or network.dtype != "bfloat16":
         return 0.0
-    plain = config.copy_and_resolve_references()
-    if "model" in plain:
-        plain.model.remat = "none"
-    objective = recipe.rebuild_objective(run, plain)
-    step = Start(run._replace(objective=objective), plain).trace_step()
-    return flops.of_step(step.jaxpr) / (config.batch_size / run.mesh.size) / peak
+    return model_flops(run, config) / (config.batch_size / run.mesh.size) / peak

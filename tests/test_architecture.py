@@ -33,7 +33,9 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "data": {"cli", "data", "keys", "progress"},
     "schema": {"config_files", "data", "keys", "models", "objectives", "optim", "workdir"},
     "recipe": {"data", "models", "objectives", "optim", "schema", "sharding"},
-    "start": {"checkpoint", "recipe", "schema", "sharding", "train", "transfer", "workdir"},
+    "start": {
+        *("checkpoint", "flops", "recipe", "schema", "sharding", "train", "transfer", "workdir"),
+    },
     "probe": {"data", "sharding", "train"},
     "probe_command": {
         "cli",
@@ -84,6 +86,9 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "check": {
         *("cli", "data", "keys", "normalize", "progress", "recipe", "schema", "sharding", "sheets"),
         *("start", "train", "workdir"),
+    },
+    "plan": {
+        *("cli", "data", "flops", "models", "plan", "schema", "recipe", "sharding", "start"),
     },
     "evaluate": {
         *("checkpoint", "cli", "data", "progress", "recipe", "schema", "start", "train"),

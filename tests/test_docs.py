@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks.pod import collectives
 from mim_jax import cli, config_files, objectives, recipe, schema
+from mim_jax.plan.compiled import collectives
 from mim_jax.start import Start
 from mim_jax.train import train
 from tests.conftest import ROOT, environment

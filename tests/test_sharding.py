@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.pod import collectives
 from mim_jax import UserError
+from mim_jax.plan.compiled import collectives
 from mim_jax.sharding import by_row, line_length, make_mesh, scatter
 from mim_jax.train import jit_step, train
 from tests.tiny_run import EXAMPLE, OBJECTIVE, OPTIMIZER, batches_from, start

@@ -13,6 +13,7 @@ from mim_jax.data.bad_files import BadFiles, usable
 from mim_jax.data.batches import stream
 from mim_jax.data.class_names import renumber
 from mim_jax.data.decode import BadImageError, type_of
+from mim_jax.data.described import PREFIX, open_described
 from mim_jax.data.examine import require_bands, require_channels
 from mim_jax.data.fields import Field, fields_of
 from mim_jax.data.masks import open_masked
@@ -272,6 +273,9 @@ def make(
         for key, value in dict(labels=labels, tokenizer_size=tokenizer_size).items():
             if value:
                 raise UserError(f"data.{key} = {value!r} must not be set: masks are the labels.")
+    if name.startswith(PREFIX):
+        train, evaluation = open_described(name, splits, channels, segmented)
+    elif segmented:
         train, evaluation = open_masked(name, splits, classes)
     else:
         train, evaluation = open_sources(name, splits, data_dir=data_dir, labels=labels)

@@ -1,0 +1,204 @@
+"""The step of a run on a target, traced, and compiled once: results are kept in a folder."""
+
+import contextlib
+import functools
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from mim_jax import UserError, flops, recipe, schema
+from mim_jax.data import described
+from mim_jax.plan import cache
+from mim_jax.plan.hardware import Target
+from mim_jax.sharding import split
+from mim_jax.start import Start, model_flops
+
+UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
+
+
+class Compiled(NamedTuple):
+    """What the compiler says about a step. If the step does not fit, it is the peak alone."""
+
+    fits: bool
+    peak: float  # bytes of memory on a device
+    memory: dict[str, float]  # bytes by kind
+    flops: float  # the body of a loop counts once
+    text: str  # of the compiled program
+    seconds: float  # that compilation took
+
+
+class Step:
+    """The step of a run on the devices of a target."""
+
+    def __init__(self, config: ConfigDict, target: Target):
+        self.config, self.target = config, target
+        self.run = recipe.build(config, target.devices)
+        self.start = Start(self.run, config)
+
+    @functools.cached_property
+    def traced(self) -> jax.stages.Traced:
+        """The traced step."""
+        return self.start.trace_step()
+
+    @functools.cached_property
+    def flops(self) -> float:
+        """The operations of matrix products and convolutions on a device, as the step is written.
+
+        Loops count as often as they run, and what rematerialization repeats counts, too.
+        """
+        return flops.of_step(self.traced.jaxpr)
+
+    @functools.cached_property
+    def model_flops(self) -> float:
+        """The same without what rematerialization repeats."""
+        plain = "model" not in self.config or self.config.model.remat == "none"
+        return self.flops if plain else model_flops(self.run, self.config)
+
+    @property
+    def images(self) -> int:
+        """Images of a step on each device."""
+        return self.config.batch_size // self.run.mesh.size
+
+    @property
+    def dtype(self) -> str:
+        """The type in which the networks compute."""
+        network: Any = self.run.model or self.run.tokenizer
+        return network.dtype if network else "float32"
+
+    @property
+    def state_bytes(self) -> dict[str, float]:
+        """The bytes of the parts of the state on each device."""
+        names = dict(params="parameters", buffers="buffers", opt_state="optimizer", ema="average")
+        sizes = {
+            name: sum(map(bytes_on_device, jax.tree.leaves(getattr(self.start.like, part))))
+            for part, name in names.items()
+        }
+        return {name: size for name, size in sizes.items() if size}
+
+    @property
+    def batch_bytes(self) -> float:
+        """The bytes of a batch on each device."""
+        fields = self.run.example.values()
+        return self.images * sum(x.size * x.dtype.itemsize for x in fields)
+
+    @property
+    def split_parameters(self) -> int:
+        """Parameters in arrays that are split over devices."""
+        leaves = jax.tree.leaves(self.start.like.params)
+        return sum(x.size for x in leaves if tuple(split(x, self.run.mesh)))
+
+    def compile(self) -> Compiled:
+        """Compiles the step, or takes the result of an earlier time, if the program is the same.
+
+        Raises UserError if the compiler refuses the step for another reason than its memory.
+        """
+        lowered = self.traced.lower()
+        key = [self.target.name, *cache.versions(), lowered.as_text()]
+        file = cache.file_of(self.config.compile_cache, key)
+        if content := cache.read(file):
+            return Compiled(**json.loads(content))
+        with progress(f"compiling the step for {self.target.name}"):
+            result = compile_lowered(lowered)
+        cache.write(file, json.dumps(result._asdict()).encode())
+        return result
+
+
+def load(
+    path: str,
+    overrides: Sequence[str],
+    target: Target,
+    *,
+    images: int = 0,
+    classes: int = 0,
+    trust_code: bool = False,
+) -> ConfigDict:
+    """Returns the config of a run on a target.
+
+    The data need not be there if they are well known, or if `images` of the training split (and
+    `classes`) are given. Networks compute in bfloat16 on GPUs, as CPUs stand in for them.
+    """
+    config = schema.load(path, overrides, trust_code=trust_code)
+    if not target.compiled:
+        for name in schema.NETWORKS:
+            if name in config and config[name].dtype == "auto":
+                config[name].dtype = "bfloat16"
+    sizes = (images, classes) if images else described.known(config.data.name)
+    if sizes[0]:
+        config.data.update(name=described.name_of(*sizes), labels="", data_dir="", classes="")
+    for part, source in config.init_from.items():
+        config.init_from[part] = source and "random"
+    return config
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
+    """Compiles a step.
+
+    Raises UserError if the compiler refuses it for another reason than its memory.
+    """
+    start = time.perf_counter()
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read without the device
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if peak := needed(str(error)):
+            return Compiled(False, peak, {}, 0.0, "", time.perf_counter() - start)
+        raise UserError(f"the step does not compile: {reason}") from None
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    memory: Any = compiled.memory_analysis()
+    costs = compiled.cost_analysis() or {}
+    kinds = dict(
+        state_and_batch=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        program=memory.generated_code_size_in_bytes,
+    )
+    peak = memory.peak_memory_in_bytes or sum(kinds.values())
+    text = compiled.as_text() or ""
+    seconds = time.perf_counter() - start
+    return Compiled(True, peak, kinds, costs.get("flops", 0.0), text, seconds)
+
+
+def needed(message: str) -> float:
+    """Returns how many bytes a step needs, by the compiler's message that it does not fit, or 0."""
+    size = r"([\d.]+)([KMGT])"
+    match = re.search(rf"Used {size} of", message)
+    match = match or re.search(rf"memory required[^(]*\({size}\)", message)
+    return float(match[1]) * UNITS[match[2]] if match else 0.0
+
+
+def bytes_on_device(x: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes of a sharded array on one device."""
+    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    size = x.dtype.itemsize
+    for side in shape:
+        size *= side
+    return size
+
+
+@contextlib.contextmanager
+def progress(text: str, seconds: float = 60.0) -> Iterator[None]:
+    """Prints a text, and every minute for how long the work in the block has been going on."""
+    done, begin = threading.Event(), time.perf_counter()
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+    def report() -> None:
+        while not done.wait(seconds):
+            minutes = (time.perf_counter() - begin) / 60
+            print(f"{text}: {minutes:.0f} min", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
