@@ -51,7 +51,12 @@ class Experiment:
         Args:
             state: the state to start from; by default the initial state, with the parts that the
                 config takes from other runs. Its memory is reused: it is not valid afterwards.
+
+        Raises:
+            UserError: if `state` is not a state.
         """
+        if state is not None:
+            require_state(state, "train")
 
         def batches_from(step: int) -> Iterator[dict]:
             return self.run.data.training_batches(
@@ -71,7 +76,11 @@ class Experiment:
         )
 
     def evaluate(self, state: TrainState, limit: int = 0) -> dict[str, Any]:
-        """Returns the means over the first `limit` examples of the evaluation split (0: all)."""
+        """Returns the means over the first `limit` examples of the evaluation split (0: all).
+
+        Raises UserError if `state` is not a state, or the split has no labels and needs them.
+        """
+        require_state(state, "evaluate")
         self.run.require_labels(self.config.data.evaluation_split)
         batches = self.run.data.evaluation_batches(self.run.rows, limit=limit)
         return evaluate(
@@ -80,6 +89,7 @@ class Experiment:
 
     def pictures(self, state: TrainState, count: int = 8) -> dict[str, np.ndarray]:
         """Returns {caption: images (n, H, W, c) in [0, 1]} of the first evaluation images."""
+        require_state(state, "pictures")
         return pictures_of(self.run, state, count, self.config.seed)
 
     def restore(self, path: str) -> TrainState:
@@ -90,6 +100,15 @@ class Experiment:
         return peek(path, self.start.like)
 
 
+def require_state(state: Any, method: str) -> None:
+    """Raises UserError unless `state` is a state."""
+    if not isinstance(state, TrainState):
+        raise UserError(
+            f"{method}({state!r}): pass a state, from `for step, state, metrics in train()` or "
+            "restore(RUN). The number of steps is set by mim_jax.build(..., steps=N)."
+        )
+
+
 def build(
     config: str | ConfigDict, changes: Mapping[str, Any] | None = None, **top_level: Any
 ) -> Experiment:
@@ -98,8 +117,9 @@ def build(
     Args:
         config: the name of a config (`mim-jax configs` lists them), a config file, a run directory
             or a complete config.
-        changes: values of keys by their full names.
-        top_level: values of keys outside any block, such as steps, batch_size and seed.
+        changes: values of keys by their full names, or nested: {"optimizer": {"base_lr": 1e-3}}.
+        top_level: values of keys outside any block, such as steps, batch_size and seed, or of
+            blocks as dicts.
 
     Raises:
         UserError: if a key does not exist or has a wrong value, or the data cannot be read.
@@ -112,7 +132,7 @@ def build(
         raise UserError("build needs the name of a config, a config file, a run or a ConfigDict.")
     config = config.copy_and_resolve_references()
     keys = schema.keys_of(config)
-    changes = {**(changes or {}), **top_level}
+    changes = schema.flatten({**(changes or {}), **top_level})
     for key, value in changes.items():
         schema.set_key(config, keys, key, value)
     schema.require_effect(config, changes)

@@ -63,6 +63,20 @@ def test_mistakes():
         mim_jax.build("mae_emoji", steps=-1)
     with pytest.raises(UserError, match="did you mean mae_emoji"):
         mim_jax.build("mae_emojy")
+    with pytest.raises(UserError, match=r"no key optimizer\.rate"):
+        mim_jax.build("mae_emoji", optimizer={"rate": 1.0})
     for config in (3, {}):
         with pytest.raises(UserError, match="build needs the name of a config"):
             mim_jax.build(config)
+
+
+def test_a_state_is_needed(experiment):
+    with pytest.raises(UserError, match=r"train\(5\): pass a state, .*steps=N"):
+        next(experiment.train(5))
+    with pytest.raises(UserError, match=r"evaluate\(None\): pass a state"):
+        experiment.evaluate(None)
+
+
+def test_nested_changes():
+    config = mim_jax.build("mae_emoji", {"optimizer": {"b2": 0.5}}, data={"size": 32}).config
+    assert (config.optimizer.b2, config.data.size) == (0.5, 32)

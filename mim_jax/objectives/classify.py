@@ -229,7 +229,7 @@ class Classification:
         return {
             "loss": optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels),
             "accuracy": hits[..., 0],
-            "top5": hits.any(-1),
+            **({"top5": hits.any(-1)} if self.num_labels > 5 else {}),
             "share": classes,
             "right": hits[..., :1] * classes[:, None],
         }
@@ -242,7 +242,8 @@ class Classification:
                 f"{self.num_labels - 1}: choose another data.evaluation_split."
             )
         best = means["accuracy"].argmax()
-        metrics = {name: means[name][best] for name in ("loss", "accuracy", "top5")}
+        numbers = [name for name in ("loss", "accuracy", "top5") if name in means]
+        metrics = {name: means[name][best] for name in numbers}
         if len(means["accuracy"]) > 1:
             layers = enumerate(means["accuracy"], 1)
             metrics |= {f"accuracy_layer_{i}": value for i, value in layers}
