@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -230,13 +231,15 @@ def newest(folder: Path, set_aside: bool = False, before: float = math.inf) -> i
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Raises OSError for a full disk: Orbax raises another error, and only in its next call."""
+    """Raises OSError for errors of the disk: Orbax raises others, and only in its next call."""
     try:
         yield
-    except ValueError as error:
-        if "No space left" not in str(error):
+    except ValueError as error:  # of tensorstore, for example: ... [os_error_code='28']
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else errno.ENOSPC * ("No space left" in str(error))
+        if not number:
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def without_wildcards(folder: Path) -> Path:

@@ -8,7 +8,9 @@ evaluation.json: the newest evaluation, with its arrays, such as results by clas
 import contextlib
 import importlib
 import json
+import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -212,9 +214,17 @@ class Log:
             sink(step, values)
 
     def say(self, text: str) -> None:
-        """Prints text, in the first process only."""
-        if self.writes:
+        """Prints text, in the first process only.
+
+        If the output is closed, as by `| head`, the run saves and stops as after SIGTERM.
+        """
+        if not self.writes:
+            return
+        try:
             write_line(text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            signal.raise_signal(signal.SIGTERM)
 
 
 def format_metrics(metrics: dict) -> str:

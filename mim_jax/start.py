@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def claim_workdir(
             )
     history: list[dict[str, Any]] = []
     if workdir.has_checkpoints(path):
-        record = workdir.read(path) or record_in(path)  # config.json may be lost
+        record = record_of_run(path)
         changes = compare_trajectories(path, record, trajectory, run, config.objective.name, change)
         history = record.get("history", []) + ([{"changes": changes}] * bool(changes))
     folder = workdir.open_path(path)
@@ -167,6 +168,16 @@ def claim_workdir(
             f"{needed / 2**30:.1f} GiB: choose another --workdir."
         )
     return trajectory, history
+
+
+def record_of_run(path: str) -> dict[str, Any]:
+    """Returns the record of a run that has checkpoints, from them if config.json is unusable."""
+    try:
+        record = workdir.read(path)
+    except UserError as error:
+        print(f"warning: {error} The newest checkpoint's record is used.", file=sys.stderr)
+        record = {}
+    return record or record_in(path)
 
 
 def compare_trajectories(

@@ -1,10 +1,11 @@
 """Signals that stop a run."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ class Stop:
         self.signal = 0
         self.unsaved = False  # whether a step has been done
         self.points = 0  # number of calls of `reached`
+        self.on_exit: Callable[[int], None] = lambda number: None  # before it exits at once
         self.previous: dict[int, Any] = {}
         self.exits = "ipykernel" not in sys.modules
 
@@ -73,7 +75,9 @@ class Stop:
         while number := os.read(reader, 1):
             seen += number[0] in SIGNALS
             if number[0] in SIGNALS and (seen > 1 or not self.unsaved):
-                print("stopped: nothing new was saved", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):
+                    self.on_exit(number[0])
+                    print("stopped: nothing new was saved", file=sys.stderr, flush=True)
                 os._exit(128 + number[0])
         os.close(reader)
 

@@ -79,6 +79,7 @@ class Training:
         self.skips: list[tuple[int, int]] = []  # windows of data that this process left out
         self.log = self.log_after(checkpoints.latest or 0)
         self.failures: Failures  # set by `loop`
+        stop.on_exit = self.stopped
 
     def attempts(self, trace: Trace) -> int:
         """Trains to the end. If losses stop being finite, continues from a checkpoint.
@@ -254,6 +255,10 @@ class Training:
                 bar.set_description("training", refresh=False)
                 bar.update(result[0] - bar.n)
                 yield result
+
+    def stopped(self, number: int) -> None:
+        """Records that a signal ends the process before a step is done."""
+        self.log.event("stopped", self.log.last_step, f"by signal {number}")
 
     def batches_from(self, step: int) -> Iterator[dict]:
         """Yields the batches after `step` updates."""

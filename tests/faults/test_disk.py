@@ -1,0 +1,61 @@
+"""Full disks, and run directories that disappear: one message, and no traceback."""
+
+import resource
+import shutil
+import signal
+
+import pytest
+
+from mim_jax import main, training
+
+SMOKE = ["--config=configs/mae_base.py", "--smoke", "--config.log.every_steps=1"]
+SMOKE += ["--config.pictures.count=0", "--config.batch_size=8", "--config.evaluate.limit=8"]
+
+
+def at_the_evaluation(monkeypatch, action):
+    """Calls a function when the evaluation after step 10 begins."""
+    evaluate = training.evaluate
+
+    def changed(*arguments, **options):
+        action()
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(training, "evaluate", changed)
+
+
+@pytest.fixture
+def file_limit():
+    """A function that limits the bytes of a file, as a full disk or a quota does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_files_that_may_not_grow(tmp_path, monkeypatch, file_limit, capsys):
+    """Checkpoints cannot be written: that is reported, and later the run starts again."""
+    work = tmp_path / "run"
+    at_the_evaluation(monkeypatch, lambda: file_limit(20_000))
+    assert main.main([*SMOKE, f"--workdir={work}"]) == 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
+    error = capsys.readouterr().err
+    assert f"error: cannot write to {work}" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed"])
+def test_a_run_directory_that_disappears(how, tmp_path, monkeypatch, capsys):
+    work = tmp_path / "run"
+
+    def act():
+        if how == "removed":
+            shutil.rmtree(work)
+        else:
+            work.rename(tmp_path / "elsewhere")
+
+    at_the_evaluation(monkeypatch, act)
+    assert main.main([*SMOKE, f"--workdir={work}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot write to {work}")
+    assert error.count("\n") == 1
