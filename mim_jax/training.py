@@ -74,7 +74,7 @@ class Training:
         self.run, self.config, self.path, self.start = run, config, path, start
         self.checkpoints, self.probe, self.stop = checkpoints, probe, stop
         self.watchdog, self.goodput = watchdog, goodput
-        goodput.add_earlier(workdir.read_lines(Path(path) / "metrics.jsonl"))
+        goodput.add_earlier(workdir.read_lines(workdir.open_path(path) / "metrics.jsonl"))
         self.peak_share = peak_share(run, config)
         self.skips: list[tuple[int, int]] = []  # windows of data that this process left out
         self.log = self.log_after(checkpoints.latest or 0)

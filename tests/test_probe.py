@@ -101,3 +101,10 @@ def test_without_labels_only_the_rank_is_reported(split):
     ask = probe.Probe(lambda params, x: x.reshape(8, 4, 12), data, mesh, batch_size=8, images=8)
     state = TrainState(0, {"encoder": {"x": np.zeros(1)}}, {}, ())
     assert ask(state).keys() == {"probe_rank"}
+
+    def guard(batches):  # as of a run that receives a signal
+        yield next(batches)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        ask(state, guard)

@@ -1,12 +1,14 @@
-"""Full disks, and run directories that disappear: one message, and no traceback."""
+"""Full disks, run directories that disappear, and errors while a checkpoint is written."""
 
+import json
 import resource
 import shutil
 import signal
+import time
 
 import pytest
 
-from mim_jax import main, training
+from mim_jax import checkpoint, main, training
 
 SMOKE = ["--config=configs/mae_base.py", "--smoke", "--config.log.every_steps=1"]
 SMOKE += ["--config.pictures.count=0", "--config.batch_size=8", "--config.evaluate.limit=8"]
@@ -59,3 +61,27 @@ def test_a_run_directory_that_disappears(how, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"error: cannot write to {work}")
     assert error.count("\n") == 1
+
+
+def test_an_error_waits_for_the_save_in_progress(tmp_path, monkeypatch):
+    """The checkpoint that is being written when a step raises an error is complete."""
+    sign, after = checkpoint.sign, training.Failures.after
+
+    def slow(folder):
+        time.sleep(2)
+        sign(folder)
+
+    def failing(self, step, metrics):
+        after(self, step, metrics)
+        if step == 12:
+            saved = [path.name for path in (tmp_path / "checkpoints").glob("10*")]
+            assert saved != ["10"]  # still being written
+            raise RuntimeError("an error of the step")
+
+    monkeypatch.setattr(checkpoint, "sign", slow)
+    monkeypatch.setattr(training.Failures, "after", failing)
+    with pytest.raises(RuntimeError, match="an error of the step"):
+        main.main([*SMOKE, f"--workdir={tmp_path}", "--config.save.every_steps=5"])
+    assert checkpoint.fault(tmp_path / "checkpoints" / "10") == ""
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").open()]
+    assert [event["event"] for event in events] == ["start", "failed"]
