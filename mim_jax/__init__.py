@@ -1,6 +1,10 @@
 """Masked image modeling in JAX: MAE, BEiT and its tokenizer, fine-tuning and probes."""
 
+import os
 from typing import Any
+
+# Paths in buckets are read by gcsfs. By default they would import TensorFlow if it is installed.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,6 @@ Exit codes: 0 the run would start, 1 it would fail, 2 user error.
 
 import copy
 import io
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -23,9 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from ml_collections import ConfigDict
 
 from mim_jax import cli, recipe, schema, workdir
+from mim_jax.checkpoint import has_checkpoints
 from mim_jax.data.decode import BadImageError, decode, header
 from mim_jax.data.sources import Source
 from mim_jax.keys import PER_DEVICE
@@ -72,9 +73,9 @@ def check(config: ConfigDict, path: str, everything: bool = False) -> int:
     say("values", values, *filter(None, [problem]))
     problems += filter(None, [problem])
     problems += check_disk(start.bytes, config.save.keep, path)
-    if workdir.has_checkpoints(path):  # the runs that it started from may no longer exist
+    if has_checkpoints(path):  # the runs that it started from may no longer exist
         config.init_from.update({key: x and "random" for key, x in config.init_from.items()})
-    problems += check_steps(config, run, start, Path(path) / "check.png")
+    problems += check_steps(config, run, start, workdir.open_path(path) / "check.png")
     say("the run would fail" if problems else "the run would start", *problems)
     return 1 if problems else 0
 
@@ -183,7 +184,7 @@ def summarize(survey: Survey, source: Source, size: tuple[int, int]) -> list[str
 
 def check_disk(state_bytes: int, keep: int, path: str) -> list[str]:
     """Prints the size of checkpoints and returns problems."""
-    free, needed = shutil.disk_usage(path).free, (keep + 1) * state_bytes
+    free, needed = workdir.free_bytes(path), (keep + 1) * state_bytes
     say(
         "checkpoints",
         f"{gib(state_bytes)} each; {keep} are kept while one more is written: {gib(needed)}",
@@ -192,7 +193,7 @@ def check_disk(state_bytes: int, keep: int, path: str) -> list[str]:
     return [] if needed <= free else [f"{path} has no space for {keep + 1} checkpoints."]
 
 
-def check_steps(config: ConfigDict, run: Run, start: Start, path: Path) -> list[str]:
+def check_steps(config: ConfigDict, run: Run, start: Start, path: epath.Path) -> list[str]:
     """Performs two steps, draws the model's input, lists idle parameters. Returns problems."""
     full_batch = config.batch_size
     if jax.default_backend() == "cpu":

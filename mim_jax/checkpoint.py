@@ -1,39 +1,38 @@
 """Checkpoints of a run, by Orbax.
 
 A checkpoint is a folder, `checkpoints/STEP`: `state`, which any number of devices and processes can
-read; `metadata`, a JSON object with the run's record; and `digests.json`, the SHA-256 of every
-file. All three appear at once, or not at all.
+read; `metadata`, a JSON object with the run's record; and `digests.json`, a checksum of every file:
+SHA-256, or the CRC32C that a bucket computes. On a disk, all three appear at once. In a bucket, a
+checkpoint is complete when Orbax has written `commit_success.txt`, after everything else.
 """
 
 import atexit
 import contextlib
 import errno
-import fcntl
 import functools
-import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from mim_jax import UserError
+from mim_jax.storage import open_path, storage_of
 from mim_jax.train import TrainState
 
-UNSIGNED = ("digests.json", "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them last
+COMMITTED = "commit_success.txt"  # Orbax's mark of a complete checkpoint in a bucket
+UNSIGNED = ("digests.json", "_CHECKPOINT_METADATA", COMMITTED)  # files that are written last
 
 
 class Checkpoints:
@@ -48,8 +47,9 @@ class Checkpoints:
         self.record = record or {}
         self.skips: list[tuple[int, int]] = []  # windows of data left out, see divergence.py
         self.largest: list[Sequence[float]] = []  # losses and norms, see divergence.Spikes
-        self.folder = Path(workdir).expanduser().absolute() / "checkpoints"
-        self.lock = lock(self.folder) if jax.process_index() == 0 else None
+        self.folder = folder_of(workdir)
+        self.storage = storage_of(self.folder)
+        self.lock = self.storage.lock(self.folder) if jax.process_index() == 0 else None
         self.latest = newest(self.folder, set_aside=True)
         self.unread = True  # whether no save of this process has been read back yet
         self.closed = False
@@ -63,7 +63,12 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState) -> None:
-        """Saves a state. Returns once it is copied from the devices; files are written later."""
+        """Saves a state. Returns once it is copied from the devices; files are written later.
+
+        Raises UserError if another process has taken over the folder.
+        """
+        if self.lock:
+            self.lock.check()
         parts = {field: shapes(tree) for field, tree in state._asdict().items()}
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state._asdict()),
@@ -113,16 +118,17 @@ class Checkpoints:
         with disk_errors(self.folder):
             self.manager.wait_until_finished()
         if jax.process_index() == 0:
-            for path in self.folder.glob("*"):
-                if path.name.isdigit() and int(path.name) > after:
-                    path.rename(self.folder / f"{path.name}.set-aside-{time.time():.0f}")
+            for step in steps_in(self.folder):
+                if step > after:
+                    set_aside = f"{step}.set-aside-{time.time():.0f}"
+                    (self.folder / str(step)).rename(self.folder / set_aside)
         multihost_utils.sync_global_devices("checkpoints are set aside")
         self.manager.reload()
         self.latest = newest(self.folder)
 
     def return_to(self, step: int) -> None:
         """Sets aside the checkpoints after that of `step`. Raises UserError if there is none."""
-        steps = sorted(int(x.name) for x in self.folder.glob("*") if x.name.isdigit())
+        steps = steps_in(self.folder)
         if step not in steps:
             choices = ", ".join(map(str, steps)) or "none"
             raise UserError(
@@ -144,46 +150,39 @@ class Checkpoints:
             self.lock.close()
 
 
-def lock(folder: Path) -> IO:
-    """Locks a folder while the file is open. The lock of a killed process is released."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(
-            f"{folder.parent} is in use by {file.read()}: wait until it ends, or stop it."
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
+def folder_of(workdir: str) -> epath.Path:
+    """Returns the folder of a run's checkpoints."""
+    path = open_path(workdir)
+    return storage_of(path).absolute(path) / "checkpoints"
 
 
-def sign(folder: Path) -> None:
-    """Writes the digests of a complete checkpoint, just before Orbax gives it its final name."""
-    for path in folder.glob("*.orbax-checkpoint-tmp*"):
-        (path / "digests.json").write_text(json.dumps(digests(path), indent=1) + "\n")
+def steps_in(folder: epath.Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in a folder, in increasing order."""
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Returns {"state/d/0123": SHA-256, ...} of the files in a checkpoint."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in UNSIGNED)
-
-    def digest(path):
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor() as pool:
-        return dict(
-            zip((str(p.relative_to(folder)) for p in files), pool.map(digest, files), strict=True)
-        )
+def has_checkpoints(workdir: str) -> bool:
+    """Returns whether a run has saved a checkpoint."""
+    return bool(steps_in(folder_of(workdir)))
 
 
-def fault(folder: Path) -> str:
+def sign(folder: epath.Path) -> None:
+    """Writes the digests of a checkpoint whose files are written, just before Orbax commits it."""
+    for path in folder.iterdir():
+        step, _, temporary = path.name.partition(".orbax-checkpoint-tmp")
+        if step.isdigit() and not ocp.utils.is_checkpoint_finalized(path):
+            table = digests(path, storage_of(path).checksum)
+            (path / "digests.json").write_text(json.dumps(table, indent=1) + "\n")
+            if temporary:  # it is renamed when it is complete; a copy in a bucket needs the mark
+                (path / COMMITTED).write_text("")
+
+
+def digests(folder: epath.Path, kind: str) -> dict[str, str]:
+    """Returns {"state/d/0123": checksum, ...} of the files in a checkpoint."""
+    return storage_of(folder).checksums(folder, kind, but=UNSIGNED)
+
+
+def fault(folder: epath.Path) -> str:
     """Returns the fault of a checkpoint, "" if it is intact."""
     try:
         saved = json.loads((folder / "digests.json").read_text())
@@ -191,12 +190,13 @@ def fault(folder: Path) -> str:
         return "digests.json cannot be read"
     if not isinstance(saved, dict):
         return "digests.json is not a table of digests"
-    now = digests(folder)
+    from_bucket = any(str(checksum).startswith("crc32c:") for checksum in saved.values())
+    now = digests(folder, "crc32c" if from_bucket else "sha256")
     changed = sorted(name for name in saved.keys() | now if saved.get(name) != now.get(name))
     return f"{changed[0]} has changed since it was written" if changed else ""
 
 
-def newest(folder: Path, set_aside: bool = False, before: float = math.inf) -> int | None:
+def newest(folder: epath.Path, set_aside: bool = False, before: float = math.inf) -> int | None:
     """Returns the newest intact step in a folder of checkpoints, None if there is no checkpoint.
 
     With `before`, only earlier steps are considered.
@@ -206,9 +206,7 @@ def newest(folder: Path, set_aside: bool = False, before: float = math.inf) -> i
     """
     intact, corrupt = -1, {}
     if jax.process_index() == 0:
-        steps = (int(path.name) for path in folder.glob("*") if path.name.isdigit())
-        steps = (step for step in steps if step < before)
-        for step in sorted(steps, reverse=True):
+        for step in reversed([step for step in steps_in(folder) if step < before]):
             if not (reason := fault(folder / str(step))):
                 intact = step
                 break
@@ -230,7 +228,7 @@ def newest(folder: Path, set_aside: bool = False, before: float = math.inf) -> i
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: epath.Path) -> Iterator[None]:
     """Raises OSError for errors of the disk: Orbax raises others, and only in its next call."""
     try:
         yield
@@ -242,7 +240,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(folder)) from error
 
 
-def without_wildcards(folder: Path) -> Path:
+def without_wildcards(folder: epath.Path) -> epath.Path:
     """Returns a path to the folder without [ ] * ?, which Orbax expands, by a link if necessary."""
     if not set("[]*?") & set(str(folder)):
         return folder
@@ -250,11 +248,11 @@ def without_wildcards(folder: Path) -> Path:
     atexit.register(shutil.rmtree, links, ignore_errors=True)
     link = links / folder.name
     link.symlink_to(folder)
-    return link
+    return epath.Path(link)
 
 
 def manager_of(workdir: str, **options) -> ocp.CheckpointManager:
-    folder = Path(workdir).expanduser().absolute() / "checkpoints"
+    folder = folder_of(workdir)
     return ocp.CheckpointManager(
         without_wildcards(folder),
         options=ocp.CheckpointManagerOptions(**options),
@@ -287,7 +285,7 @@ def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
     `key` is the config key or the option that names the run, for messages. Raises UserError if
     there is no checkpoint.
     """
-    folder = Path(workdir).expanduser() / "checkpoints"
+    folder = folder_of(workdir)
     if not folder.is_dir():
         raise UserError(f"{key}: {workdir} is not a run directory: it has no checkpoints.")
     step = newest(folder)
@@ -298,7 +296,7 @@ def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
 
 def state_before(workdir: str, like: TrainState, step: int) -> tuple[TrainState, dict] | None:
     """Restores the newest state of a run before a step -> state, metadata. None: there is none."""
-    newest_step = newest(Path(workdir).expanduser() / "checkpoints", before=step)
+    newest_step = newest(folder_of(workdir), before=step)
     if newest_step is None:
         return None
     manager = manager_of(workdir, create=False)
@@ -313,7 +311,7 @@ def record_in(workdir: str) -> dict:
 
     Raises UserError if there is none, because the run of the checkpoints is then unknown.
     """
-    folder = Path(workdir).expanduser() / "checkpoints"
+    folder = folder_of(workdir)
     step = newest(folder)
     try:
         record = json.loads((folder / str(step) / "metadata" / "metadata").read_text())

@@ -21,6 +21,7 @@ from types import FrameType, ModuleType
 from typing import NoReturn
 
 from mim_jax import UserError, __version__
+from mim_jax.bucket import BucketError, failures
 
 COMMANDS = {  # name: module with main(argv), what it does
     "train": ("main", "train a config, or continue a run"),
@@ -169,18 +170,19 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
     if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        return command()
+        with failures():
+            return command()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # as in `mim-jax inspect RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, BucketError) as error:
+        return report(error)
     except OSError as error:
-        removed = error.errno == errno.ENOENT and bool(workdir) and not os.path.isdir(workdir)
+        on_disk = bool(workdir) and "://" not in workdir
+        removed = error.errno == errno.ENOENT and on_disk and not os.path.isdir(workdir)
         if error.errno not in NO_WRITE and not removed:
             raise
         path = error.filename or workdir
@@ -199,6 +201,15 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def report(error: UserError | BucketError) -> int:
+    """Prints an error in one sentence and returns the exit code."""
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"failed: {error}", file=sys.stderr)
+    return 1
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -227,6 +238,8 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    except (UserError, BucketError) as error:
+        code = report(error)
     except Exception:
         traceback.print_exc()
         code = 1

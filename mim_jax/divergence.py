@@ -8,13 +8,14 @@ several follow each other, the run returns to a checkpoint and continues with la
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
+from mim_jax.storage import open_path
 from mim_jax.train import NO_LIMITS
 
 WARM_UP = 20  # steps before which none is a spike
@@ -91,7 +92,7 @@ class Failures:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: str | epath.PathLike,
         *,
         first: int,
         patience: int,
@@ -100,7 +101,7 @@ class Failures:
         say: Callable[[int, str], None],
         spikes: Spikes,
     ):
-        self.folder = Path(workdir) / "captures"
+        self.folder = open_path(workdir) / "captures"
         self.patience, self.names_of, self.skips, self.say = patience, names_of, skips, say
         self.spikes = spikes
         self.last_good, self.in_a_row, self.captures = first, 0, 0

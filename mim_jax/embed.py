@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -168,7 +169,7 @@ def write(path: str, config: ConfigDict, to: str) -> int:
             yield {name: x[valid] for name, x in (features | notes).items()}
 
     save = save_npz if to.endswith(".npz") else save_records
-    count, width = save(Path(to), rows(), config.data.evaluation_split)
+    count, width = save(workdir.open_path(to), rows(), config.data.evaluation_split)
     print(f"{to}: {count:,} images, {width} numbers each")
     return 0
 
@@ -195,7 +196,7 @@ def load_for(run: recipe.Run, config: ConfigDict, source: str) -> tuple[Callable
     return load(source, image_size=run.data.image.size, **missing)
 
 
-def save_npz(path: Path, rows: Iterator[dict], split: str) -> tuple[int, int]:
+def save_npz(path: epath.Path, rows: Iterator[dict], split: str) -> tuple[int, int]:
     """Writes all rows to one file -> the number of images and the width of a feature."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:  # opened early, so that no work is lost if it cannot be written
@@ -205,10 +206,10 @@ def save_npz(path: Path, rows: Iterator[dict], split: str) -> tuple[int, int]:
     return arrays["cls"].shape
 
 
-def save_records(folder: Path, rows: Iterator[dict], split: str) -> tuple[int, int]:
+def save_records(folder: epath.Path, rows: Iterator[dict], split: str) -> tuple[int, int]:
     """Writes the rows as a data set that TFDS reads; see `save_npz`."""
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):  # folders of a bucket are never empty
         raise UserError(f"{folder} is not empty: choose another --to.")
     batch = next(rows)
     features = tfds.features.FeaturesDict(
@@ -228,10 +229,11 @@ def save_records(folder: Path, rows: Iterator[dict], split: str) -> tuple[int, i
                 yield dict(zip(part, values, strict=True))
                 count += 1
 
-    path = shard_path(folder, "features", split, 0, 1)
-    write_shard(path, features, examples())
-    infos = {split: ([count], path.stat().st_size)}
-    write_info(folder, "features", features, infos, {}, "Features of whole, clean images.")
+    with workdir.staged(folder) as local:
+        path = shard_path(local, "features", split, 0, 1)
+        write_shard(path, features, examples())
+        infos = {split: ([count], path.stat().st_size)}
+        write_info(local, "features", features, infos, {}, "Features of whole, clean images.")
     return count, batch["cls"].shape[1]
 
 

@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,8 +49,7 @@ def evaluate_run(path: str, config, to: str) -> int:
     run.require_labels(config.data.evaluation_split)
     start = Start(run, config)
     if to:  # opened early, so that no work is lost if it cannot be written
-        Path(to).parent.mkdir(parents=True, exist_ok=True)
-        Path(to).open("a").close()
+        workdir.create(to)
     if source == path:
         compare(encoder_in(config.to_dict()), encoder_in(workdir.read(path)["config"]), path)
         state = peek(path, start.like)
@@ -76,7 +74,7 @@ def evaluate_run(path: str, config, to: str) -> int:
     if "by_class" in metrics:
         print_classes(metrics["by_class"], run.data.class_names)
     if to:
-        Path(to).write_text(json.dumps(without_nan(metrics), indent=1) + "\n")
+        workdir.open_path(to).write_text(json.dumps(without_nan(metrics), indent=1) + "\n")
     return 0
 
 

@@ -19,9 +19,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mim_jax import UserError, workdir
+from mim_jax import UserError
 from mim_jax.goodput import KINDS, Goodput
 from mim_jax.progress import write_line
+from mim_jax.workdir import append_to, keep_lines, open_path, read_lines, write_text
 
 
 class Pace:
@@ -98,14 +99,30 @@ class Log:
         self.goodput = goodput or Goodput()
         self.pace = Pace(steps, every or {})
         self.writes = jax.process_index() == 0
-        self.workdir = Path(workdir)
+        self.workdir = open_path(workdir)
         self.training = self.waiting = 0.0  # seconds since the last line
         self.last_step, self.first = step, True
         self.pending: tuple[int, dict, dict, float] | None = None
-        self.sinks = []
-        if self.writes:
-            self.sinks = sinks(workdir, step, self.goodput, tensorboard, wandb, trackio)
-        self.bad_files = lines_once(Path(workdir) / "bad_files.jsonl")
+        self.known_bad = {json.dumps(x) for x in keep_lines(self.workdir / "bad_files.jsonl")}
+        repeats = self.writes and self.remove_after(step)
+        self.metrics, self.events, self.bad_files = (
+            append_to(self.workdir / f"{name}.jsonl", jax.process_index())
+            for name in ("metrics", "events", "bad_files")
+        )
+        if repeats:
+            self.metrics.append({"step": step} | self.goodput.record())
+        self.sinks = sinks(workdir, step, tensorboard, wandb, trackio) if self.writes else []
+
+    def remove_after(self, step: int) -> bool:
+        """Removes the metrics after a step, which will be repeated. Returns whether there were any.
+
+        The time spent on them is lost.
+        """
+        path = self.workdir / "metrics.jsonl"
+        before = len(read_lines(path))
+        kept = keep_lines(path, lambda record: step_of(record) <= step)
+        self.goodput.repeat_after(kept)
+        return len(kept) < before
 
     def timed(self, steps: Iterable) -> Iterator:
         """Yields the steps and measures their time, from which images per second are computed."""
@@ -182,8 +199,7 @@ class Log:
         """Writes the results of an evaluation: numbers as metrics, arrays to evaluation.json."""
         arrays = {name: np.asarray(x).tolist() for name, x in means.items() if np.ndim(x)}
         if arrays and self.writes:
-            path = self.workdir / "evaluation.json"
-            path.write_text(json.dumps({"step": step} | arrays) + "\n")
+            write_text(self.workdir / "evaluation.json", json.dumps({"step": step} | arrays) + "\n")
         means = {name: value for name, value in means.items() if not np.ndim(value)}
         self.write(step, {f"evaluate/{name}": float(value) for name, value in means.items()})
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
@@ -192,24 +208,39 @@ class Log:
     def event(self, kind: str, step: int, text: str = "") -> None:
         """Records the start or the end of a process, or a warning."""
         if self.writes:
-            record = dict(time=time.time(), step=step, event=kind, text=text)
-            with (self.workdir / "events.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            self.events.append(dict(time=time.time(), step=step, event=kind, text=text))
+        self.store()
+
+    def store(self) -> None:
+        """Stores all records. In a bucket, they are otherwise stored within half a minute."""
+        for lines in (self.metrics, self.events, self.bad_files):
+            lines.flush()
 
     def unread(self, files: Sequence[tuple[str, str]]) -> None:
         """Records files that are not images, with the reason."""
         if files and self.writes:
             for name, reason in files:
-                self.bad_files({"file": name, "reason": reason})
+                self.record_bad(name, reason)
             self.say(f"{len(files):,} files are not readable images: see bad_files.jsonl")
 
     def bad_file(self, name: str, reason: str) -> None:
         """Records a file that cannot be used, with the reason. Every process records its own."""
-        if self.bad_files({"file": name, "reason": reason}):
+        if self.record_bad(name, reason):
             write_line(f"cannot use {name}: {reason} (in bad_files.jsonl)")
 
+    def record_bad(self, name: str, reason: str) -> bool:
+        """Records a file in bad_files.jsonl. Returns False if it was recorded before."""
+        record = {"file": name, "reason": reason}
+        if (line := json.dumps(record)) in self.known_bad:
+            return False
+        self.known_bad.add(line)
+        self.bad_files.append(record)
+        return True
+
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes a record to all sinks."""
+        """Writes a record to metrics.jsonl and to all sinks."""
+        if self.writes:
+            self.metrics.append({"step": step} | values)
         for sink in self.sinks:
             sink(step, values)
 
@@ -262,11 +293,9 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def sinks(
-    workdir: str, step: int, goodput: Goodput, tensorboard: bool, wandb: str, trackio: str
-) -> list:
+def sinks(workdir: str, step: int, tensorboard: bool, wandb: str, trackio: str) -> list:
     """Returns functions (step, values) that store records, each continuing after `step`."""
-    writers = [json_lines(Path(workdir) / "metrics.jsonl", step, goodput)]
+    writers = []
     if tensorboard:
         writers.append(tensorboard_events(workdir, step))
     if wandb:
@@ -274,42 +303,6 @@ def sinks(
     if trackio:
         writers.append(trackio_run(workdir, trackio))
     return writers
-
-
-def json_lines(path: Path, step: int, goodput: Goodput):
-    """Appends records to `path`, after removing those after `step`, which will be repeated.
-
-    The time spent on them is kept in a record of its own.
-    """
-    kept = [record for record in workdir.read_lines(path) if step_of(record) <= step]
-    goodput.repeat_after(kept)
-    if path.exists() and len(kept) < len(path.read_bytes().splitlines()):
-        workdir.write_lines(path, [*kept, {"step": step} | goodput.record()])
-
-    def write(step, values):
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
-
-    return write
-
-
-def lines_once(path: Path):
-    """Returns a function that appends a record to `path` if it is new, and returns whether."""
-    records = workdir.read_lines(path)
-    if path.exists() and len(records) < len(path.read_bytes().splitlines()):
-        workdir.write_lines(path, records)
-    lines = {json.dumps(record) for record in records}
-
-    def write(record) -> bool:
-        line = json.dumps(record)
-        if line in lines:
-            return False
-        lines.add(line)
-        with path.open("a") as file:
-            file.write(line + "\n")
-        return True
-
-    return write
 
 
 def step_of(record: Mapping) -> float:
@@ -328,7 +321,7 @@ def optional(package: str, extra: str):
 
 def tensorboard_events(workdir: str, step: int):
     writer = optional("tensorboardX", "tensorboard").SummaryWriter(
-        str(Path(workdir) / "tensorboard"), purge_step=step + 1
+        str(open_path(workdir) / "tensorboard"), purge_step=step + 1
     )
 
     def write(step, values):
@@ -341,7 +334,10 @@ def tensorboard_events(workdir: str, step: int):
 
 def wandb_run(workdir: str, project: str):
     run = optional("wandb", "wandb").init(
-        project=project, dir=workdir, id=Path(workdir).name, resume="allow"
+        project=project,
+        dir=workdir if os.path.isdir(workdir) else None,
+        id=Path(workdir).name,
+        resume="allow",
     )
     return lambda step, values: run.log(values, step=step)
 

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     if wrong := given.keys() - inspect.signature(function).parameters:
         name = min(wrong).replace("queries", "query").replace("_", "-")
         parser.error(f"--{name.replace('overrides', 'config')} does not apply to {options.what}")
-    to = Path(options.to or f"{options.what}.png")
+    to = options.to or f"{options.what}.png"
 
     def command() -> int:
         columns = function(options.checkpoint, options.images, **given)
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{to}: {', '.join(columns)}")
         return 0
 
-    return cli.exit_code(command, str(to))
+    return cli.exit_code(command, to)
 
 
 POSITIONAL = ("what", "checkpoint", "images", "to")
@@ -287,7 +287,7 @@ def segment(
     Raises:
         UserError: if the source does not classify pixels.
     """
-    if not workdir.has_checkpoints(source):
+    if not checkpoint.has_checkpoints(str(source)):
         raise UserError(f"{source} does not classify pixels.")
     params, buffers, record = checkpoint.load(str(source))
     schema.load_objective(record["config"], str(source), False, trust_code)
@@ -357,7 +357,7 @@ def read_checkpoint(source: str | Path, tokenizer: str | Path = "") -> tuple[dic
 
     If `tokenizer` names a dVAE, the buffers and the config include it.
     """
-    if (Path(source) / "checkpoints").is_dir():
+    if (workdir.open_path(source) / "checkpoints").is_dir():
         params, buffers, record = checkpoint.load(str(source))
         config = record["config"]
     else:

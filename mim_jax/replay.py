@@ -10,13 +10,12 @@ is written. Exit codes: 0 done, 2 user error.
 """
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mim_jax import UserError, cli, objectives, recipe, schema
+from mim_jax import UserError, cli, objectives, recipe, schema, workdir
 from mim_jax.checkpoint import flat, state_before
 from mim_jax.divergence import Spikes, data_step
 from mim_jax.recipe import Run
@@ -73,7 +72,7 @@ def replay(path: str, config: ConfigDict, step: int) -> int:
 
 def capture_of(path: str, step: int) -> dict:
     """Returns the record of a failed step, or of any other. Raises UserError if there is none."""
-    captures = sorted((Path(path) / "captures").glob("step_*.json"))
+    captures = sorted((workdir.open_path(path) / "captures").glob("step_*.json"))
     records = [json.loads(file.read_text()) for file in captures]
     for record in records:
         if step == record["step"]:

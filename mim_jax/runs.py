@@ -112,10 +112,12 @@ def read_run(path: str | epath.PathLike) -> RecordedRun:
     if problem := damage_of(record["config"]):
         raise UserError(f"{folder / 'config.json'} is damaged: {problem}.")
     files = [folder / name for name in ("metrics.jsonl", "events.jsonl")]
-    changed = max((file.stat().mtime for file in files if file.exists()), default=0.0)
+    parts = [part for file in files for part in workdir.parts_of(file)]
+    changed = max((part.stat().mtime for part in parts), default=0.0)
     metrics, events = ([x for x in workdir.read_lines(file) if is_step(x)] for file in files)
     metrics = sorted(metrics, key=lambda x: x["step"])
     events = [event for event in events if {"event", "time"} <= event.keys()]
+    events = sorted(events, key=lambda x: x["time"])
     return RecordedRun(folder, record, metrics, events, changed, time.time())
 
 

@@ -1,12 +1,15 @@
 """Sheets of images: PNG files with captioned columns."""
 
+import io
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image, ImageDraw, ImageFont
+
+from mim_jax.storage import open_path
 
 MARGIN = 8
 LINE = 18  # height of a line of the legend
@@ -42,7 +45,7 @@ def lay_out(
 
 
 def draw_sheet(
-    path: str | Path,
+    path: str | epath.PathLike,
     columns: dict[str, np.ndarray],
     title: str,
     pairs: int = 2,
@@ -91,5 +94,8 @@ def draw_sheet(
         square = (x, bottom + y + 3, x + LINE - 6, bottom + y + LINE - 3)
         draw.rectangle(square, fill=legend[name], outline="dimgray")
         draw.text((x + LINE, bottom + y + LINE // 2), name, "black", font, anchor="lm")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    encoded = io.BytesIO()
+    sheet.save(encoded, "PNG", optimize=True)
+    path = open_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded.getvalue())

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, flops, recipe, schema, workdir
-from mim_jax.checkpoint import abstract, record_in
+from mim_jax.checkpoint import abstract, has_checkpoints, record_in
 from mim_jax.recipe import Run
 from mim_jax.sharding import by_row, place, replicated
 from mim_jax.train import TrainState, initialize, jit_step
@@ -142,8 +141,6 @@ def claim_workdir(
     Raises:
         UserError: if it belongs to another run, or has no space for two checkpoints.
     """
-    if "://" in path:
-        raise UserError(f"--workdir={path}: a run directory must be local, or mounted.")
     trajectory = schema.trajectory(config, run.data.fingerprint)
     trajectory = json.loads(json.dumps(trajectory))  # tuples become lists, as in a record
     for key in change:
@@ -152,7 +149,7 @@ def claim_workdir(
                 f"--change={key}: the config has no key {key} that changes what a run learns."
             )
     history: list[dict[str, Any]] = []
-    if workdir.has_checkpoints(path):
+    if has_checkpoints(path):
         record = record_of_run(path)
         changes = compare_trajectories(path, record, trajectory, run, config.objective.name, change)
         history = record.get("history", []) + ([{"changes": changes}] * bool(changes))
@@ -161,7 +158,7 @@ def claim_workdir(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create the folder {path}: {error.strerror}.") from error
-    free, needed = shutil.disk_usage(folder).free, 2 * state_bytes
+    free, needed = workdir.free_bytes(folder), 2 * state_bytes
     if free < needed:
         raise UserError(
             f"{path} has {free / 2**30:.1f} GiB free, but two checkpoints need "

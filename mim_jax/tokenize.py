@@ -11,14 +11,13 @@ error.
 """
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mim_jax import UserError, cli, recipe, schema
+from mim_jax import UserError, cli, recipe, schema, workdir
 from mim_jax.checkpoint import abstract
 from mim_jax.normalize import unit
 from mim_jax.progress import images_in, track
@@ -50,9 +49,10 @@ def write(path: str, config: ConfigDict, to: str) -> int:
         raise UserError(
             f"{path} did not train a tokenizer: it is a run of {config.objective.name}."
         )
-    Path(to).parent.mkdir(parents=True, exist_ok=True)
+    file_path = workdir.open_path(to)
+    file_path.parent.mkdir(parents=True, exist_ok=True)
     vocabulary = run.tokenizer.encoder.vocabulary
-    with open(to, "wb") as file:  # opened early, so that no work is lost if it cannot be written
+    with file_path.open("wb") as file:  # opened early, in case it cannot be written
         arrays = tokens(run, config, source_run(path, config, "tokenizer"))
         np.savez_compressed(file, vocabulary=vocabulary, **arrays)  # type: ignore[arg-type]
     images, per_image = len(arrays["tokens"]), arrays["tokens"][0].size

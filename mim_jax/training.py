@@ -1,8 +1,8 @@
 """A run from its newest checkpoint to its end: the loop and its periodic actions."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ class Trace:
     """An xprof trace of the steps "FIRST:LAST", in the run's profile/."""
 
     def __init__(self, steps: str, path: str):
-        self.folder = Path(path) / "profile"
+        self.path, self.staging = path, contextlib.ExitStack()
         try:
             self.first, self.last = (int(step) for step in steps.split(":")) if steps else (0, 0)
         except ValueError:
@@ -43,7 +43,8 @@ class Trace:
         """Starts before the first of the steps and ends when the last is computed."""
         if self.last and step == self.first - 1:
             jax.block_until_ready(metrics)
-            jax.profiler.start_trace(self.folder)
+            folder = workdir.staged(workdir.open_path(self.path) / "profile")
+            jax.profiler.start_trace(self.staging.enter_context(folder))
             self.running = True
         if step == self.last:
             self.end(metrics)
@@ -53,6 +54,7 @@ class Trace:
         if self.running:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
+            self.staging.close()
             self.running = False
 
 
@@ -311,6 +313,7 @@ class Training:
         if not self.is_due(self.config.save, step) and not self.stop.signal:
             return
         self.log.flush()  # so that no record is missing if the process ends here
+        self.log.store()
         self.failures.check()
         self.checkpoints.largest = list(self.failures.spikes.largest)
         flags = flat(jax.device_get(all_finite(state)))
@@ -328,7 +331,7 @@ class Training:
         columns = pictures_of(run, state, self.config.pictures.count, self.config.seed)
         if jax.process_index() == 0 and all(len(images) for images in columns.values()):
             draw_sheet(
-                Path(self.path) / "pictures" / f"step_{step:07d}.png",
+                workdir.open_path(self.path) / "pictures" / f"step_{step:07d}.png",
                 columns,
                 f"{name}, step {step:,}  {format_metrics(metrics)}",
                 stretch=run.data.image.dtype != "uint8",

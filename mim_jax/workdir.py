@@ -1,4 +1,4 @@
-"""The run directory: its files, and the record in its config.json.
+"""The run directory, local or in a bucket: its files, and the record in its config.json.
 
     config.json       the complete config, versions, devices, and the trajectory
     metrics.jsonl     one JSON object per record (log.py)
@@ -10,12 +10,15 @@
 
 The trajectory is everything that determines what a run learns: a run continues only if it is equal.
 A directory of converted weights has a config.json too, but no trajectory to continue.
+In a bucket, a file of lines has several parts, such as metrics-00003-000.jsonl: number and process.
 """
 
+import contextlib
 import json
 import platform
+import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,24 +26,15 @@ from typing import Any
 from etils import epath
 
 from mim_jax import UserError, __version__
+from mim_jax.storage import Lines, open_path, storage_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 CONVERTED = "converted from"  # the one key in the trajectory of converted weights
 
 
-def open_path(workdir: str | epath.PathLike) -> epath.Path:
-    """Returns a run directory as a path; "~" is the home directory."""
-    return epath.Path(workdir).expanduser()
-
-
 def is_run(workdir: str | epath.PathLike) -> bool:
     """Returns whether a path is a run directory, or one of converted weights."""
     return (open_path(workdir) / "config.json").is_file()
-
-
-def has_checkpoints(workdir: str | epath.PathLike) -> bool:
-    """Returns whether a run has saved a checkpoint."""
-    return any(step.name.isdigit() for step in open_path(workdir).glob("checkpoints/*"))
 
 
 def read(workdir: str | epath.PathLike) -> dict[str, Any]:
@@ -58,11 +52,59 @@ def read(workdir: str | epath.PathLike) -> dict[str, Any]:
 
 
 def write(workdir: str | epath.PathLike, record: Mapping[str, Any]) -> None:
-    """Writes config.json atomically, because other processes may read it at any moment."""
-    path = open_path(workdir) / "config.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    part.replace(path)
+    """Writes config.json."""
+    write_text(open_path(workdir) / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a file atomically, because other processes may read it at any moment."""
+    storage_of(path).write_text(path, text)
+
+
+def free_bytes(workdir: str | epath.PathLike) -> float:
+    """Returns the free bytes of the storage of a run directory."""
+    path = open_path(workdir)
+    return storage_of(path).free(path)
+
+
+def create(path: str | epath.PathLike) -> None:
+    """Creates an empty file, and its folder, unless it exists. Raises OSError if that fails."""
+    path = open_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_bytes(b"")
+
+
+def fetched(path: str | epath.PathLike) -> Path:
+    """Returns a file or a folder on the disk, with the contents of `path`."""
+    path = open_path(path)
+    return storage_of(path).fetched(path)
+
+
+def staged(
+    folder: str | epath.PathLike,
+) -> contextlib.AbstractContextManager[Path]:
+    """Returns a context with a folder on the disk, whose files are in `folder` afterwards."""
+    path = open_path(folder)
+    return storage_of(path).staged(path)
+
+
+def append_to(path: epath.Path, process: int = 0) -> Lines:
+    """Opens a JSON Lines file, to which process number `process` of a run appends objects."""
+    storage, parts = storage_of(path), parts_of(path)
+    if not storage.appends or set(parts) - {path}:  # a copy of a run in a bucket has parts, too
+        path = path.with_name(f"{path.stem}-{len(parts):05d}-{process:03d}{path.suffix}")
+    return storage.lines(path)
+
+
+def parts_of(path: str | epath.PathLike) -> list[epath.Path]:
+    """Returns the files that hold the lines of a JSON Lines file, in the order of the lines."""
+    path = open_path(path)
+    if not path.parent.is_dir():
+        return []
+    part = re.compile(rf"{re.escape(path.stem)}(-\d{{5}}.*)?{re.escape(path.suffix)}")
+    parts = [file for file in path.parent.iterdir() if part.fullmatch(file.name)]
+    return sorted(parts, key=lambda file: (file.name != path.name, file.name))
 
 
 def read_lines(path: str | epath.PathLike) -> list[dict[str, Any]]:
@@ -70,9 +112,13 @@ def read_lines(path: str | epath.PathLike) -> list[dict[str, Any]]:
 
     Lines that are not JSON objects, such as those of a killed process, are left out.
     """
-    path = open_path(path)
+    return [record for part in parts_of(path) for record in read_part(part)]
+
+
+def read_part(path: epath.Path) -> list[dict[str, Any]]:
+    """Returns the objects of one part of a JSON Lines file."""
     records = []
-    for line in path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().decode(errors="replace").splitlines():
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -80,12 +126,17 @@ def read_lines(path: str | epath.PathLike) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)]
 
 
-def write_lines(path: str | epath.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
-    """Replaces a JSON Lines file atomically."""
-    path = open_path(path)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in records))
-    part.replace(path)
+def keep_lines(
+    path: str | epath.PathLike, keep: Callable[[Mapping[str, Any]], bool] = bool
+) -> list[dict[str, Any]]:
+    """Removes other objects, and lines that are none, from a JSON Lines file. Returns the rest."""
+    remaining = []
+    for part in parts_of(path):
+        kept = [record for record in read_part(part) if keep(record)]
+        if len(kept) < len(part.read_bytes().splitlines()):
+            write_text(part, "".join(json.dumps(record) + "\n" for record in kept))
+        remaining += kept
+    return remaining
 
 
 def record_of(

@@ -22,13 +22,15 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "goodput": set(),
     "progress": set(),
     "log": {"goodput", "progress", "workdir"},
-    "sheets": set(),
+    "sheets": {"storage"},
     "attend": {"models"},
     "flops": set(),
-    "workdir": set(),
+    "bucket": set(),
+    "storage": {"bucket"},
+    "workdir": {"storage"},
     "objectives": {"augment", "keys", "models", "masking", "normalize", "objectives", "targets"},
     "train": {"objectives", "sharding"},
-    "checkpoint": {"train"},
+    "checkpoint": {"storage", "train"},
     "transfer": {"checkpoint", "models", "train", "workdir"},
     "data": {"cli", "data", "keys", "progress"},
     "schema": {"config_files", "data", "keys", "models", "objectives", "optim", "workdir"},
@@ -50,13 +52,13 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "convert": {
         *("checkpoint", "cli", "convert", "masking", "models", "objectives", "train", "workdir"),
     },
-    "cli": {"workdir"},
+    "cli": {"bucket", "workdir"},
     "config_files": set(),
     "list_configs": {"cli", "config_files"},
     "list_keys": {"cli", "keys", "objectives", "optim", "schema"},
     "__main__": {"cli"},
     "inspect": {"cli", "convert", "goodput", "workdir"},
-    "divergence": {"train"},
+    "divergence": {"storage", "train"},
     "stop": set(),
     "watchdog": set(),
     "training": {
@@ -66,7 +68,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     },
     "replay": {
         *("checkpoint", "cli", "divergence", "objectives", "recipe", "schema", "sharding"),
-        *("start", "train"),
+        *("start", "train", "workdir"),
     },
     "experiment": {"checkpoint", "recipe", "schema", "sharding", "start", "train", "workdir"},
     "main": {
@@ -84,8 +86,8 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
         *("training", "watchdog", "workdir"),
     },
     "check": {
-        *("cli", "data", "keys", "normalize", "progress", "recipe", "schema", "sharding", "sheets"),
-        *("start", "train", "workdir"),
+        *("checkpoint", "cli", "data", "keys", "normalize", "progress", "recipe", "schema"),
+        *("sharding", "sheets", "start", "train", "workdir"),
     },
     "plan": {
         *("cli", "data", "flops", "models", "plan", "schema", "recipe", "sharding", "start"),
@@ -95,18 +97,8 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
         *("transfer", "workdir"),
     },
     "tokenize": {
-        *(
-            "checkpoint",
-            "cli",
-            "normalize",
-            "progress",
-            "recipe",
-            "schema",
-            "sharding",
-            "start",
-            "train",
-        ),
-        "transfer",
+        *("checkpoint", "cli", "normalize", "progress", "recipe", "schema", "sharding"),
+        *("start", "train", "transfer", "workdir"),
     },
     "embed": {
         *(

@@ -290,7 +290,7 @@ def test_training_imports_neither_tensorflow_nor_torch(tmp_path, command):
         ([MAE, "--smoke", "--profile=4:3"], "--profile=4:3 must be FIRST:LAST"),
         (["--config=README.md"], "README.md, line"),
         ([MAE, "--smoke", "--distributed=3"], "must be ADDRESS:PORT,PROCESSES,PROCESS"),
-        ([MAE, "--smoke", "--workdir=gs://bucket/run"], "must be local"),
+        ([MAE, "--smoke", "--workdir=s3://bucket/run"], "only buckets of Google Cloud Storage"),
         ([MAE, "--smoke", "--workdir=/proc/here/run"], "cannot create the folder /proc/here/run"),
         ([MAE, "--smoke", "--workdir=README.md/run"], "cannot create the folder"),
         ([MAE, "--smoke", "--config.init_from.encoder=configs"], "is not a run directory"),

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import numpy as safetensors
 
-from mim_jax import UserError
+from mim_jax import UserError, workdir
 from mim_jax.convert.fit import fit
 from mim_jax.convert.hugging_face import (
     number,
@@ -57,10 +57,11 @@ def load_weights(path: str | Path, **options: Any) -> tuple[dict, Network, dict[
     Raises:
         UserError: if the source cannot be read or holds another network.
     """
-    path, options = cached(path), {name: value for name, value in options.items() if value}
-    if (path / "checkpoints").is_dir():
+    options = {name: value for name, value in options.items() if value}
+    if (workdir.open_path(path) / "checkpoints").is_dir():
         options.pop("encoder_only", None)
         return load_run(path, **options)
+    path = cached(path)
     if (path / "encoder.pkl").exists() and (path / "decoder.pkl").exists():
         halves = [from_torch(read(path / f"{half}.pkl")[0])[0] for half in ("encoder", "decoder")]
         params = halves[0] | halves[1]
@@ -118,7 +119,7 @@ def cached(source: str | Path) -> Path:
     Raises:
         UserError: if there is neither a path nor a cached model of this name.
     """
-    path = Path(source).expanduser()
+    path = workdir.fetched(source)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return path
     try:
@@ -132,7 +133,7 @@ def cached(source: str | Path) -> Path:
         ) from None
 
 
-def load_run(path: Path, **options: Any) -> tuple[dict, Network, dict]:
+def load_run(path: str | Path, **options: Any) -> tuple[dict, Network, dict]:
     """Loads the newest checkpoint of a run, or of converted weights."""
     from mim_jax import checkpoint
 
@@ -244,9 +245,9 @@ def save_weights(path: str | Path, params: dict, network: Network, to: str) -> s
     Raises:
         UserError: if the family cannot hold the network, or for another path.
     """
-    path = Path(path)
     if to == "mim_jax":
         return save_run(path, params, network)
+    path = workdir.open_path(path)
     layout, fitted = fit(params, network, to)
     state = to_torch(fitted, network, layout=layout)
     title = f"{LAYOUTS[layout].title}, {len(state)} arrays"
@@ -254,9 +255,11 @@ def save_weights(path: str | Path, params: dict, network: Network, to: str) -> s
     names += ["the mask token"] if has_mask_token(params) and not has_mask_token(fitted) else []
     title += f"; left out: {', '.join(names)}" if names else ""
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        save_file(path, state, network)
+        with workdir.staged(path.parent) as folder:
+            save_file(folder / path.name, state, network)
     elif to == "hf" and not path.is_file():
-        write(path, state, network, layout)
+        with workdir.staged(path) as folder:
+            write(folder, state, network, layout)
     else:
         raise UserError(f"{printable(path)} must end with .safetensors or .pth.")
     return title
@@ -288,7 +291,7 @@ def save_file(path: Path, state: dict[str, np.ndarray], network: Network) -> Non
     torch_files.save_file(state, path, metadata={"mim_jax": text})
 
 
-def save_run(path: Path, params: dict, network: Network) -> str:
+def save_run(path: str | Path, params: dict, network: Network) -> str:
     """Saves a run directory that init_from accepts."""
     from mim_jax.checkpoint import Checkpoints
     from mim_jax.train import TrainState
@@ -303,7 +306,7 @@ def save_run(path: Path, params: dict, network: Network) -> str:
     step = jax.device_put(np.zeros((), np.int32))
     checkpoints.save(TrainState(step, params, buffers, ()))
     checkpoints.close()
-    (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    workdir.write(path, record)
     return f"a checkpoint of mim_jax with {', '.join(params)}"
 
 

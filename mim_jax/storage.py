@@ -1,0 +1,177 @@
+"""Storage of run directories: a disk, or a bucket of Google Cloud Storage.
+
+    path = open_path("gs://bucket/runs/mae_base")  # reads and writes like a pathlib.Path
+    storage_of(path).lock(path)
+
+`Disk` has the operations that a path lacks, and `bucket.Bucket` the same ones for a bucket, which
+can neither append to a file, nor rename one, nor lock it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from etils import epath
+
+from mim_jax import UserError, bucket
+
+
+class Lines(Protocol):
+    """A file of JSON objects, one per line."""
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds an object to the end of the file."""
+
+    def flush(self) -> None:
+        """Returns when all objects are stored, or a failure has been printed."""
+
+
+class Lock(Protocol):
+    """The right to write to a folder, which one process has at a time."""
+
+    def check(self) -> None:
+        """Raises UserError if another process has taken over the folder."""
+
+    def close(self) -> None:
+        """Releases the folder."""
+
+
+class Storage(Protocol):
+    """Operations on files that differ between disks and buckets."""
+
+    appends: bool  # whether lines can be added to an existing file
+    checksum: str  # the kind of checksum that needs the least work
+
+    def absolute(self, path: epath.Path) -> epath.Path:
+        """Returns the path from the root."""
+
+    def free(self, folder: epath.Path) -> float:
+        """Returns the number of free bytes."""
+
+    def write_text(self, path: epath.Path, text: str) -> None:
+        """Writes a file so that other processes read its old text, or its new one."""
+
+    def lines(self, path: epath.Path) -> Lines:
+        """Opens a file of JSON objects to append to it, or to create it."""
+
+    def checksums(self, folder: epath.Path, kind: str, but: Collection[str]) -> dict[str, str]:
+        """Returns {"d/0123": checksum, ...} of the files in a folder, except those named in `but`.
+
+        `kind` is sha256 or crc32c.
+        """
+
+    def lock(self, folder: epath.Path) -> Lock:
+        """Locks a folder. Raises UserError if another process has locked it."""
+
+    def fetched(self, path: epath.Path) -> Path:
+        """Returns a file or a folder on the disk, with the contents of `path`."""
+
+    def staged(self, folder: epath.Path) -> contextlib.AbstractContextManager[Path]:
+        """Returns a context with a folder on the disk, whose files are in `folder` afterwards."""
+
+
+def open_path(path: str | epath.PathLike) -> epath.Path:
+    """Returns a path on a disk or in a bucket; "~" is the home directory.
+
+    Raises:
+        UserError: if it is in a bucket that cannot be used.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        bucket.connect(text)
+    return epath.Path(text).expanduser()
+
+
+def storage_of(path: epath.Path) -> Storage:
+    """Returns the storage that holds a path."""
+    return bucket.bucket_of(str(path)) if "://" in str(path) else Disk()
+
+
+class Disk:
+    """A disk, local or mounted."""
+
+    appends = True
+    checksum = "sha256"
+
+    def absolute(self, path: epath.Path) -> epath.Path:
+        return path.resolve()
+
+    def free(self, folder: epath.Path) -> float:
+        return shutil.disk_usage(folder).free
+
+    def write_text(self, path: epath.Path, text: str) -> None:
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        part.replace(path)
+
+    def lines(self, path: epath.Path) -> "AppendedLines":
+        return AppendedLines(Path(path))
+
+    def checksums(self, folder: epath.Path, kind: str, but: Collection[str]) -> dict[str, str]:
+        root = Path(folder)
+        files = sorted(p for p in root.rglob("*") if p.is_file() and p.name not in but)
+
+        def checksum(path: Path) -> str:
+            with path.open("rb") as file:
+                return bucket.checksum_of(file, kind)
+
+        with ThreadPoolExecutor() as pool:
+            names = (str(path.relative_to(root)) for path in files)
+            return dict(zip(names, pool.map(checksum, files), strict=True))
+
+    def lock(self, folder: epath.Path) -> "FileLock":
+        return FileLock(Path(folder))
+
+    def fetched(self, path: epath.Path) -> Path:
+        return Path(path)
+
+    @contextlib.contextmanager
+    def staged(self, folder: epath.Path) -> Iterator[Path]:
+        yield Path(folder)
+
+
+class AppendedLines:
+    """A file of JSON objects to which every line is appended at once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        pass
+
+
+class FileLock:
+    """Locks a folder while the file `lock` is open. The lock of a killed process is released."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file: IO = (folder / "lock").open("a+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            raise UserError(
+                f"{folder.parent} is in use by {self.file.read()}: wait until it ends, or stop it."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {platform.node()}")
+        self.file.flush()
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.file.close()

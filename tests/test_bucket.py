@@ -1,0 +1,329 @@
+"""Run directories in a bucket, which an emulator on the loopback address serves."""
+
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mim_jax import UserError, bucket, checkpoint, evaluate, inspect, main, report, runs, workdir
+from mim_jax.convert import __main__ as convert
+from mim_jax.train import TrainState
+from tests.conftest import ROOT, environment
+
+pytest.importorskip("gcsfs")
+pytest.importorskip("gcp_storage_emulator")
+MAE = "--config=configs/mae_emoji.py"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Starts the emulator; yields its process."""
+    command = [sys.executable, "-m", "tests.bucket_server", str(tmp_path_factory.mktemp("gs")), "0"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    address = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    settings = {
+        "STORAGE_EMULATOR_HOST": address,
+        "TENSORSTORE_GCS_HTTP_URL": address,
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it asks Google for the kind of a bucket
+        "NO_GCE_CHECK": "true",
+        "GOOGLE_CLOUD_PROJECT": "test",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    bucket.client.cache_clear()
+    yield process
+    process.kill()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    bucket.client.cache_clear()
+    bucket.check_access.cache_clear()
+
+
+@pytest.fixture
+def place(server, request):
+    """Returns an empty folder of the bucket."""
+    return f"gs://runs/{request.node.name}"
+
+
+@pytest.fixture
+def short_lease(monkeypatch):
+    monkeypatch.setattr(bucket, "LEASE", 6.0)
+
+
+def state_of(step: int) -> TrainState:
+    import jax
+
+    params = {"layer": {"kernel": np.full((64, 64), step, np.float32)}}
+    return jax.device_put(TrainState(np.int32(step), params, {}, (), None))
+
+
+def saved(place: str, *steps: int) -> None:
+    """Saves checkpoints of some steps."""
+    checkpoints = checkpoint.Checkpoints(place, keep=9, record=dict(config={}, trajectory={}))
+    for step in steps:
+        checkpoints.save(state_of(step))
+    checkpoints.close()
+
+
+# --- A whole run. ---
+
+
+def test_a_killed_run_continues_and_every_command_reads_it(place, tmp_path, capsys):
+    arguments = [MAE, "--smoke", "--config.steps=60", "--config.save.every_steps=20"]
+    arguments += ["--config.log.every_steps=10", "--config.probe.images=0"]
+    command = [sys.executable, "-m", "mim_jax.main", *arguments, f"--workdir={place}"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(8), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while not checkpoint.has_checkpoints(place):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    assert main.main([*arguments, f"--workdir={place}"]) == 0
+    assert "continuing after step" in capsys.readouterr().out
+    local = str(tmp_path / "run")
+    assert main.main([*arguments, f"--workdir={local}"]) == 0
+
+    metrics = runs.read_run(place).series("loss")
+    assert [step for step, _ in metrics] == [10, 20, 30, 40, 50, 60]
+    assert metrics == runs.read_run(local).series("loss")
+    names = {path.name for path in workdir.open_path(place).iterdir()}
+    assert {"metrics-00000-000.jsonl", "metrics-00001-000.jsonl", "config.json"} <= names
+    assert "tensorflow" not in sys.modules
+
+    capsys.readouterr()
+    assert evaluate.main([f"--config={place}", f"--to={place}/result.json"]) == 0
+    assert "step 60" in capsys.readouterr().out
+    result = json.loads((workdir.open_path(place) / "result.json").read_text())
+    assert math.isfinite(result["loss"])
+    assert inspect.main([place]) == 0
+    assert "encoder" in capsys.readouterr().out
+    assert runs.main(["gs://runs"]) == 0
+    assert "finished  60/60" in capsys.readouterr().out
+    assert report.main([place, "--files-only"]) == 0
+    assert (workdir.open_path(place) / "report.html").is_file()
+    weights = f"{place}/weights.safetensors"
+    assert convert.main([place, weights, "--to=mae"]) == 0
+    assert convert.main([weights, f"{place}-converted", "--to=mim_jax"]) == 0
+    ours, _, _ = checkpoint.load(place)
+    theirs, _, _ = checkpoint.load(f"{place}-converted")
+    ours, theirs = checkpoint.flat(ours), checkpoint.flat(theirs)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(theirs[name], value)
+
+
+# --- Checkpoints. ---
+
+
+def test_a_corrupt_checkpoint_is_detected_and_set_aside(place, capsys):
+    saved(place, 1, 2)
+    folder = workdir.open_path(place) / "checkpoints"
+    table = json.loads((folder / "2" / "digests.json").read_text())
+    assert all(value.startswith("crc32c:") for value in table.values())
+    name = next(name for name in table if name.startswith("state/d/"))
+    content = bytearray((folder / "2" / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "2" / name).write_bytes(bytes(content))
+    checkpoints = checkpoint.Checkpoints(place, keep=9)
+    assert checkpoints.latest == 1
+    checkpoints.close()
+    assert f"{name} has changed since it was written" in capsys.readouterr().err
+    assert any(path.name.startswith("2.corrupt-") for path in folder.iterdir())
+    assert checkpoint.load(place)[2]["step"] == 1
+
+
+def test_checkpoints_can_be_copied_between_a_disk_and_a_bucket(place, tmp_path):
+    saved(str(tmp_path / "run"), 1)
+    with workdir.staged(place) as folder:
+        shutil.copytree(tmp_path / "run", folder, dirs_exist_ok=True)
+    params, _, metadata = checkpoint.load(place)
+    assert metadata["step"] == 1
+    assert params["layer"]["kernel"][0, 0] == 1
+    saved(place, 2)  # a writer does not delete the copy
+    copy = workdir.fetched(place)
+    assert checkpoint.load(str(copy))[2]["step"] == 2
+    assert checkpoint.steps_in(checkpoint.folder_of(str(copy))) == [1, 2]
+    data = next((copy / "checkpoints" / "2" / "state" / "d").iterdir())
+    data.write_bytes(data.read_bytes()[:-1])
+    assert checkpoint.newest(checkpoint.folder_of(str(copy))) == 1
+
+
+def test_a_bucket_that_stops_during_a_save_ends_the_run_with_one_sentence(server, place):
+    script = f"""
+import sys
+from mim_jax.checkpoint import Checkpoints
+from mim_jax.watchdog import Watchdog
+from tests.test_bucket import state_of
+
+checkpoints = Checkpoints({place!r}, keep=9, record=dict(config={{}}, trajectory={{}}))
+checkpoints.save(state_of(1))
+checkpoints.manager.wait_until_finished()
+print("saved", flush=True)
+sys.stdin.readline()
+with Watchdog(0.05) as watchdog, watchdog.during("a save"):
+    checkpoints.save(state_of(2))
+    checkpoints.close()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=environment(8) | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "saved\n"
+    server.send_signal(signal.SIGSTOP)
+    try:
+        _, errors = process.communicate("\n", timeout=120)
+    finally:
+        server.send_signal(signal.SIGCONT)
+    assert process.returncode == 1
+    [line] = [line for line in errors.splitlines() if line.startswith("failed: ")]
+    assert "the storage of the run directory may be stuck" in line
+    assert "Traceback" not in errors
+    checkpoints = checkpoint.Checkpoints(place, keep=9, record=dict(config={}, trajectory={}))
+    assert checkpoints.latest == 1
+    checkpoints.save(state_of(2))
+    checkpoints.close()
+    assert checkpoint.load(place)[2]["step"] == 2
+
+
+# --- The lock. ---
+
+
+def test_two_processes_cannot_use_one_run_directory(place, short_lease):
+    folder = workdir.open_path(place) / "checkpoints"
+    first = workdir.storage_of(folder).lock(folder)
+    with pytest.raises(UserError, match=f"{place} is in use by process {os.getpid()} on "):
+        workdir.storage_of(folder).lock(folder)
+    first.check()
+    first.close()
+    workdir.storage_of(folder).lock(folder).close()
+
+
+def test_a_lock_that_is_not_renewed_is_taken_over(place, short_lease, capsys):
+    folder = workdir.open_path(place) / "checkpoints"
+    (folder / "lock").write_text(json.dumps({"name": "process 1 on another", "id": "1"}))
+    lock = workdir.storage_of(folder).lock(folder)
+    assert "is locked by process 1 on another: waiting" in capsys.readouterr().out
+    lock.check()
+    lock.close()
+
+
+def test_the_lock_of_a_process_that_was_killed_here_is_taken_over_at_once(place, capsys):
+    folder = workdir.open_path(place) / "checkpoints"
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    holder = {"name": "killed", "id": "1", "machine": bucket.machine(), "process": ended.pid}
+    (folder / "lock").write_text(json.dumps(holder))
+    workdir.storage_of(folder).lock(folder).close()
+    assert "waiting" not in capsys.readouterr().out
+
+
+def test_a_process_that_lost_its_lock_does_not_save(place, short_lease):
+    checkpoints = checkpoint.Checkpoints(place, keep=9, record=dict(config={}, trajectory={}))
+    checkpoints.lock.blob.upload_from_string("{}")  # as a process that takes it over would do
+    checkpoints.lock.thread.join(60)
+    with pytest.raises(UserError, match="was taken over by another process"):
+        checkpoints.save(state_of(1))
+    checkpoints.close()
+    assert not checkpoint.has_checkpoints(place)
+
+
+# --- Failures. ---
+
+
+@pytest.mark.parametrize(
+    "url, sentence",
+    [
+        ("s3://bucket/run", "only buckets of Google Cloud Storage"),
+        ("gs://runs/[a]", "without any of"),
+        ("gs://missing/run", "gs://missing does not exist"),
+    ],
+)
+def test_mistakes_are_one_sentence(server, url, sentence, capsys):
+    assert inspect.main([url]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_bucket_that_does_not_respond_is_reported(monkeypatch, server, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    monkeypatch.setattr(bucket, "TIMEOUT", 2.0)
+    bucket.client.cache_clear()
+    try:
+        assert inspect.main(["gs://silent/run"]) == 1
+    finally:
+        bucket.client.cache_clear()
+    error = capsys.readouterr().err
+    assert error.startswith("failed: gs://silent does not respond or fails")
+    assert len(error.splitlines()) == 1
+
+
+def test_errors_of_a_forbidden_bucket_name_the_roles(server):
+    exceptions = pytest.importorskip("google.api_core.exceptions")
+    for error in (exceptions.Forbidden("no access"), exceptions.Unauthorized("who")):
+        denied = pytest.raises(UserError, match=r"gs://b is denied: .* Storage Object User")
+        with denied, bucket.failures("gs://b"):
+            raise error
+    with pytest.raises(ZeroDivisionError), bucket.failures():
+        math.log(1 / 0)
+
+
+def test_lines_survive_a_failed_upload(capsys):
+    uploaded = []
+
+    class Blob:
+        works = False
+
+        def upload_from_string(self, text, *_, **__):
+            if not self.works:
+                raise bucket.BucketError("the bucket does not respond.")
+            uploaded.append(text)
+
+    lines = bucket.UploadedLines(Blob(), "metrics-00000-000.jsonl")
+    lines.append({"step": 1})
+    lines.flush()
+    assert "metrics-00000-000.jsonl is not stored yet" in capsys.readouterr().err
+    Blob.works = True
+    lines.append({"step": 2})
+    lines.flush()
+    lines.flush()
+    assert uploaded == ['{"step": 1}\n{"step": 2}\n']
+
+
+def test_checksums_are_those_of_the_bucket(server):
+    path = workdir.open_path("gs://runs/checksums/file")
+    content = np.random.default_rng(0).bytes(3_000_000)
+    path.write_bytes(content)
+    table = workdir.storage_of(path).checksums(path.parent, "crc32c", but=())
+    assert table == {"file": bucket.checksum_of(io.BytesIO(content), "crc32c")}
+
+
+def test_a_missing_extra_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    bucket.client.cache_clear()
+    bucket.check_access.cache_clear()
+    try:
+        assert inspect.main(["gs://runs/run"]) == 2
+    finally:
+        bucket.client.cache_clear()
+    assert "pip install 'mim-jax[gcs]'" in capsys.readouterr().err
