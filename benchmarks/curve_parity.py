@@ -3,11 +3,11 @@
     pip install -e '.[torch]' timm matplotlib
     python -m benchmarks.curve_parity --model=mae [--dtype=float64] [--steps=300]
 
-Models: mae, beit (transformers), finetune (timm, with layer decay), segment (transformers' BEiT with
-UPerNet) and dvae (plain PyTorch). Both have the same initial weights, converted by this library,
-and see the same images in the same order, with the same masks and dropped branches. Here the
-library's own objective, optimizer and step train; there PyTorch's AdamW with a schedule written
-out. Losses of every step go to NAME.csv and NAME.png in --to. The classes that segmentation
+Models: mae, beit (transformers), finetune (timm, with layer decay), segment (transformers' BEiT
+with UPerNet) and dvae (plain PyTorch). Both have the same initial weights, converted by this
+library, and see the same images in the same order, with the same masks and dropped branches. Here
+the library's own objective, optimizer and step train; there PyTorch's AdamW with a schedule
+written out. Losses of every step go to NAME.csv and NAME.png in --to. The classes that segmentation
 predicts are levels of brightness, so that any images will do.
 
 With --dtype=bfloat16, four runs are compared: ours in bfloat16 and float32, PyTorch's under
@@ -110,7 +110,9 @@ def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
         recipe.lr, min_lr=0.0, warmup_steps=steps // 10, steps=steps, code=recipe.schedule
     )
     optimizer = adamw(
-        lambda step: schedule(step.astype(float)),  # from an integer the rate would be float32
+        lambda step: schedule(
+            step.astype(jnp.result_type(float))
+        ),  # from an integer the rate would be float32
         b1=recipe.betas[0],
         b2=recipe.betas[1],
         weight_decay=recipe.weight_decay,
@@ -129,7 +131,7 @@ def ours(pair: Pair, state: tuple[dict, dict], stream: Callable, sizes: Sizes) -
 
     def loss_at(params: dict, buffers: dict, batch: dict, rng: jax.Array, step: jax.Array):
         # From an integer step, temperatures would be float32.
-        return loss(params, buffers, batch, rng, step.astype(float))
+        return loss(params, buffers, batch, rng, step.astype(jnp.result_type(float)))
 
     begin = TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))
     steps = train(

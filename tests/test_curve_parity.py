@@ -28,14 +28,13 @@ def test_losses_are_those_of_pytorch(model):
     assert relative_difference(model) < 1e-6
 
 
-@pytest.mark.parametrize("change", [dict(weight_decay=0.0), dict(betas=(0.9, 0.96))])
-def test_another_optimizer_is_seen(change, monkeypatch):
+def test_another_optimizer_is_seen(monkeypatch):
     """The limit is narrow enough for a mistake in the optimizer."""
     optimizer_of = curve_parity.optimizer_of
     monkeypatch.setattr(
         curve_parity,
         "optimizer_of",
-        lambda recipe, steps: optimizer_of(recipe._replace(**change), steps),
+        lambda recipe, steps: optimizer_of(recipe._replace(weight_decay=0.0), steps),
     )
     assert relative_difference("mae") > 1e-6
 

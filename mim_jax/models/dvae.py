@@ -70,13 +70,17 @@ def depth_to_space(x: jax.Array, side: int) -> jax.Array:
 def max_pool(x: jax.Array) -> jax.Array:
     """x (b, h, w, d) -> the largest of each 2 x 2 pixels (b, h/2, w/2, d).
 
-    On a TPU the axes that the default splits would be copied into another layout.
+    The default takes maxima of pairs: the gradient of a maximum over axes divides by the number of
+    pixels that equal it, which is 0 if XLA computes them a second time with another rounding. On a
+    TPU the slices would be copied into another layout.
     """
-    by_axes = functools.partial(
-        einops.reduce, pattern="b (h p) (w q) d -> b h w d", reduction="max", p=2, q=2
-    )
+
+    def by_pairs(x: jax.Array) -> jax.Array:
+        x = jnp.maximum(x[:, ::2], x[:, 1::2])
+        return jnp.maximum(x[:, :, ::2], x[:, :, 1::2])
+
     windows = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
-    return jax.lax.platform_dependent(x, tpu=windows, default=by_axes)
+    return jax.lax.platform_dependent(x, tpu=windows, default=by_pairs)
 
 
 class Block(nn.Module):

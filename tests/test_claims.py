@@ -1,0 +1,69 @@
+"""The sweeps of benchmarks/claims.py: resuming, spread, and keys that exist."""
+
+import numpy as np
+import pytest
+
+from benchmarks import claims
+from mim_jax import schema
+
+
+def test_every_key_of_a_sweep_exists():
+    for settings in claims.claims().values():
+        for setting in settings.values():
+            for stage in setting.stages:
+                config = schema.load(str(claims.ROOT / "configs" / f"{stage.config}.py"))
+                keys = config.to_dict()
+                for key in (*stage.keys, *(f"init_from.{name}" for name in stage.init_from)):
+                    node = keys
+                    for part in key.split("."):
+                        assert part in node, (stage.config, key)
+                        node = node[part]
+
+
+def test_stages_of_one_name_are_the_same():
+    """Claims share runs by name."""
+    stages = {}
+    for settings in claims.claims().values():
+        for setting in settings.values():
+            for stage in setting.stages:
+                assert stages.setdefault(stage.name, stage) == stage, stage.name
+
+
+def test_a_sweep_continues_where_it_ended(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    computed = []
+
+    def compute(name, row, data, runs):
+        if len(computed) == 5:
+            raise KeyboardInterrupt
+        computed.append((row["setting"], row["seed"]))
+        value = 0.5 + 0.01 * row["seed"]
+        return row | dict(
+            metric="accuracy", value=value, pretraining_steps=1, tuning_steps=1, cpu_seconds=1
+        )
+
+    monkeypatch.setattr(claims, "compute", compute)
+    arguments = ["mask_ratio", f"--data={tmp_path}", f"--to={tmp_path}"]
+    with pytest.raises(KeyboardInterrupt):
+        claims.main(arguments)
+    claims.main([*arguments, "--table"])
+    assert "| 90 % | 0.5 | 0.5, 0.5 | 1 of 3 |" in capsys.readouterr().out
+    first, computed = computed, []
+    claims.main(arguments)
+    assert len(first) == 5
+    assert len(computed) == 4
+    assert not set(first) & set(computed)
+    assert "| 90 % | 0.51 | 0.5, 0.52 | 3 of 3 |" in capsys.readouterr().out
+    assert (tmp_path / "mask_ratio.png").exists()
+
+
+def test_the_smallest_difference_is_that_of_a_t_test():
+    """Two samples of three: their difference is significant at 5 % exactly beyond the limit."""
+    statistics = pytest.importorskip("scipy.stats")
+    a = np.array([0.50, 0.53, 0.51])
+    b = np.array([0.40, 0.44, 0.42])
+    limit = claims.smallest_difference([list(a), list(b)])
+    for factor, significant in ((1.001, True), (0.999, False)):
+        shifted = b - b.mean() + a.mean() - factor * limit
+        assert (statistics.ttest_ind(a, shifted).pvalue < 0.05) == significant
+    assert np.isnan(claims.smallest_difference([[0.1], [0.2]]))
