@@ -93,8 +93,10 @@ SMOOTH = Image.fromarray(pixels(0, height=6, width=8)).resize((401, 301))
 def test_large_images_are_halved(small_limits, monkeypatch, mode, channels):
     content = encoded(SMOOTH.convert(mode), "TIFF" if mode == "CMYK" else "PNG")
     halved = np.asarray(decode(content, channels), float)
+    in_strips = np.asarray(decode(content, channels, halve=False), float)
     monkeypatch.setattr("mim_jax.data.decode.LARGE", 10**9)
     whole = np.asarray(decode(content, channels), float)
+    np.testing.assert_array_equal(in_strips, whole)
     assert halved.shape[:2] == (151, 201)
     means = whole[:300, :400].reshape(150, 2, 200, 2, -1).mean((1, 3))
     assert abs(halved.reshape(151, 201, -1)[:150, :200] - means).max() <= 1

@@ -125,7 +125,7 @@ def decode(
             if channels not in MODES:
                 count = len(image.getbands())
                 raise BadImageError(f"it has {count} channels, data.channels is {channels}")
-            image = halved(image, channels) if large and halve else in_mode(image, channels)
+            image = in_strips(image, channels, halve) if large else in_mode(image, channels)
             if dtype == "uint8":
                 return image
             array = np.asarray(image).reshape(image.height, image.width, channels)
@@ -260,17 +260,21 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)  # convert always copies
 
 
-def halved(image: Image.Image, channels: int) -> Image.Image:
-    """Does the same as `in_mode` for a large image, at half its size if it is still large."""
+def in_strips(image: Image.Image, channels: int, halve: bool) -> Image.Image:
+    """Does the same as `in_mode` for a large image, with less memory.
+
+    With `halve` the result has half its size, if it is still large.
+    """
     width, height = image.size
+    factor = 2 if halve else 1
     if width * height <= LARGE:
         return in_mode(image, channels)
-    result = Image.new(MODES[channels], (-(-width // 2), -(-height // 2)))
+    result = Image.new(MODES[channels], (-(-width // factor), -(-height // factor)))
     rows = max(2, STRIP // width // 2 * 2)
     for top in range(0, height, rows):
         strip = in_mode(image.crop((0, top, width, min(top + rows, height))), channels)
-        bands = [band.reduce(2) for band in strip.split()]  # each on its own, unlike RGBA
-        result.paste(Image.merge(MODES[channels], bands), (0, top // 2))
+        bands = [band.reduce(factor) for band in strip.split()]  # each on its own, unlike RGBA
+        result.paste(Image.merge(MODES[channels], bands), (0, top // factor))
     return result
 
 
