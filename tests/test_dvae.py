@@ -193,3 +193,20 @@ def test_invalid_requests(settings, sentence):
     with pytest.raises(UserError) as error:
         dvae(**(TINY | settings)).logits({}, jnp.zeros((1, 8, 8, 3)))
     assert sentence in str(error.value)
+
+
+def test_pixels_are_mapped_as_in_the_originals():
+    """0, 0.5 and 1 become 0.1, 0.5 and 0.9 for DALL-E, and -1, 0 and 1 for BEiT's own tokenizer."""
+    pixels = jnp.array([0.0, 0.5, 1.0])
+    np.testing.assert_allclose(dvae().map_pixels(pixels), [0.1, 0.5, 0.9], atol=1e-7)
+    assert dvae(likelihood="mse").map_pixels(pixels).tolist() == [-1, 0, 1]
+
+
+def test_branches_of_dalle_have_a_gain_of_a_64th():
+    """A network of DALL-E's depth, in which only the bias of one branch's last layer is not 0."""
+    model = dvae(width=4, vocabulary=4, codebook=2)
+    images = jnp.zeros((1, 8, 8, 3))
+    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), images))["tokenizer"]
+    params["group_4_block_2"]["conv_4"]["bias"] = jnp.ones(32)
+    params["output"]["kernel"] = jnp.full((1, 1, 32, 4), 1 / 32)
+    np.testing.assert_allclose(model.logits(params, images), 1 / 64, rtol=1e-6)

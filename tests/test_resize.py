@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mim_jax import UserError
-from mim_jax.models.resize import fit, resize_positions, resize_relative
+from mim_jax.models.resize import fit, resize_positions, resize_relative, spread
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,16 @@ def test_a_single_row_of_patches_is_repeated(before, after):
     along = 1 if before[0] == 1 else 0
     for i in range(fitted_params.shape[1 - along]):
         np.testing.assert_allclose(fitted_params.take(i, 1 - along), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("size", "q", "outermost"),
+    [(384, 1.090307446, 22.999934), (512, 1.134917812, 31.000182), (640, 1.168503628, 39.000083)],
+)
+def test_distances_grow_geometrically(size, q, outermost):
+    """The ratio of BEiT's bisection, from 14 x 14 patches of 16 pixels."""
+    old, new = spread(14, size // 16)
+    assert old[-1] == pytest.approx(outermost, abs=1e-6)
+    steps = np.diff(old[13:])
+    np.testing.assert_allclose(steps[1:] / steps[:-1], q, rtol=1e-9)
+    assert new.tolist() == list(range(1 - size // 16, size // 16))
