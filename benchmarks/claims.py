@@ -334,42 +334,60 @@ def smallest_difference(groups: list[list[float]]) -> float:
     return quantile * (total / freedom * 2 / count) ** 0.5
 
 
-def table(name: str, rows: list[dict]) -> str:
-    """Returns the results of a claim as a Markdown table; unfinished settings say so."""
+def by_setting(rows: list[dict], metric: str = "") -> dict[str, list[float]]:
+    """Returns the values of each setting, of one metric or of all."""
     values: dict[str, list[float]] = {}
     for row in rows:
-        values.setdefault(row["setting"], []).append(float(row["value"]))
-    settings = values if name == "mask_tokens" else claims()[name]
+        if not metric or row["metric"] == metric:
+            values.setdefault(row["setting"], []).append(float(row["value"]))
+    return values
+
+
+def table(name: str, rows: list[dict]) -> str:
+    """Returns the results of a claim as a Markdown table; unfinished settings say so."""
+    values, swept = by_setting(rows), name in claims()
     lines = ["| setting | mean | lowest, highest | seeds |", "|---|---|---|---|"]
-    for setting in settings:
-        found = values.get(setting, [])
-        seeds = f"{len(found)} of {len(SEEDS)}" if name != "mask_tokens" else str(len(found))
-        if not found:
+    for setting in claims()[name] if swept else values:
+        results = values.get(setting, [])
+        seeds = f"{len(results)} of {len(SEEDS)}" if swept else str(len(results))
+        if not results:
             lines.append(f"| {setting} | not yet run | | {seeds} |")
             continue
-        mean = statistics.mean(found)
-        lines.append(f"| {setting} | {mean:.4g} | {min(found):.4g}, {max(found):.4g} | {seeds} |")
-    limit = smallest_difference(list(values.values()))
-    known = f"{limit:.3g}" if limit == limit else "unknown: fewer than two seeds of any setting"
-    if name != "mask_tokens":
-        lines.append(f"\nSmallest difference that these seeds can show: {known}.")
+        mean = statistics.mean(results)
+        ends = f"{min(results):.4g}, {max(results):.4g}"
+        lines.append(f"| {setting} | {mean:.4g} | {ends} | {seeds} |")
+    lines.append("")
+    metrics = dict.fromkeys(row["metric"] for row in rows)
+    for metric in metrics:
+        limit = smallest_difference(list(by_setting(rows, metric).values()))
+        known = f"{limit:.3g}" if limit == limit else "unknown, no setting has two values"
+        lines.append(f"Smallest difference in {metric} that can be seen: {known}.")
     return "\n".join(lines)
 
 
 def draw(name: str, rows: list[dict], path: Path) -> None:
-    """Draws each seed as a point and the means as lines."""
+    """Draws each seed as a point and the means as lines, in one panel per metric."""
     import matplotlib.pyplot as plt  # not a dependency: the tables need none
 
-    names = list(dict.fromkeys(row["setting"] for row in rows))
-    figure, axes = plt.subplots(figsize=(5, 0.6 + 0.4 * len(names)), layout="constrained")
-    for i, setting in enumerate(names):
-        values = [float(row["value"]) for row in rows if row["setting"] == setting]
-        axes.plot(values, [i] * len(values), "o", alpha=0.6)
-        axes.plot([statistics.mean(values)] * 2, [i - 0.3, i + 0.3], color="black")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set(title=name, xlabel=rows[0]["metric"])
-    axes.spines[["top", "right"]].set_visible(False)
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    groups = [by_setting(rows, metric) for metric in metrics]
+    figure, panels = plt.subplots(
+        len(metrics),
+        1,
+        figsize=(5, 0.9 * len(metrics) + 0.35 * sum(map(len, groups))),
+        height_ratios=[len(group) + 1 for group in groups],
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, metric, values in zip(panels[:, 0], metrics, groups, strict=True):
+        for i, results in enumerate(values.values()):
+            axes.plot(results, [i] * len(results), "o", alpha=0.6)
+            axes.plot([statistics.mean(results)] * 2, [i - 0.3, i + 0.3], color="black")
+        axes.set_yticks(range(len(values)), values)
+        axes.invert_yaxis()
+        axes.set(xlabel=metric)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_title(name)
     figure.savefig(path, dpi=80, metadata={"Software": None})
     plt.close(figure)
 
