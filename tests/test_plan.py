@@ -15,7 +15,13 @@ from mim_jax.data.described import open_described
 from mim_jax.plan import cache, hardware, memory
 from mim_jax.plan import step as steps
 from mim_jax.plan.__main__ import main
-from mim_jax.plan.compiled import Collective, collectives, collectives_of, instructions
+from mim_jax.plan.compiled import (
+    Collective,
+    collectives,
+    collectives_of,
+    instructions,
+    unknown_loops,
+)
 from mim_jax.plan.cost import SHARE, cost_of, seconds_of_collective
 from mim_jax.plan.hardware import GIB, TPUS, Target, target_of
 from mim_jax.plan.kernels import Kernel, kernel_of
@@ -74,21 +80,39 @@ TIMED = """
   ROOT %tuple = (s32[], bf16[8,128]{1,0}) tuple(%i, %fusion.1)
 }
 
+%counts (p: (s32[], bf16[8,128])) -> pred[] {
+  %five = s32[]{:T(128)} constant(5)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %five), direction=LT
+}
+
+%fills (p: (s32[], bf16[8,128])) -> pred[] {
+  %many = s32[] constant(75)
+  %masked = s32[] fusion(%p), kind=kLoop, calls=%g
+  ROOT %lacks = pred[]{:T(512)} compare(%masked, %many), direction=LT
+}
+
 ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
   %qkv = bf16[4,50,96]{2,1,0:T(8,128)} parameter(0)
   %kernel = (bf16[4,49,32]{2,1,0}, f32[4,2,49]{2,1,0:S(1)}) custom-call(%qkv), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/decoder/attention"}
-  %while = (s32[], bf16[8,128]{1,0}) while(%init), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
-  %other = (s32[], bf16[8,128]{1,0}) while(%init), condition=%c, body=%d, metadata={op_name="jit(f)/draw"}
+  %while = (s32[], bf16[8,128]{1,0}) while(%init), condition=%c, body=%body, LENGTH
+  %other = (s32[], bf16[8,128]{1,0}) while(%init), condition=%fills, body=%d, metadata={op_name="jit(f)/draw"}
   ROOT %r = bf16[8,128]{1,0} copy(%g), backend_config={"estimated_cycles":"40"}
 }
 """  # noqa: E501
 
 
-def test_operations_count_as_often_as_they_run():
-    program = instructions(TIMED)
+@pytest.mark.parametrize(
+    "length", ['backend_config={"known_trip_count":{"n":"5"}}', "condition=%counts"]
+)
+def test_operations_count_as_often_as_they_run(length):
+    """The length of a loop is noted, or its condition counts; other conditions do not."""
+    text = TIMED.replace("condition=%c,", "").replace("LENGTH", length)
+    program = instructions(text)
     cycles = {name: row.times * row.cycles for name, row in program.items() if row.cycles}
     assert cycles == {"%fusion.1": 5 * 300, "%r": 40}
-    assert collectives(TIMED) == {"all-reduce f32": (5, 5 * 16 * 4)}
+    assert unknown_loops(text) == ["jit(f)/draw"]
+    assert collectives(text) == {"all-reduce f32": (5, 5 * 16 * 4)}
     kernel = kernel_of(program["%kernel"], program)
     assert kernel == Kernel(False, images=4, tokens=50, heads=2, width=16, last=49, biased=False)
 

@@ -71,7 +71,7 @@ def instructions(text: str) -> dict[str, Instruction]:
             yield row._replace(times=times)
             if row.opcode in ("while", "call", "conditional"):
                 for inner in re.findall(CALLS, row.line):
-                    yield from walk(inner, times * trip_count(row))
+                    yield from walk(inner, times * (trip_count(row, computations) or 1))
 
     return {row.name: row for row in walk(entry, 1)}
 
@@ -91,16 +91,31 @@ def read(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return computations, entry
 
 
-def trip_count(row: Instruction) -> int:
-    """Returns how often the body of a loop runs, 1 for other operations and unknown lengths."""
-    count = re.search(r"known_trip_count[^0-9]*(\d+)", row.line)
-    return int(count[1]) if count else 1
+def trip_count(row: Instruction, computations: dict[str, list[Instruction]]) -> int:
+    """Returns how often the body of a loop runs, 1 for other operations, 0 if it is unknown.
+
+    The compiler for TPUs does not always note it, but then the condition shows it: the counter of a
+    `scan`, which starts at 0, is less than a constant.
+    """
+    if row.opcode != "while":
+        return 1
+    if count := re.search(r"known_trip_count[^0-9]*(\d+)", row.line):
+        return int(count[1])
+    condition = re.search(r"condition=(%[\w.-]+)", row.line)
+    rows = {x.name: x for x in computations.get(condition[1] if condition else "", [])}
+    root = next((x for x in rows.values() if "ROOT " in x.line), row)
+    opcodes = [rows[name].opcode for name in root.operands if name in rows]
+    if "direction=LT" in root.line and opcodes == ["get-tuple-element", "constant"]:
+        limit = re.search(r"constant\((\d+)\)", rows[root.operands[1]].line)
+        return int(limit[1]) if limit else 0
+    return 0
 
 
-def unknown_loops(program: dict[str, Instruction]) -> list[str]:
-    """Returns the sources of the loops whose length the compiler does not know."""
-    loops = (row for row in program.values() if row.opcode == "while")
-    return sorted({row.source for row in loops if "known_trip_count" not in row.line})
+def unknown_loops(text: str) -> list[str]:
+    """Returns the sources of the loops whose length is unknown."""
+    computations, _ = read(text)
+    loops = [row for row in instructions(text).values() if row.opcode == "while"]
+    return sorted({row.source for row in loops if not trip_count(row, computations)})
 
 
 def bytes_in_memory(shape: str) -> int:
@@ -166,7 +181,7 @@ def repetitions(text: str) -> dict[str, int]:
         for row in computations[name]:
             for inner in re.findall(CALLS, row.line):
                 if inner in computations:
-                    walk(inner, count * trip_count(row))
+                    walk(inner, count * (trip_count(row, computations) or 1))
 
     walk(entry, 1)
     return dict(times)

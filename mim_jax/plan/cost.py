@@ -130,7 +130,7 @@ def with_times(cost: Cost, text: str) -> Cost:
         seconds = seconds_of(row, program, cycles, chip)
         parts[work_of(row)] += seconds
         in_kernels += seconds if row.is_kernel else 0.0
-    loops = unknown_loops(program)
+    loops = unknown_loops(text)
     note = f"{len(loops)} loops of unknown length count once: {', '.join(loops)}"
     return cost._replace(
         computing=sum(parts.values()),

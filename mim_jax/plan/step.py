@@ -5,9 +5,11 @@ import functools
 import json
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -105,7 +107,7 @@ class Step:
         if content := cache.read(file):
             return Compiled(**json.loads(content))
         with progress(f"compiling the step for {self.target.name}"):
-            result = compile_lowered(lowered)
+            result = compile_lowered(lowered, dump=self.target.chip.clock > 0)
         cache.write(file, json.dumps(result._asdict()).encode())
         return result
 
@@ -137,23 +139,33 @@ def load(
     return config
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
+def compile_lowered(lowered: jax.stages.Lowered, dump: bool = False) -> Compiled:
     """Compiles a step.
 
-    Raises UserError if the compiler refuses it for another reason than its memory.
+    Args:
+        lowered: the step.
+        dump: whether the compiler for TPUs writes the program to a file. JAX cannot read all of
+            its programs, such as those that use the SparseCores of a v5p or v6e.
+
+    Raises:
+        UserError: if the compiler refuses it for another reason than its memory.
     """
     start = time.perf_counter()
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read without the device
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        if peak := needed(str(error)):
-            return Compiled(False, peak, {}, 0.0, "", time.perf_counter() - start)
-        raise UserError(f"the step does not compile: {reason}") from None
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
+    with tempfile.TemporaryDirectory() as folder:
+        options = dict(xla_dump_to=folder, xla_dump_hlo_as_text=True) if dump else None
+        try:
+            compiled = lowered.compile(options)
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if peak := needed(str(error)):
+                return Compiled(False, peak, {}, 0.0, "", time.perf_counter() - start)
+            raise UserError(f"the step does not compile: {reason}") from None
+        finally:
+            jax.config.update("jax_enable_compilation_cache", cached)
+        files = sorted(Path(folder).glob("*.after_codegen.txt"))
+        text = files[-1].read_text() if files else compiled.as_text() or ""
     memory: Any = compiled.memory_analysis()
     costs = compiled.cost_analysis() or {}
     kinds = dict(
@@ -162,7 +174,6 @@ def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
         program=memory.generated_code_size_in_bytes,
     )
     peak = memory.peak_memory_in_bytes or sum(kinds.values())
-    text = compiled.as_text() or ""
     seconds = time.perf_counter() - start
     return Compiled(True, peak, kinds, costs.get("flops", 0.0), text, seconds)
 
