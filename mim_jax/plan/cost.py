@@ -41,7 +41,6 @@ WORK = {  # by the names of the operations that an instruction comes from
     "GELU": r"gelu|erf",
     "MLP": r"fc1|fc2",
     "qkv and proj": r"qkv|proj",
-    "optimizer": r"adam|update|optax",
 }
 
 
@@ -157,6 +156,10 @@ def work_of(row: Instruction) -> tuple[str, str]:
     part = next((part for part in PARTS if re.search(rf"\b{part}\b", row.source)), "rest")
     if re.search(r"DalleEncoder|SmallEncoder", row.source):
         part = "tokenizer"
+    if row.is_kernel:
+        return part, "attention"
+    if part == "rest" and row.source and "shard_map" not in row.source:  # after the gradient
+        return part, "optimizer"
     kinds = (kind for kind, pattern in WORK.items() if re.search(pattern, row.source))
     return part, next(kinds, "other")
 

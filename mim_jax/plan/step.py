@@ -154,7 +154,7 @@ def compile_lowered(lowered: jax.stages.Lowered, dump: bool = False) -> Compiled
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read without the device
     with tempfile.TemporaryDirectory() as folder:
-        options = dict(xla_dump_to=folder, xla_dump_hlo_as_text=True) if dump else None
+        options: Any = dict(xla_dump_to=folder, xla_dump_hlo_as_text=True) if dump else None
         try:
             compiled = lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
