@@ -35,12 +35,13 @@ from mim_jax import UserError, checkpoint, cli, objectives, optim, recipe, schem
 from mim_jax.attend import attention_maps, heat, marked, rows_of
 from mim_jax.convert import files
 from mim_jax.convert.fit import encoder_only, resized
-from mim_jax.convert.network import require_heads
+from mim_jax.convert.network import require_heads, segmenter
 from mim_jax.data.images import Images, batch_of, decoded, dtype_of
 from mim_jax.data.masks import palette
 from mim_jax.data.segmentation import fitted
 from mim_jax.data.transforms import resize, width_and_height
 from mim_jax.embed import statistics_of
+from mim_jax.models.batch_norm import COLLECTION
 from mim_jax.models.dvae import DVAE, code_colors
 from mim_jax.normalize import normalize, unit
 from mim_jax.sheets import draw_sheet, to_rgb
@@ -275,7 +276,7 @@ def segment(
     """Draws the predicted class of every pixel, and the most frequent classes of an image.
 
     Args:
-        source: a run that classifies pixels.
+        source: a run that classifies pixels, or weights; the classes of weights are numbers.
         images: files, Pillow images or arrays (H, W, c), of any size.
         size: shorter side of the resized images in pixels; default: that of the run.
         overrides: other keys of the config, for example "objective.mirror=true".
@@ -287,9 +288,7 @@ def segment(
     Raises:
         UserError: if the source does not classify pixels.
     """
-    if not checkpoint.has_checkpoints(str(source)):
-        raise UserError(f"{source} does not classify pixels.")
-    params, buffers, record = checkpoint.load(str(source))
+    params, buffers, record = read_segmenter(source)
     schema.load_objective(record["config"], str(source), False, trust_code)
     config = complete(record["config"], source, overrides)
     function, names = objectives.find(config.objective.name), workdir.class_names_of(record)
@@ -321,6 +320,28 @@ def segment(
         caption: tiles[column :: len(rows[0])]
         for column, caption in enumerate(("image", "its classes", "largest classes"))
     }
+
+
+def read_segmenter(source: str | Path) -> tuple[dict, dict, dict]:
+    """Returns the parameters, the buffers and the record of a run, or of weights that segment.
+
+    Raises UserError if the weights do not classify pixels.
+    """
+    if checkpoint.has_checkpoints(str(source)):
+        params, buffers, record = checkpoint.load(str(source))
+        if not workdir.is_converted(record):
+            return params, buffers, record
+    params, network, _ = files.load_weights(source)
+    if network.kind != "segment":
+        raise UserError(f"{source} does not classify pixels.")
+    module, config = segmenter(params, network, network.encoder), files.config_of(network)
+    for key in ("decoder", "layers", "channels", "auxiliary_channels"):
+        config["objective"][key] = getattr(module, key)
+    del config["data"]["crop_fraction"]  # which segmentation does not use
+    config["objective"] |= statistics_of(source, network.metadata)
+    buffers = {COLLECTION: params.pop(COLLECTION)}
+    names = [f"class {i}" for i in range(module.num_classes)]
+    return params, buffers, {"config": config, "data": {"class_names": names}}
 
 
 def legend(

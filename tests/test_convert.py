@@ -17,13 +17,14 @@ import jax
 import numpy as np
 import pytest
 
-from mim_jax import UserError, schema
+from mim_jax import UserError, pictures, schema
 from mim_jax.convert import __main__ as convert
 from mim_jax.convert import check, from_torch, to_torch
-from mim_jax.convert.files import load_weights
+from mim_jax.convert.files import load_weights, save_weights
 from mim_jax.convert.network import Network
 from mim_jax.convert.read import read
 from mim_jax.convert.states import sines
+from mim_jax.data.masks import palette
 from mim_jax.inspect import main as inspect
 from mim_jax.models.dvae import dvae
 from mim_jax.models.vit import vit
@@ -682,6 +683,28 @@ def test_segmentation_of_transformers(name, layers, tmp_path):
     assert max(largest.values()) < 1e-8
     state = to_torch(params, read_network, layout="hf")
     assert state.keys() == written(module, tmp_path / "theirs").keys()
+
+
+@pytest.mark.parametrize("name", ["BeitForSemanticSegmentation", "UperNetForSemanticSegmentation"])
+def test_pictures_of_segmentations_of_transformers(name, tmp_path):
+    """From a folder and after conversion, the classes that transformers finds likeliest."""
+    module = segmenter(name)
+    module.save_pretrained(tmp_path / "theirs")
+    transformers.BeitImageProcessor(
+        image_mean=[0.5] * 3, image_std=[0.5] * 3, size=dict(height=64, width=64)
+    ).save_pretrained(tmp_path / "theirs")
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    drawn = pictures.segment(tmp_path / "theirs", [image])["its classes"][0]
+    pixels = (image / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        batch = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
+        logits = torch.nn.functional.interpolate(module(batch).logits, (64, 64), mode="bilinear")
+    expected = np.array(palette(5))[logits[0].argmax(0).numpy()]
+    assert np.mean(expected == (drawn[:64, :64] * 255).round()) > 0.99
+    weights = load_weights(tmp_path / "theirs")[:2]
+    save_weights(tmp_path / "run", *weights, "mim_jax")
+    again = pictures.segment(tmp_path / "run", [image])["its classes"][0]
+    np.testing.assert_array_equal(again, drawn)
 
 
 def segmentation_run(**settings):
