@@ -47,6 +47,7 @@ class Checkpoints:
         self.record = record or {}
         self.skips: list[tuple[int, int]] = []  # windows of data left out, see divergence.py
         self.largest: list[Sequence[float]] = []  # losses and norms, see divergence.Spikes
+        self.unfinished: list[str] = []  # periodic actions that a signal has prevented
         self.folder = folder_of(workdir)
         self.storage = storage_of(self.folder)
         self.lock = self.storage.lock(self.folder) if jax.process_index() == 0 else None
@@ -73,7 +74,9 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state._asdict()),
             metadata=ocp.args.JsonSave(
-                self.record | dict(parts=parts, skips=self.skips, largest=self.largest)
+                self.record
+                | dict(parts=parts, skips=self.skips, largest=self.largest)
+                | dict(unfinished=self.unfinished)
             ),
         )
         with disk_errors(self.folder):
@@ -104,13 +107,14 @@ class Checkpoints:
     def restore(self, like: TrainState) -> TrainState:
         """Returns the latest state, with the shapes and shardings of `like` (abstract arrays).
 
-        Sets `skips` and `largest` to those of its run.
+        Sets `skips`, `largest` and `unfinished` to those of its run.
         """
         assert self.latest is not None  # there is a checkpoint
         restored = restore(self.manager, self.latest, like._asdict())
         metadata = metadata_of(self.manager, self.latest)
         self.skips = [(int(start), int(length)) for start, length in metadata.get("skips", [])]
         self.largest = metadata.get("largest", [])
+        self.unfinished = metadata.get("unfinished", [])
         return TrainState(**restored)
 
     def set_aside(self, after: int) -> None:

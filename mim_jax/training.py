@@ -2,10 +2,11 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, flops, recipe, workdir
@@ -91,8 +92,8 @@ class Training:
         run, config, log = self.run, self.config, self.log
         first = self.checkpoints.latest or 0
         state = self.state()
-        unfinished = first < run.steps or not workdir.is_run(self.path)
-        if unfinished and jax.process_index() == 0:  # the directory is locked, the state restored
+        renew = first < run.steps or not workdir.is_run(self.path)
+        if renew and jax.process_index() == 0:  # the directory is locked, the state restored
             workdir.write(self.path, self.checkpoints.record)
         log.say(f"{config.objective.name}: {self.start.parameters:,} parameters\n{run.summary}")
         log.unread(run.data.unread)
@@ -101,7 +102,8 @@ class Training:
             log.say(values)
             if problem:
                 raise UserError(problem)
-        if first >= run.steps:
+        unfinished = [name for name in self.due(first) if name in self.checkpoints.unfinished]
+        if first >= run.steps and (not unfinished or self.is_done()):
             log.say(f"{self.path} is complete: it is at step {first:,} of {run.steps:,}.")
             return 0
         if first:
@@ -110,6 +112,12 @@ class Training:
                 for key, (old, new) in change["changes"].items():
                     log.say(f"{key} was changed from {old!r} to {new!r}")
         log.event("start", first, self.checkpoints.record["devices"])
+        try:
+            self.act(first, state, {}, unfinished)
+        except StoppedError:
+            return self.end(first)
+        if first >= run.steps:
+            return self.end(first)
         for rollbacks in itertools.count():
             try:
                 return self.loop(state, first, trace)
@@ -120,6 +128,12 @@ class Training:
                 first = self.roll_back(error, first)
                 state = self.state()
         raise AssertionError
+
+    def is_done(self) -> bool:
+        """Returns whether the run has ended, according to the events that process 0 reads."""
+        events = workdir.read_lines(workdir.open_path(self.path) / "events.jsonl")
+        done = bool(events) and events[-1].get("event") == "done"
+        return bool(multihost_utils.broadcast_one_to_all(np.array(done)))
 
     def state(self) -> TrainState:
         """Returns the newest saved state, or the initial one."""
@@ -231,21 +245,26 @@ class Training:
             if step == run.steps:
                 failures.finish(run.steps - first)
             try:
-                self.act(step, state, metrics)
+                self.act(step, state, metrics, self.due(step))
             except StoppedError:
                 log.say(f"interrupted after step {step:,}")
             self.save(step, state)
             if stop.signal:
                 break
         trace.end(metrics)
+        return self.end(step)
+
+    def end(self, step: int) -> int:
+        """Waits until everything is written. Returns the exit code after the last step."""
+        log, number = self.log, self.stop.signal
         log.flush()
         with self.watchdog.during("a save"), self.goodput.during("save"):
             self.checkpoints.close()
         log.times(step)
-        if stop.signal and step < run.steps:
+        if number and (step < self.run.steps or self.checkpoints.unfinished):
             log.say(f"stopped and saved after step {step:,}: run the same command to continue")
-            log.event("stopped", step, f"by signal {stop.signal}")
-            return 128 + stop.signal
+            log.event("stopped", step, f"by signal {number}")
+            return 128 + number
         log.say(f"done: {self.path}")
         log.event("done", step)
         return 0
@@ -284,26 +303,37 @@ class Training:
         every = recipe.in_steps(block, "every", self.run.steps_per_epoch)
         return step == self.run.steps or (every > 0 and step % every == 0)
 
-    def act(self, step: int, state: TrainState, metrics: dict) -> None:
-        """Evaluates, probes and draws if these are due. Raises StoppedError after a signal."""
+    def due(self, step: int) -> list[str]:
+        """Returns the names of the actions that follow a step, except saving."""
+        due = [name for name in ACTIONS if self.is_due(self.config[name], step)]
+        unused = {"save"} if self.probe else {"save", "probe"}
+        unused |= set() if self.config.pictures.count else {"pictures"}
+        return [name for name in due if name not in unused]
+
+    def act(self, step: int, state: TrainState, metrics: dict, due: Sequence[str]) -> None:
+        """Evaluates, probes and draws. Raises StoppedError after a signal.
+
+        Those that a signal prevents are stored with the checkpoint, and follow the next start.
+        """
         run, config, log = self.run, self.config, self.log
-        if self.is_due(config.evaluate, step):
-            with log.action("evaluate"):
-                batches = run.data.evaluation_batches(
-                    run.rows, limit=config.evaluate.limit, on_bad=log.bad_file
-                )
-                batches = self.guard(batches)
-                means = evaluate(run.objective, state, batches, mesh=run.mesh, seed=config.seed)
+        for count, name in enumerate(due):
+            self.checkpoints.unfinished = list(due[count:])
             log.flush()
+            with log.action(name):
+                if name == "evaluate":
+                    batches = run.data.evaluation_batches(
+                        run.rows, limit=config.evaluate.limit, on_bad=log.bad_file
+                    )
+                    batches = self.guard(batches)
+                    means = evaluate(run.objective, state, batches, mesh=run.mesh, seed=config.seed)
+                elif name == "probe" and self.probe:
+                    means = self.probe(state, self.guard)
+                else:
+                    with self.watchdog.during("pictures"):
+                        self.draw(step, state, metrics)
+                    continue
             log.evaluation(step, means)
-        if self.probe and self.is_due(config.probe, step):
-            log.flush()
-            with log.action("probe"):
-                means = self.probe(state, self.guard)
-            log.evaluation(step, means)
-        if self.is_due(config.pictures, step) and config.pictures.count:
-            with log.action("pictures"), self.watchdog.during("pictures"):
-                self.draw(step, state, metrics)
+        self.checkpoints.unfinished = []
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves the state if that is due, or if the run stops now.
@@ -333,7 +363,7 @@ class Training:
             draw_sheet(
                 workdir.open_path(self.path) / "pictures" / f"step_{step:07d}.png",
                 columns,
-                f"{name}, step {step:,}  {format_metrics(metrics)}",
+                f"{name}, step {step:,}  {format_metrics(metrics) if metrics else ''}",
                 stretch=run.data.image.dtype != "uint8",
                 legend=run.data.legend,
             )

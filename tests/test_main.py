@@ -424,16 +424,28 @@ def test_a_smoke_run_is_possible_on_any_number_of_devices(monkeypatch):
         assert config.objective.mixup_group % 2 == 0
 
 
-def test_a_signal_during_an_evaluation(tmp_path, monkeypatch, capsys):
-    """The run saves before it stops, also where the step's actions have begun."""
-    evaluate = training.evaluate
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_signal_during_an_evaluation(tmp_path, monkeypatch, capsys, step):
+    """The run saves before it stops, and the next start repeats the evaluation."""
+    evaluate, folder = training.evaluate, tmp_path / "run"
 
-    def interrupted(*arguments, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments, **options)
+    def interrupted(objective, state, *arguments, **options):
+        if state.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(objective, state, *arguments, **options)
 
     monkeypatch.setattr(training, "evaluate", interrupted)
-    arguments = ["--config=configs/mae_base.py", "--smoke", f"--workdir={tmp_path / 'run'}"]
-    assert main.main([*arguments, "--config.pictures.count=0"]) == 128 + signal.SIGTERM
-    assert "stopped and saved after step 10" in capsys.readouterr().out
-    assert (tmp_path / "run" / "checkpoints" / "10" / "digests.json").is_file()
+    arguments = ["--config=configs/mae_base.py", "--smoke", f"--workdir={folder}"]
+    assert main.main(arguments) == 128 + signal.SIGTERM
+    assert f"stopped and saved after step {step}" in capsys.readouterr().out
+    assert (folder / "checkpoints" / str(step) / "digests.json").is_file()
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    for said in ("done: ", "is complete"):
+        assert main.main(arguments) == 0
+        assert said in capsys.readouterr().out
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "evaluate/loss" in line] == [10, 20]
+    assert sorted(path.name for path in (folder / "pictures").iterdir()) == [
+        "step_0000010.png",
+        "step_0000020.png",
+    ]
