@@ -1,0 +1,326 @@
+"""Kills runs at random moments, continues them elsewhere, and compares them with undisturbed runs.
+
+    python -m benchmarks.soak --kills=100 --minutes=35
+
+Every objective trains a smoke config on the CPU. A process is killed by SIGKILL, or stopped by
+SIGTERM, SIGHUP or SIGINT: during its start, a save, an evaluation, or at any other moment. The next
+one continues on other devices: 1 to 4 in one process or two, with other numbers of parts, copies
+and worker processes. Losses and evaluations of all steps are compared with those of a run on one
+device that nothing disturbed. Exit codes: 0 if nothing was lost or different, 1 otherwise.
+"""
+
+import argparse
+import collections
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+CONFIGS = {  # objective: its arguments
+    "mae": ["--config=mae_base", "--config.ema=0.9", "--config.probe.images=48"],
+    "beit": ["--config=beit_base"],
+    "dvae": ["--config=dvae"],
+    "classify": [
+        *("--config=mae_base_finetune", "--config.objective.mixup_group=2", "--config.ema=0.99"),
+        "--config.init_from.encoder=random",
+    ],
+    "segment": [
+        *("--config=ade20k_mae_base", "--config.objective.batch_norm=2"),
+        "--config.init_from.encoder=random",
+    ],
+}
+STEPS, EVALUATE, SAVE, BATCH = 40, 7, 5, 24
+MESHES = 5  # different ones of an objective, because each is compiled
+COMMON = [
+    *("--smoke", f"--config.steps={STEPS}", f"--config.batch_size={BATCH}"),
+    *("--config.log.every_steps=1", f"--config.evaluate.every_steps={EVALUATE}"),
+    *("--config.evaluate.limit=60", f"--config.probe.every_steps={EVALUATE}"),
+    *(f"--config.save.every_steps={SAVE}", "--config.pictures.every_steps=20"),
+    "--config.pictures.count=2",
+]
+SIGNALS = {signal.SIGKILL: 6, signal.SIGTERM: 3, signal.SIGHUP: 1, signal.SIGINT: 1}  # weights
+MOMENTS = ("start", "save", "evaluation", "any")
+TOLERANCE = 1e-4  # of losses and evaluations, relative; meshes differ in rounding
+PATIENCE = 300  # seconds after which a process without a signal counts as stuck
+FAREWELL = 90  # seconds that a process may take to save and stop
+OTHERS = 20  # seconds that it may outlive another, before a launcher ends it
+
+
+class Life:
+    """The processes of a run from one start to its end."""
+
+    def __init__(self, arguments: list[str], mesh: dict[str, int], work: Path):
+        options = [f"--config.{key}={mesh[key]}" for key in ("accumulate", "fsdp", "data.workers")]
+        command = [sys.executable, "-m", "mim_jax", "train", *COMMON, *arguments, *options]
+        port, count = free_port(), mesh["processes"]
+        flags = f"--xla_force_host_platform_device_count={mesh['devices'] // count} "
+        environment = os.environ | {
+            "XLA_FLAGS": flags + "--xla_backend_optimization_level=0",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(work / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        if count > 1:
+            environment["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
+        self.lines: list[str] = []  # of the first process
+        self.began = time.monotonic()
+        self.processes = []
+        for i in range(count):
+            one = [f"--distributed=localhost:{port},{count},{i}"] if count > 1 else []
+            self.processes.append(
+                subprocess.Popen(
+                    [*command, *one],
+                    env=environment,
+                    stdout=subprocess.DEVNULL if i else subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
+                )
+            )
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self) -> None:
+        """Collects the lines of the first process."""
+        for line in self.processes[0].stdout or ():
+            self.lines.append(line.rstrip())
+
+    @property
+    def ended(self) -> bool:
+        """Whether any process has ended."""
+        return any(process.poll() is not None for process in self.processes)
+
+    @property
+    def step(self) -> int:
+        """The last step that was printed."""
+        return next(filter(None, map(step_of, reversed(self.lines))), 0)
+
+    def wait(self, until, seconds: float = PATIENCE) -> bool:
+        """Waits until a condition holds or a process ends. Returns whether it holds."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.ended:
+            if until():
+                return True
+            time.sleep(0.01)
+        return False
+
+    def finish(self) -> list[int | None]:
+        """Returns the exit codes of all processes; None: it had to be killed."""
+        end = time.monotonic() + FAREWELL
+        while time.monotonic() < end and any(p.poll() is None for p in self.processes):
+            time.sleep(0.05)
+            if self.ended:
+                end = min(end, time.monotonic() + OTHERS)
+        codes = [process.poll() for process in self.processes]
+        for process in self.processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # workers, too
+            except ProcessLookupError:
+                continue
+            process.wait()
+        self.reader.join()
+        return codes
+
+
+def step_of(line: str) -> int:
+    """Returns the step of a line about a training step, 0 for other lines."""
+    words = line.replace("/", " ").split()
+    is_step = len(words) > 3 and words[0] == "step" and words[3] == "loss"
+    return int(words[1]) if is_step else 0
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def random_mesh(rng: random.Random) -> dict[str, int]:
+    """Returns a random number of devices, processes, parts of a batch, copies and workers."""
+    devices = rng.randint(1, 4)
+    parts = [n for n in (1, 2, 3) if BATCH % (2 * devices * n) == 0]
+    copies = [n for n in (1, 2, 4) if devices % n == 0]
+    return {
+        "devices": devices,
+        "processes": rng.choice([1, 1, 2]) if devices % 2 == 0 else 1,
+        "accumulate": rng.choice(parts),
+        "fsdp": rng.choice(copies),
+        "data.workers": rng.choice([0, 0, 1, 2]),
+    }
+
+
+def interrupt(life: Life, workdir: Path, startup: float, rng: random.Random) -> tuple[str, str]:
+    """Sends a random signal at a random moment. Returns both, or "" if the run ended before."""
+    moment = rng.choice(MOMENTS)
+    temporary = workdir / "checkpoints"
+    if moment == "start":
+        life.wait(lambda: False, rng.uniform(0, startup))
+    elif moment == "save":
+        life.wait(lambda: any(temporary.glob("*.orbax-checkpoint-tmp*")))
+        time.sleep(rng.uniform(0, 0.1))
+    elif moment == "evaluation":  # the line of a step is printed during the next
+        life.wait(lambda: life.step % EVALUATE == EVALUATE - 1)
+        time.sleep(rng.uniform(0, 0.5))
+    else:
+        life.wait(lambda: life.step)
+        time.sleep(rng.uniform(0, 4))
+    if life.ended:
+        return "", ""
+    number = rng.choices(list(SIGNALS), list(SIGNALS.values()))[0]
+    victim = rng.choice(life.processes)
+    victim.send_signal(number)
+    if number == signal.SIGKILL:  # a launcher ends the others when one is lost
+        for process in life.processes:
+            process.kill()
+    return moment, number.name
+
+
+def values_of(workdir: Path) -> dict[tuple[int, str], list[float]]:
+    """Returns {(step, name): recorded values} of the losses and evaluations of a run."""
+    values = collections.defaultdict(list)
+    path = workdir / "metrics.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # half a line of a killed process, before the next start
+        for name, value in record.items():
+            if name == "loss" or name.startswith("evaluate/"):
+                values[record["step"], name].append(value)
+    return values
+
+
+class Soak:
+    """Runs of all objectives, their kills, and the comparison with undisturbed runs."""
+
+    def __init__(self, work: Path, seed: int):
+        self.work, self.rng = work, random.Random(seed)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.largest = 0.0
+        self.problems: list[str] = []
+        self.startup = dict.fromkeys(CONFIGS, 15.0)  # seconds to the first step
+        self.expected: dict[str, dict[tuple[int, str], list[float]]] = {}
+        self.meshes = {name: [random_mesh(self.rng) for _ in range(MESHES)] for name in CONFIGS}
+
+    def reference(self, name: str) -> None:
+        """Trains without disturbance on one device, unless the folder has that run."""
+        workdir = self.work / f"{name}_reference"
+        self.expected[name] = values_of(workdir)
+        if (STEPS, "loss") in self.expected[name]:
+            return
+        mesh = {"devices": 1, "processes": 1, "accumulate": 1, "fsdp": 1, "data.workers": 0}
+        life = Life([*CONFIGS[name], f"--workdir={workdir}"], mesh, self.work)
+        life.wait(lambda: life.step)
+        self.startup[name] = time.monotonic() - life.began
+        life.wait(lambda: False, 4 * PATIENCE)
+        if life.finish() != [0]:
+            sys.exit(f"{name} failed without a signal:\n" + "\n".join(life.lines[-20:]))
+        self.expected[name] = values_of(workdir)
+        seconds = time.monotonic() - life.began
+        print(f"{name}: {len(self.expected[name])} values, undisturbed {seconds:.0f} s", flush=True)
+
+    def live(self, name: str) -> None:
+        """Starts or continues a run of an objective, and interrupts it."""
+        workdir, mesh = self.work / name, self.rng.choice(self.meshes[name])
+        before = max((step for step, _ in values_of(workdir)), default=0)
+        life = Life([*CONFIGS[name], f"--workdir={workdir}"], mesh, self.work)
+        moment, number = interrupt(life, workdir, self.startup[name], self.rng)
+        codes = life.finish()
+        text = " ".join(f"{key}={value}" for key, value in mesh.items())
+        seconds = f"{time.monotonic() - life.began:.0f} s"
+        moment_text = f"{moment or 'ended'} {number} {codes} at {life.step} after {seconds}"
+        print(f"{name}: {moment_text}; {text}", flush=True)
+        self.counts["kills"] += bool(number)
+        self.counts[f"kills by {number}"] += bool(number)
+        self.counts[f"kills during {moment}"] += bool(number)
+        for line in life.lines:
+            if line.startswith("continuing after step"):
+                first = int(line.split()[3].replace(",", ""))
+                self.counts["resumes"] += 1
+                self.counts["repeated steps"] += max(0, min(before, life.step) - first)
+        allowed: set[int | None] = {0}
+        if number:
+            allowed |= {128 + n for n in SIGNALS} | {1, -int(signal.Signals[number])}
+        if len(codes) > 1 and not any("stopped and saved" in line for line in life.lines):
+            # One ended with nothing to save; JAX aborts the others if it was the first.
+            allowed |= {None, -signal.SIGABRT}
+        if not set(codes) <= allowed:
+            self.problem(f"{name}: exit codes {codes}", life.lines)
+        traceback = "Traceback (most recent call last):" in life.lines
+        if traceback and "KeyboardInterrupt" not in life.lines:  # Python's own, of an import
+            self.problem(f"{name}: a traceback", life.lines)
+        if set(codes) == {0}:
+            self.compare(name, complete=True)
+            shutil.rmtree(workdir)
+
+    def problem(self, text: str, lines: list[str]) -> None:
+        self.problems.append(text)
+        print(f"PROBLEM: {text}", *lines[-30:], sep="\n    ", flush=True)
+
+    def compare(self, name: str, complete: bool) -> None:
+        """Compares the recorded values of a run with those of the undisturbed run."""
+        values = values_of(self.work / name)
+        last = STEPS if complete else max((step for step, _ in values), default=0) - 1
+        self.counts["complete runs"] += complete
+        for key, (expected,) in self.expected[name].items():
+            if key[0] > last:
+                continue
+            if len(values[key]) != 1:
+                self.counts["missing lines"] += 1
+                self.problem(f"{name}: {key} was recorded {len(values[key])} times", [])
+                continue
+            difference = abs(values[key][0] - expected) / max(abs(expected), 1e-6)
+            self.counts["compared values"] += 1
+            self.largest = max(self.largest, difference)
+            if not difference <= TOLERANCE or not math.isfinite(difference):
+                self.counts["mismatches"] += 1
+                self.problem(f"{name}: {key} is {values[key][0]}, expected {expected}", [])
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the counts."""
+        wanted = ("kills", "resumes", "repeated steps", "complete runs", "missing lines")
+        counts = {key: self.counts[key] for key in (*wanted, "compared values", "mismatches")}
+        counts["largest relative difference"] = f"{self.largest:.1e}"
+        counts["other problems"] = (
+            len(self.problems) - self.counts["missing lines"] - self.counts["mismatches"]
+        )
+        return counts | {k: n for k, n in sorted(self.counts.items()) if k.startswith("kills ")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=60, help="the limit, with references")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--objectives", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--work", type=Path, help="a folder; default: a temporary one")
+    options = parser.parse_args()
+    work = options.work or Path(tempfile.mkdtemp(prefix="soak-"))
+    end, soak = time.monotonic() + 60 * options.minutes, Soak(work, options.seed)
+    for name in options.objectives:
+        soak.reference(name)
+    while soak.counts["kills"] < options.kills and time.monotonic() < end:
+        soak.live(soak.rng.choice(options.objectives))
+    for name in options.objectives:
+        soak.compare(name, complete=False)
+    for key, value in soak.summary().items():
+        print(f"{key}: {value}")
+    if not options.work:
+        shutil.rmtree(work)
+    return int(bool(soak.problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
