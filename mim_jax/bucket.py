@@ -116,7 +116,9 @@ def is_of_bucket(error: BaseException) -> bool:
     while trace is not None:
         modules.append(trace.tb_frame.f_globals.get("__name__", ""))
         trace = trace.tb_next
-    of_tensorstore = isinstance(error, ValueError) and "gs://" in str(error)
+    of_tensorstore = isinstance(error, ValueError) and (
+        "gs://" in str(error) or "retry attempts failed" in str(error)
+    )
     return of_tensorstore or any(module.startswith(LIBRARIES) for module in modules)
 
 

@@ -27,24 +27,23 @@ def make_mesh(devices: list | None = None, *, fsdp: int = 1) -> Mesh:
         UserError: if `fsdp` does not divide the devices of a slice.
     """
     devices = jax.devices() if devices is None else devices
-    slices: dict[int, list] = {}
-    for device in devices:
-        index = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
-        slices.setdefault(index, []).append(device)
-    in_slice = len(devices) // len(slices)
+    slices = len({getattr(x, "slice_index", 0) for x in devices if x.platform == "tpu"}) or 1
+    in_slice = len(devices) // slices
     fsdp = fsdp or in_slice
     if fsdp < 0 or in_slice % fsdp:
-        of = f" of each of the {len(slices)} slices" if len(slices) > 1 else ""
+        of = f" of each of the {slices} slices" if slices > 1 else ""
         raise UserError(
             f"fsdp = {fsdp} does not divide the {in_slice} devices{of}: set it to a divisor, or to "
             "0 for all of them."
         )
     shape = (in_slice // fsdp, fsdp)
-    grids = [
-        mesh_utils.create_device_mesh(shape, each, allow_split_physical_axes=True)
-        for each in slices.values()
-    ]
-    rows = [sorted(row, key=coordinates) for grid in grids for row in grid]
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            shape, (slices, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    rows = [sorted(row, key=coordinates) for row in grid]
     return Mesh(np.array(rows), AXES, axis_types=(AxisType.Auto,) * 2)
 
 

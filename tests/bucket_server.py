@@ -1,10 +1,10 @@
 """A storage emulator on the loopback address, with what gcp-storage-emulator lacks.
 
-    python -m tests.bucket_server FOLDER PORT
+    python -m tests.bucket_server PORT
 
 It has a bucket named "runs". As Google Cloud Storage does, it honors conditions on the generation
-of an object, sends the generation with the contents, and moves objects. It prints its port; 0 lets
-the system choose it. Objects are kept in FOLDER.
+of an object, sends the generation with the contents, serves the last bytes of an object, and moves
+objects. It prints its port; 0 lets the system choose it. Objects are kept in memory.
 """
 
 import sys
@@ -41,10 +41,15 @@ def conditional(handler):
     return handle
 
 
-def download_with_generation(request, response, storage, *args, **kwargs):
-    """Sends the contents of an object."""
+def download_range(request, response, storage, *args, **kwargs):
+    """Sends the contents of an object, or its last bytes."""
     names = request.params["bucket_name"], request.params["object_id"]
     response["x-goog-generation"] = generation_of(storage, *names)
+    last = request.get_header("Range", "")
+    if last.startswith("bytes=-"):
+        size = int(storage.get_file_obj(*names)["size"])
+        first = max(0, size - int(last.removeprefix("bytes=-")))
+        request._request_handler.headers.replace_header("Range", f"bytes={first}-")
     download(request, response, storage, *args, **kwargs)
 
 
@@ -58,7 +63,7 @@ def move(request, response, storage, *args, **kwargs):
 
 
 objects.insert, objects.delete = conditional(insert), conditional(delete)
-objects.download = download_with_generation
+objects.download = download_range
 
 from gcp_storage_emulator import server  # noqa: E402 - its table refers to the handlers
 
@@ -67,13 +72,9 @@ server.HANDLERS = ((MOVE, {"POST": move}), *server.HANDLERS)
 
 
 def main() -> None:
-    folder, port = sys.argv[1], int(sys.argv[2])
-    emulator = server.create_server(
-        "127.0.0.1", port, in_memory=False, default_bucket="runs", data_dir=folder
-    )
+    port = int(sys.argv[1])
+    emulator = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="runs")
     emulator.start()
-    while not emulator._api._httpd:
-        pass
     print(emulator._api._httpd.server_address[1], flush=True)
     threading.Event().wait()
 

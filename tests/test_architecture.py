@@ -32,7 +32,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "train": {"objectives", "sharding"},
     "checkpoint": {"storage", "train"},
     "transfer": {"checkpoint", "models", "train", "workdir"},
-    "data": {"cli", "data", "keys", "progress"},
+    "data": {"cli", "data", "keys", "progress", "storage"},
     "schema": {"config_files", "data", "keys", "models", "objectives", "optim", "workdir"},
     "recipe": {"data", "models", "objectives", "optim", "schema", "sharding"},
     "start": {

@@ -128,8 +128,8 @@ def scan(root: str, large: bool = False) -> Manifest:
     """
     if "://" in str(root):
         raise UserError(
-            f"{root} must be local or mounted: pack it where it is, with mim_jax.data.prepare, and "
-            "read it with data.name=tfds:gs://..."
+            f"{root} must be local or mounted: mount the bucket with gcsfuse, or pack the images "
+            "with mim-jax prepare and set data.name=tfds:gs://..."
         )
     root = os.path.realpath(os.path.expanduser(root))
     if not os.path.exists(root):

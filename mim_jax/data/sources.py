@@ -16,6 +16,7 @@ from mim_jax.data.arrow import Rows, Table
 from mim_jax.data.decode import MODES, BadImageError
 from mim_jax.data.folder import Folder, select
 from mim_jax.data.manifest import printable
+from mim_jax.storage import open_path
 
 BUILTIN = {"emoji": Path(__file__).parent / "builtin" / "emoji" / "1.0.0"}
 ONE_AT_A_TIME = threading.Lock()
@@ -195,7 +196,7 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     if path:
         try:
             with only_features_of_tfds():
-                return tfds.builder_from_directory(os.path.expanduser(path))  # or gs://
+                return tfds.builder_from_directory(open_path(path))
         except (tfds.core.dataset_info.DatasetInfoFileError, FileNotFoundError) as error:
             raise UserError(
                 f"{path} is not a data set of TFDS or `mim-jax prepare`: set data.name=tfds:PATH "
@@ -214,7 +215,8 @@ def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise UserError(f"data.name = {name!r} is not a data set: set it to {choices}.")
     try:
         with only_features_of_tfds():
-            builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+            folder = open_path(data_dir) if data_dir else None
+            builder = tfds.builder(name, data_dir=folder, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"there is no data set {name!r}: set data.name to {choices}.") from error
     except ValueError as error:
