@@ -332,7 +332,7 @@ def read_segmenter(source: str | Path) -> tuple[dict, dict, dict]:
         if not workdir.is_converted(record):
             return params, buffers, record
     params, network, _ = files.load_weights(source)
-    if network.kind != "segment":
+    if "classes" not in params.get("head", {}):
         raise UserError(f"{source} does not classify pixels.")
     module, config = segmenter(params, network, network.encoder), files.config_of(network)
     for key in ("decoder", "layers", "channels", "auxiliary_channels"):
