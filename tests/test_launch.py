@@ -58,7 +58,7 @@ def test_a_run_continues_on_other_devices(tmp_path, command):
     assert (tmp_path / "moved" / "pictures" / "step_0000009.png").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_one_of_two_processes_gets_a_signal(number, tmp_path):
     """The other says what happened and ends, at once where they meet; or both save and stop."""
     port = 20000 + os.getpid() % 20000
