@@ -262,7 +262,13 @@ class UploadedLines:
                     self.blob.upload_from_string(text, "application/json", **patience())
                 self.stored = text
             except (UserError, BucketError) as error:
-                print(f"warning: {self.name} is not stored yet: {error}", file=sys.stderr)
+                reason = type(error.__cause__ or error).__name__
+                print(
+                    f"warning: {self.name} could not be uploaded ({reason}): another attempt "
+                    f"follows within {INTERVAL:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 class Lease:

@@ -81,7 +81,7 @@ def saved(place: str, *steps: int) -> None:
 # --- A whole run. ---
 
 
-def test_a_killed_run_continues_and_every_command_reads_it(place, tmp_path, capsys):
+def test_a_killed_run_continues_and_every_command_reads_it(place, capsys):
     arguments = [MAE, "--smoke", "--config.steps=30", "--config.save.every_steps=10"]
     arguments += ["--config.log.every_steps=10", "--config.probe.images=0"]
     arguments += ["--config.evaluate.every_steps=30", "--config.pictures.every_steps=30"]
@@ -95,12 +95,8 @@ def test_a_killed_run_continues_and_every_command_reads_it(place, tmp_path, caps
         process.kill()
     assert main.main([*arguments, f"--workdir={place}"]) == 0
     assert "continuing after step" in capsys.readouterr().out
-    local = str(tmp_path / "run")
-    assert main.main([*arguments, f"--workdir={local}"]) == 0
 
-    losses = np.array(runs.read_run(place).series("loss"))
-    assert losses[:, 0].tolist() == [10, 20, 30]
-    np.testing.assert_allclose(losses, runs.read_run(local).series("loss"), rtol=1e-5)
+    assert [step for step, _ in runs.read_run(place).series("loss")] == [10, 20, 30]
     names = {path.name for path in workdir.open_path(place).iterdir()}
     assert {"metrics-00000-000.jsonl", "metrics-00001-000.jsonl", "config.json"} <= names
     assert "tensorflow" not in sys.modules
@@ -326,7 +322,7 @@ def test_lines_survive_a_failed_upload(capsys):
     lines = bucket.UploadedLines(Blob(), "metrics-00000-000.jsonl")
     lines.append({"step": 1})
     lines.flush()
-    assert "metrics-00000-000.jsonl is not stored yet" in capsys.readouterr().err
+    assert "metrics-00000-000.jsonl could not be uploaded (BucketError)" in capsys.readouterr().err
     Blob.works = True
     lines.append({"step": 2})
     lines.flush()
