@@ -199,9 +199,9 @@ def summary(rows: list[Collective], step: Step) -> dict[str, dict[str, Any]]:
 def theory(step: Step) -> dict[str, int]:
     """Returns the bytes that a step must move by collectives, by kind.
 
-    Split parameters are gathered once, in the type in which they are used; their gradients are
-    scattered once, in float32, across the lines of a slice and then along them; the rest of the
-    gradient, and the parts of copies, are added up.
+    Split parameters are gathered once, in the type in which they are used, and buffers in their
+    own; gradients are scattered once, in float32, across the lines of a slice and then along them;
+    the rest of the gradient, and the parts of copies, are added up.
     """
     mesh, parameters = step.run.mesh, step.start.parameters
     if mesh.size == 1:
@@ -213,7 +213,8 @@ def theory(step: Step) -> dict[str, int]:
         expected["all-reduce"] += 4 * divided // shards
     if divided:
         second = divided * line // shards if line < shards else 0
-        expected["all-gather"] = divided * jax.numpy.dtype(step.dtype).itemsize
+        parameters_read = divided * jax.numpy.dtype(step.dtype).itemsize
+        expected["all-gather"] = parameters_read + step.split_buffer_bytes
         expected["reduce-scatter"] = 4 * (divided + second)
     return expected
 

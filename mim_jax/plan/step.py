@@ -93,8 +93,16 @@ class Step:
     @property
     def split_parameters(self) -> int:
         """Parameters in arrays that are split over devices."""
-        leaves = jax.tree.leaves(self.start.like.params)
-        return sum(x.size for x in leaves if tuple(split(x, self.run.mesh)))
+        return sum(x.size for x in self.split_arrays(self.start.like.params))
+
+    @property
+    def split_buffer_bytes(self) -> int:
+        """The bytes of all buffers, such as a frozen tokenizer, that are split over devices."""
+        return sum(x.size * x.dtype.itemsize for x in self.split_arrays(self.start.like.buffers))
+
+    def split_arrays(self, tree: Any) -> list[jax.ShapeDtypeStruct]:
+        """Returns the arrays of a tree that are split over devices."""
+        return [x for x in jax.tree.leaves(tree) if tuple(split(x, self.run.mesh))]
 
     def compile(self) -> Compiled:
         """Compiles the step, or takes the result of an earlier time, if the program is the same.
