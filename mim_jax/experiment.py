@@ -1,7 +1,10 @@
 """Runs in Python: build one, train it step by step, evaluate it and look at its pictures."""
 
 import functools
+import signal
+import threading
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import jax
@@ -24,7 +27,8 @@ class Experiment:
             print(step, float(metrics["loss"]))
         experiment.evaluate(state)
 
-    If the loop is interrupted, `experiment.train(state)` continues from the last state.
+    If the loop is interrupted, `experiment.train(state)` continues from the last state; Ctrl-C
+    takes effect after the step that is being computed.
 
     Attributes:
         config: the complete config.
@@ -63,7 +67,7 @@ class Experiment:
                 self.config.batch_size, seed=self.config.seed, start=step, stop=self.run.steps
             )
 
-        yield from train(
+        steps = train(
             self.run.objective,
             self.run.optimizer,
             batches_from,
@@ -74,6 +78,7 @@ class Experiment:
             accumulate=self.config.accumulate,
             ema=self.config.ema,
         )
+        yield from interrupted_between(steps)
 
     def evaluate(self, state: TrainState, limit: int = 0) -> dict[str, Any]:
         """Returns the means over the first `limit` examples of the evaluation split (0: all).
@@ -98,6 +103,37 @@ class Experiment:
         Raises UserError if the run has another network.
         """
         return peek(path, self.start.like)
+
+
+def interrupted_between(steps: Iterator[tuple]) -> Iterator[tuple]:
+    """Yields steps. Ctrl-C raises KeyboardInterrupt between two of them, if it comes in the second.
+
+    A step reuses the memory of the last state, which would be lost if the step were interrupted. A
+    second Ctrl-C does interrupt it, and so does the first one before any step is done.
+    """
+    default = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(default):
+        yield from steps
+        return
+    computing, pending = False, False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal pending
+        if computing and not pending:
+            pending = True
+        else:
+            default(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        for result in steps:
+            computing = False
+            yield result
+            if pending:
+                raise KeyboardInterrupt
+            computing = True
+    finally:
+        signal.signal(signal.SIGINT, default)
 
 
 def require_state(state: Any, method: str) -> None:

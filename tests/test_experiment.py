@@ -1,6 +1,7 @@
 """Runs in Python."""
 
 import itertools
+import signal
 
 import jax
 import numpy as np
@@ -46,6 +47,28 @@ def test_the_loop_is_that_of_the_command(experiment, tmp_path):
     assert means["loss"] == pytest.approx(experiment.evaluate(state, limit=20)["loss"], rel=1e-5)
     again = mim_jax.build(str(tmp_path))
     assert again.config.model.width == 32
+
+
+def test_the_last_state_survives_an_interruption(experiment, monkeypatch):
+    """Ctrl-C while a step is computed, which reuses the memory of the state before it."""
+    complete = [float(metrics["loss"]) for _, _, metrics in experiment.train()]
+    training_batches = experiment.run.data.training_batches
+
+    def batches(*arguments, **options):
+        for number, batch in enumerate(training_batches(*arguments, **options)):
+            if number == 2:  # requested during the second step
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    steps, previous = [], signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(experiment.run.data), "training_batches", staticmethod(batches))
+        with pytest.raises(KeyboardInterrupt):
+            steps.extend(step for step in experiment.train())
+    assert [step for step, _, _ in steps] == [1, 2]
+    assert signal.getsignal(signal.SIGINT) is previous
+    again = [float(metrics["loss"]) for _, _, metrics in experiment.train(steps[-1][1])]
+    assert again == complete[2:]
 
 
 def test_pictures(experiment):

@@ -62,6 +62,46 @@ def test_features(tmp_path):
     assert images(notebook) == 1
 
 
+TRAIN = """
+from mim_jax import main
+options = ["--config=mae_emoji", "--smoke", "--config.log.every_steps=1", "--config.probe.images=0"]
+code = main.main([*options, "--config.steps=100000", "--workdir={}"])
+print(f"exit code {{code}}")
+"""
+
+
+def test_an_interruption_saves_the_run_and_keeps_the_kernel(tmp_path):
+    manager = nbclient.client.KernelManager()
+    manager.kernel_spec.argv[0] = sys.executable
+    manager.start_kernel(cwd=str(ROOT))
+    client = manager.blocking_client()
+    client.start_channels()
+    client.wait_for_ready(timeout=120)
+
+    def execute(code: str, interrupt_at: str = "") -> str:
+        """Returns what the code prints; interrupts the kernel once when it has printed a text."""
+        request, text, interrupted = client.execute(code), "", not interrupt_at
+        while True:
+            message = client.get_iopub_msg(timeout=300)
+            if message["parent_header"].get("msg_id") != request:
+                continue
+            text += message["content"].get("text", "")
+            if interrupt_at in text and not interrupted:
+                manager.interrupt_kernel()
+                interrupted = True
+            if message["content"].get("execution_state") == "idle":
+                return text
+
+    try:
+        text = execute(TRAIN.format(tmp_path / "run"), interrupt_at="/100000  loss")
+        assert "stopped and saved after step" in text
+        assert "exit code 130" in text
+        assert execute("print(code + 1)") == "131\n"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
 def test_every_notebook_is_tested():
     assert [path.stem for path in NOTEBOOKS] == ["features", "reconstruct"]
 
