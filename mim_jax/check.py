@@ -11,6 +11,7 @@ Exit codes: 0 the run would start, 1 it would fail, 2 user error.
 
 import copy
 import io
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -188,7 +189,7 @@ def check_disk(state_bytes: int, keep: int, path: str) -> list[str]:
     say(
         "checkpoints",
         f"{gib(state_bytes)} each; {keep} are kept while one more is written: {gib(needed)}",
-        f"{path} has {gib(free)} free",
+        f"{path} has {gib(free)} free" if math.isfinite(free) else f"{path} has no limit",
     )
     return [] if needed <= free else [f"{path} has no space for {keep + 1} checkpoints."]
 
