@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -102,8 +103,8 @@ class Training:
             log.say(values)
             if problem:
                 raise UserError(problem)
-        unfinished = [name for name in self.due(first) if name in self.checkpoints.unfinished]
-        if first >= run.steps and (not unfinished or self.is_done()):
+        unfinished = self.unfinished(first)
+        if first >= run.steps and not unfinished:
             log.say(f"{self.path} is complete: it is at step {first:,} of {run.steps:,}.")
             return 0
         if first:
@@ -129,11 +130,25 @@ class Training:
                 state = self.state()
         raise AssertionError
 
-    def is_done(self) -> bool:
-        """Returns whether the run has ended, according to the events that process 0 reads."""
-        events = workdir.read_lines(workdir.open_path(self.path) / "events.jsonl")
-        done = bool(events) and events[-1].get("event") == "done"
-        return bool(multihost_utils.broadcast_one_to_all(np.array(done)))
+    def unfinished(self, step: int) -> list[str]:
+        """Returns the actions of a step that a signal prevented and that were not done since.
+
+        The records that process 0 reads decide that.
+        """
+        names = [name for name in self.due(step) if name in self.checkpoints.unfinished]
+        if not names:
+            return []
+        path = workdir.open_path(self.path)
+        done = {
+            "probe" if key.startswith("evaluate/probe_") else "evaluate"
+            for record in workdir.read_lines(path / "metrics.jsonl")
+            for key in record
+            if record.get("step") == step and key.startswith("evaluate/")
+        }
+        if picture_of(path, step).exists():
+            done.add("pictures")
+        flags = multihost_utils.broadcast_one_to_all(np.array([name not in done for name in names]))
+        return [name for name, flag in zip(names, flags, strict=True) if flag]
 
     def state(self) -> TrainState:
         """Returns the newest saved state, or the initial one."""
@@ -361,12 +376,17 @@ class Training:
         columns = pictures_of(run, state, self.config.pictures.count, self.config.seed)
         if jax.process_index() == 0 and all(len(images) for images in columns.values()):
             draw_sheet(
-                workdir.open_path(self.path) / "pictures" / f"step_{step:07d}.png",
+                picture_of(workdir.open_path(self.path), step),
                 columns,
                 f"{name}, step {step:,}  {format_metrics(metrics) if metrics else ''}",
                 stretch=run.data.image.dtype != "uint8",
                 legend=run.data.legend,
             )
+
+
+def picture_of(folder: epath.Path, step: int) -> epath.Path:
+    """Returns the path of the sheet of pictures after a step."""
+    return folder / "pictures" / f"step_{step:07d}.png"
 
 
 def peak_share(run: Run, config: ConfigDict) -> float:

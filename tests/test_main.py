@@ -440,7 +440,15 @@ def test_a_signal_during_an_evaluation(tmp_path, monkeypatch, capsys, step):
     assert f"stopped and saved after step {step}" in capsys.readouterr().out
     assert (folder / "checkpoints" / str(step) / "digests.json").is_file()
     monkeypatch.setattr(training, "evaluate", evaluate)
-    for said in ("done: ", "is complete"):
+
+    def failing(*arguments):
+        raise RuntimeError
+
+    with monkeypatch.context() as failed:  # an error after the evaluation
+        failed.setattr(training.Training, "loop" if step == 10 else "end", failing)
+        with pytest.raises(RuntimeError):
+            main.main(arguments)
+    for said in ("done: ", "is complete") if step == 10 else ("is complete",):
         assert main.main(arguments) == 0
         assert said in capsys.readouterr().out
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
