@@ -174,7 +174,7 @@ def as_json(cost: Cost) -> dict[str, Any]:
         target=step.target.name,
         devices=count,
         fits=cost.fits,
-        peak_hbm_bytes=cost.peak,
+        peak_hbm_bytes=round(cost.peak),
         flops=cost.flops or None,
         model_flops=step.model_flops,
         predicted_step_seconds=cost.seconds,
