@@ -276,7 +276,7 @@ class Soak:
             if key[0] > last:
                 continue
             if len(values[key]) != 1:
-                self.counts["missing lines"] += 1
+                self.counts["missing or repeated lines"] += 1
                 self.problem(f"{name}: {key} was recorded {len(values[key])} times", [])
                 continue
             difference = abs(values[key][0] - expected) / max(abs(expected), 1e-6)
@@ -288,11 +288,19 @@ class Soak:
 
     def summary(self) -> dict[str, Any]:
         """Returns the counts."""
-        wanted = ("kills", "resumes", "repeated steps", "complete runs", "missing lines")
+        wanted = (
+            "kills",
+            "resumes",
+            "repeated steps",
+            "complete runs",
+            "missing or repeated lines",
+        )
         counts = {key: self.counts[key] for key in (*wanted, "compared values", "mismatches")}
         counts["largest relative difference"] = f"{self.largest:.1e}"
         counts["other problems"] = (
-            len(self.problems) - self.counts["missing lines"] - self.counts["mismatches"]
+            len(self.problems)
+            - self.counts["missing or repeated lines"]
+            - self.counts["mismatches"]
         )
         return counts | {k: n for k, n in sorted(self.counts.items()) if k.startswith("kills ")}
 

@@ -33,10 +33,12 @@ def test_equal_runs(tmp_path, capsys):
     counts = compared(tmp_path, run())
     assert counts["compared values"] == soak.STEPS + soak.STEPS // 7
     assert counts["complete runs"] == 1
-    assert counts["missing lines"] == counts["mismatches"] == counts["other problems"] == 0
+    assert (
+        counts["missing or repeated lines"] == counts["mismatches"] == counts["other problems"] == 0
+    )
     counts = compared(tmp_path, run(steps=10), complete=False)
     assert counts["compared values"] == 9 + 1  # the last step may be incomplete
-    assert counts["missing lines"] == 0
+    assert counts["missing or repeated lines"] == 0
 
 
 def test_differences_and_missing_lines(tmp_path, capsys):
@@ -45,7 +47,7 @@ def test_differences_and_missing_lines(tmp_path, capsys):
     assert counts["largest relative difference"] == "5.0e-04"
     assert "mae: (5, 'loss') is 0.2001, expected 0.2" in capsys.readouterr().out
     counts = compared(tmp_path, [*run()[1:], {"step": 9, "loss": 1 / 9}])
-    assert counts["missing lines"] == 2  # one is not there, another twice
+    assert counts["missing or repeated lines"] == 2  # one is not there, another twice
 
 
 def test_meshes_and_lines():
