@@ -70,7 +70,7 @@ def type_text(kind: Any) -> str:
 def markdown() -> str:
     """Returns tables of the keys of every block, objective and optimizer."""
     blocks: dict[str, tuple] = {}
-    for name in objectives.names():
+    for name in objectives.packaged():
         choices = {"objective": {"name": name}, "optimizer": {"name": "adamw"}, "data": {}}
         for block, functions in schema.functions(choices).items():
             known = blocks.get(block, ())
@@ -86,7 +86,7 @@ def markdown() -> str:
             continue
         title = f"`{block}`" if block else "Top level"
         sections += table(title, [schema.keys_of_function(function) for function in functions])
-    for name in objectives.names():
+    for name in objectives.packaged():
         keys = schema.keys_of_function(objectives.find(name), every=True)
         sections += table(f'`objective`, with `name = "{name}"`', [keys])
     sections += table("`optimizer`", [schema.keys_of_function(schema.Schedule)])

@@ -104,9 +104,14 @@ def whole_images(encoder: ViT, mean: tuple, std: tuple) -> Callable:
 EXTERNAL: dict[str, ModuleType] = {}  # objectives outside the package, by `objective.name`
 
 
+def packaged() -> list[str]:
+    """Returns the names of the objectives in this package."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
 def names() -> list[str]:
     """Returns the names of the objectives in this package and of the external ones loaded."""
-    return sorted({*(module.name for module in pkgutil.iter_modules(__path__)), *EXTERNAL})
+    return sorted({*packaged(), *EXTERNAL})
 
 
 def find(name: str) -> Callable:
