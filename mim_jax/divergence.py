@@ -107,6 +107,10 @@ class Failures:
         self.last_good, self.in_a_row, self.captures = first, 0, 0
         self.pending: tuple[int, Mapping[str, Any]] | None = None
 
+    def limits(self, step: int) -> np.ndarray | None:
+        """Returns the limits of a step, None if the first failure ends the run anyway."""
+        return self.spikes.limits(step) if self.patience else None
+
     def after(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records a step and checks the one before.
 

@@ -129,7 +129,10 @@ class Divergence(NamedTuple):
     """Steps that fail: their loss or gradient is not finite, or a spike. They are not applied."""
 
     patience: Annotated[
-        int, NOT_NEGATIVE, FREE, "failures in a row before a rollback; 0: the first ends the run"
+        int,
+        NOT_NEGATIVE,
+        FREE,
+        "failures in a row before a rollback; 0: the first ends the run, and no update is skipped",
     ] = 10
     rollbacks: Annotated[
         int,

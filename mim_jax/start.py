@@ -90,7 +90,9 @@ class Start:
             accumulate=self.config.accumulate,
             ema=self.config.ema,
         )
-        limits = jax.ShapeDtypeStruct((2,), "float32", sharding=replicated(mesh))
+        limits = None
+        if self.config.divergence.patience:
+            limits = jax.ShapeDtypeStruct((2,), "float32", sharding=replicated(mesh))
         return step.trace(self.like, batch, rng, limits)
 
 

@@ -238,7 +238,7 @@ class Training:
             seed=self.config.seed,
             accumulate=self.config.accumulate,
             ema=self.config.ema,
-            limits=failures.spikes.limits,
+            limits=failures.limits,
         )
         rates = np.asarray(run.schedule(np.arange(run.steps)))  # computed once, before the loop
         log.say("compiling the first step")

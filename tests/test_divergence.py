@@ -11,11 +11,13 @@ from PIL import Image
 
 from mim_jax import divergence, main, recipe, replay, schema
 from mim_jax.divergence import Failures, RollbackError, Spikes, data_step
+from mim_jax.train import NO_LIMITS
 from tests.tiny_run import OBJECTIVE, STEPS, numbers, run
 
 OBJECTIVE_FILE = """
 import jax.numpy as jnp
 from mim_jax.objectives import mae
+from mim_jax.train import NO_LIMITS
 
 def objective(model, tokenizer=None, *, decoder_width: int = 16, factor: float = 0.0):
     \"\"\"MAE whose loss is multiplied by a factor or NaN for a batch with a white image.\"\"\"
@@ -89,6 +91,21 @@ def test_a_failed_step_changes_nothing():
         if np.issubdtype(old.dtype, np.inexact):
             np.testing.assert_array_equal(old, new)
     assert len(history) == STEPS
+
+
+def test_without_limits_every_step_is_applied(tmp_path):
+    """As a run whose first failure ends it asks for."""
+
+    def loss(params, buffers, batch, rng, step):
+        total, weight, rest = OBJECTIVE.loss(params, buffers, batch, rng, step)
+        return total * jnp.where(step == 2, jnp.nan, 1), weight, rest
+
+    options = dict(first=0, names_of=lambda step: [], skips=[], say=print, spikes=Spikes(0.0))
+    assert Failures(tmp_path, patience=1, **options).limits(3) is NO_LIMITS
+    limits = Failures(tmp_path, patience=0, **options).limits
+    history = run(objective=OBJECTIVE._replace(loss=loss), limits=limits)
+    assert np.isnan(numbers(history)[2:]).any(1).all()
+    np.testing.assert_allclose(numbers(run(limits=limits)), numbers(run()), rtol=1e-6)
 
 
 def test_a_spike_changes_nothing():
