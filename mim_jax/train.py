@@ -64,9 +64,8 @@ def train_step(
     """Performs one update: state, batch, limits (2,) -> state, metrics {name: ()}.
 
     If the absolute loss or the norm of the gradient is over its limit or not a number, the update
-    is skipped and only counters advance. With limits=None every update is applied.
-    Without clipping, XLA then fuses the update of a matrix with the product that is its gradient,
-    which saves 7 % of MAE-B's step on a TPU v5e.
+    is skipped and only counters advance. With limits=None every update is applied, which can be
+    faster: without clipping it need not wait for the norm.
     """
     grads, metrics, changed = gradient_of(
         state, batch, rng, objective=objective, accumulate=accumulate, mesh=mesh
@@ -129,8 +128,7 @@ def train(
         seed: seed of the random numbers drawn in the loss.
         accumulate: number of parts of a batch that are processed one after another.
         ema: decay of the moving average of the parameters; 0: no average.
-        limits: step -> largest loss and norm of the gradient with which it is applied, (2,), or
-            None for every step.
+        limits: step -> largest loss and norm of an update that is applied (2,), or None.
     """
     rng = jax.random.key(seed)
     step_fn = jit_step(objective, optimizer, state, mesh=mesh, accumulate=accumulate, ema=ema)

@@ -60,13 +60,13 @@ def test_the_last_state_survives_an_interruption(experiment, monkeypatch):
                 signal.raise_signal(signal.SIGINT)
             yield batch
 
-    steps, previous = [], signal.getsignal(signal.SIGINT)
+    steps, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(type(experiment.run.data), "training_batches", staticmethod(batches))
         with pytest.raises(KeyboardInterrupt):
             steps.extend(step for step in experiment.train())
     assert [step for step, _, _ in steps] == [1, 2]
-    assert signal.getsignal(signal.SIGINT) is previous
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     again = [float(metrics["loss"]) for _, _, metrics in experiment.train(steps[-1][1])]
     assert again == complete[2:]
 
