@@ -64,8 +64,7 @@ def train_step(
     """Performs one update: state, batch, limits (2,) -> state, metrics {name: ()}.
 
     If the absolute loss or the norm of the gradient is over its limit or not a number, the update
-    is skipped and only counters advance. With limits=None every update is applied, which can be
-    faster: without clipping it need not wait for the norm.
+    is skipped and only counters advance. With limits=None every update is applied.
     """
     grads, metrics, changed = gradient_of(
         state, batch, rng, objective=objective, accumulate=accumulate, mesh=mesh
