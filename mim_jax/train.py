@@ -76,8 +76,7 @@ def train_step(
     updated = TrainState(state.step + 1, params, buffers, opt_state, average)
     if limits is None:
         return updated, metrics
-    sizes = jnp.abs(jnp.stack([metrics["loss"], metrics["grad_norm"]]))
-    usable = (sizes <= limits).all()
+    usable = (jnp.abs(jnp.stack([metrics["loss"], metrics["grad_norm"]])) <= limits).all()
 
     def choose(new, old):
         return jnp.where(usable, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
@@ -90,10 +89,9 @@ def jit_step(objective, optimizer, state: TrainState, *, mesh: Mesh, accumulate=
 
     The state is donated. It keeps the shardings of `state`, which may consist of shapes only.
     """
-    settings = dict(objective=objective, optimizer=optimizer, mesh=mesh)
-    settings |= dict(accumulate=accumulate, ema=ema)
+    settings = dict(objective=objective, optimizer=optimizer, accumulate=accumulate, mesh=mesh)
     return jax.jit(
-        functools.partial(train_step, **settings),
+        functools.partial(train_step, **settings, ema=ema),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
     )
