@@ -22,10 +22,11 @@ class Series(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A horizontal line that values can be compared with."""
+    """A horizontal line that values can be compared with, or a band."""
 
     value: float
     label: str
+    high: float | None = None  # the upper end of a band
 
 
 def chart(
@@ -56,9 +57,10 @@ def chart(
     for reference in references:
         if axes.y[0] <= reference.value <= axes.y[1]:
             y = axes.down(reference.value)
+            top = axes.down(min(reference.high or reference.value, axes.y[1]))
             parts.append(
-                f'<g class="reference"><path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
-                f'<text x="{WIDTH - RIGHT}" y="{y - 4:.1f}">{escape(reference.label)}</text></g>'
+                f'<g class="reference"><path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}V{top:.1f}H{LEFT}"/>'
+                f'<text x="{WIDTH - RIGHT}" y="{top - 4:.1f}">{escape(reference.label)}</text></g>'
             )
     for line, points in zip(lines, arrays, strict=True):
         parts.append(axes.line(line, points))

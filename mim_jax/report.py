@@ -205,9 +205,15 @@ def spelled(metric: str) -> str:
 
 
 def references(metric: str, runs: Sequence[RecordedRun]) -> list[Reference]:
-    """Returns reference values of a metric: the chance level, and limits."""
+    """Returns reference values of a metric: the chance level, limits, and what others published."""
+    published = json.loads((TEMPLATES / "published.json").read_text())
     marks = set()
     for run in runs:
+        values = schema.flatten(run.config)
+        for entry in published:
+            same = all(values.get(key) == value for key, value in entry["where"].items())
+            if metric == entry["metric"] and same:
+                marks.add(Reference(entry["low"], entry["label"], entry["high"]))
         objective, classes = run.config["objective"], len(class_names(run))
         vocabulary = run.config["tokenizer"]["vocabulary"] if "tokenizer" in run.config else 0
         if metric in ("accuracy", "probe_knn", "probe_linear") and classes:

@@ -91,6 +91,14 @@ def test_references_are_drawn_where_they_are_near():
     assert "far" not in svg
 
 
+def test_a_reference_can_be_a_band():
+    svg = chart("accuracy", [Series("a", [(0, 0.2), (1, 0.4)])], [Reference(0.25, "band", 0.35)])
+    [path] = re.findall(r'class="reference"><path d="M[\d.]+ ([\d.]+)H[\d.]+V([\d.]+)H', svg)
+    [low, high] = paths(svg, "line")[0][:, 1]  # of 0.2 and 0.4
+    ends = [np.interp(x, (0.2, 0.4), (low, high)) for x in (0.25, 0.35)]
+    np.testing.assert_allclose(np.array(path, float), ends, atol=0.1)
+
+
 def test_text_is_escaped():
     svg = chart("<script>", [Series('"><script>alert(1)</script>', [(0, 1.0)])])
     assert "<script" not in svg

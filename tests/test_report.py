@@ -205,6 +205,21 @@ def test_runs_are_compared(tmp_path):
     assert set(re.findall(r"<code>(.*?)</code>", table)) == {"seed", "optimizer.b2"}
 
 
+def test_published_figures_are_for_their_data(tmp_path):
+    """Those of ImageNet-1k are drawn for ImageNet-1k alone, and name keys that exist."""
+    lines = [dict(step=10 * i, loss=0.9 - 0.1 * i) for i in range(1, 5)]
+    label = "official code after 15 epochs"
+    imagenet = ["data.name=imagenet2012", "objective.target=normalized_pixels"]
+    assert label in written(make(tmp_path / "imagenet", lines, overrides=imagenet))[0]
+    assert label not in written(make(tmp_path / "emoji", lines, overrides=imagenet[1:]))[0]
+    for entry in json.loads((report.TEMPLATES / "published.json").read_text()):
+        name, where = entry["where"]["objective.name"], entry["where"]
+        config = dict(mae="mae_base", beit="beit_base", classify="mae_base_finetune")[name]
+        values = schema.flatten(schema.load(str(ROOT / f"configs/{config}.py")))
+        assert where == {key: values[key] for key in where}
+        assert entry["low"] <= entry["high"]
+
+
 def test_keys_that_differ_from_their_defaults(tmp_path):
     run = read_run(make(tmp_path / "run", overrides=["objective.mask_ratio=0.5", "log.wandb="]))
     changed = {setting.key: setting for setting in report.settings(run) if setting.changed}
