@@ -97,7 +97,7 @@ class Life:
 
     @property
     def ended(self) -> bool:
-        """Whether any process has ended."""
+        """True if one of the processes is no longer running."""
         return any(process.poll() is not None for process in self.processes)
 
     @property

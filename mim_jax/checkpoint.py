@@ -237,9 +237,11 @@ def disk_errors(folder: epath.Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # of tensorstore, for example: ... [os_error_code='28']
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        number = int(code[1]) if code else errno.ENOSPC * ("No space left" in str(error))
-        if not number:
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            number = int(code[1])
+        elif "No space left" in str(error):
+            number = errno.ENOSPC
+        else:
             raise
         raise OSError(number, os.strerror(number), str(folder)) from error
 

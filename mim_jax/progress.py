@@ -1,4 +1,4 @@
-"""Progress of long operations: bars on a terminal, and a line each minute elsewhere."""
+"""Progress of long operations: bars on a terminal, and a line every minute elsewhere."""
 
 import io
 import sys
@@ -16,12 +16,12 @@ INTERVAL = 60.0  # seconds between lines where there is no terminal
 
 
 class Bar(tqdm):
-    """A bar that also moves its clock while nothing advances, for example during compilation.
+    """A progress bar whose clock also advances while no unit is completed, as in compilation.
 
     Args:
         description: what is being done.
         total: number of units, if it is known.
-        unit: what is counted, a plural.
+        unit: what is counted, a plural; "": only the elapsed time is shown.
         first: number of units that are done already.
         lines: whether to print lines where there is no terminal.
     """
@@ -31,7 +31,7 @@ class Bar(tqdm):
         description: str,
         total: int | None = None,
         *,
-        unit: str,
+        unit: str = "",
         first: int = 0,
         lines: bool = True,
     ):
@@ -48,13 +48,14 @@ class Bar(tqdm):
             miniters=1,
             dynamic_ncols=True,
             file=sys.stderr if self.terminal else io.StringIO(),
+            bar_format=None if unit else "{desc}: {elapsed}",
         )
-        if self.terminal:
+        if self.terminal or not unit:
             threading.Thread(target=self.move_clock, daemon=True).start()
 
     def move_clock(self) -> None:
-        """Draws the bar once a second until it is closed."""
-        while not self.ended.wait(1):
+        """Draws the bar every second, or prints a line every INTERVAL, until it is closed."""
+        while not self.ended.wait(1 if self.terminal else INTERVAL):
             if time.time() > self.start_t + self.delay:
                 self.refresh()
 

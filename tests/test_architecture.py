@@ -90,7 +90,8 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
         *("sharding", "sheets", "start", "train", "workdir"),
     },
     "plan": {
-        *("cli", "data", "flops", "models", "plan", "schema", "recipe", "sharding", "start"),
+        *("cli", "data", "flops", "models", "plan", "progress", "recipe", "schema"),
+        *("sharding", "start"),
     },
     "evaluate": {
         *("checkpoint", "cli", "data", "progress", "recipe", "schema", "start", "train"),

@@ -13,7 +13,6 @@ import pytest
 from mim_jax import UserError, schema
 from mim_jax.data.described import open_described
 from mim_jax.plan import cache, hardware, memory
-from mim_jax.plan import step as steps
 from mim_jax.plan.__main__ import main
 from mim_jax.plan.compiled import (
     Collective,
@@ -294,12 +293,6 @@ def test_data_that_are_known_by_their_sizes():
         source.examples[0]
     with pytest.raises(UserError, match="sizes:IMAGES/CLASSES"):
         open_described("sizes:many", ("train",), 3, segmented=False)
-
-
-def test_progress(capsys):
-    with steps.progress("compiling", seconds=0.01) as _:
-        while "min" not in capsys.readouterr().err:
-            pass
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")

@@ -33,6 +33,17 @@ def test_lines_without_a_terminal(at_once, capsys):
     assert all("\r" not in line for line in lines)
 
 
+def test_the_elapsed_time_of_what_is_not_counted(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setattr(progress, "INTERVAL", 0.05)
+    lines, end = "", time.monotonic() + 30
+    with Bar("compiling"):
+        while lines.count("\n") < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+            lines += capsys.readouterr().err
+    assert lines.startswith("compiling: 00:00\ncompiling: 00:0")
+
+
 def test_silence_without_a_terminal(capsys, monkeypatch):
     assert list(track(range(3), "evaluating", unit="images")) == [0, 1, 2]  # too short
     monkeypatch.setattr(progress, "DELAY", 0.0)

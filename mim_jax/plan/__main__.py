@@ -65,13 +65,13 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> int:
             summary = step.run.summary.replace(f"({device})", f"({target.chip.kind})")
             print(f"{step.start.parameters:,} parameters\n{summary}", flush=True)
         cost = cost_of(step)
-        found = None if cost.fits or options.no_search else search(cost, cost_of)
+        fitting = None if cost.fits or options.no_search else search(cost, cost_of)
         if options.markdown:
-            print(table_row(path, cost, found), flush=True)
+            print(table_row(path, cost, fitting), flush=True)
         else:
-            print("\n".join(report(cost, found, options.parts)), flush=True)
+            print("\n".join(report(cost, fitting, options.parts)), flush=True)
         if options.json:
-            print(json.dumps(as_json(cost) | dict(suggestion=suggestion(found))), flush=True)
+            print(json.dumps(as_json(cost) | dict(suggestion=suggestion(fitting))), flush=True)
         fits.append(cost.fits)
     return 0 if all(fits) else 1
 
@@ -79,15 +79,15 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> int:
 # --- As text. ---
 
 
-def report(cost: Cost, found: Fitting | None, parts: bool) -> list[str]:
+def report(cost: Cost, fitting: Fitting | None, parts: bool) -> list[str]:
     """Returns the lines that describe a cost, and that of the keys with which the step fits."""
     lines = list(describe(cost, parts))
     if cost.fits:
         return lines
-    if found is None:
-        return [*lines, "no accumulation, rematerialization and fsdp were found with which it fits"]
-    keys = " ".join(f"--config.{key}={value}" for key, value in found.keys.items())
-    return [*lines, "", f"it fits with {keys}", *describe(found.cost, parts)]
+    if fitting is None:
+        return [*lines, "none of the combinations of accumulation, rematerialization and fsdp fits"]
+    keys = " ".join(f"--config.{key}={value}" for key, value in fitting.keys.items())
+    return [*lines, "", f"it fits with {keys}", *describe(fitting.cost, parts)]
 
 
 def describe(cost: Cost, parts: bool) -> Iterator[str]:
@@ -138,11 +138,11 @@ def times(cost: Cost, parts: bool) -> Iterator[str]:
     yield from (f"note: {note}" for note in cost.notes)
 
 
-def table_row(path: str, cost: Cost, found: Fitting | None) -> str:
+def table_row(path: str, cost: Cost, fitting: Fitting | None) -> str:
     """Returns a row of the table: of the step as configured, or with the keys that make it fit."""
-    keys = "" if found is None else ", ".join(f"{key}={value}" for key, value in found.keys.items())
-    shown = cost if found is None else found.cost
-    cells = [Path(path).stem, shown.step.target.name, keys, "yes" if shown.fits else "no"]
+    keys, shown = fitting or Fitting({}, cost)
+    changes = ", ".join(f"{key}={value}" for key, value in keys.items())
+    cells = [Path(path).stem, shown.step.target.name, changes, "yes" if shown.fits else "no"]
     cells.append(f"{shown.peak / GIB:.1f}")
     if shown.seconds is None:
         cells += ["-"] * 6
@@ -162,9 +162,9 @@ def row(cells: Sequence[str]) -> str:
 # --- As JSON. ---
 
 
-def suggestion(found: Fitting | None) -> dict[str, Any] | None:
+def suggestion(fitting: Fitting | None) -> dict[str, Any] | None:
     """Returns the keys with which a step fits and its cost, for JSON."""
-    return None if found is None else dict(keys=found.keys) | as_json(found.cost)
+    return None if fitting is None else dict(keys=fitting.keys) | as_json(fitting.cost)
 
 
 def as_json(cost: Cost) -> dict[str, Any]:

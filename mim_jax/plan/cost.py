@@ -1,4 +1,4 @@
-"""What a step costs on a target: memory, time and communication of each device.
+"""The predicted cost of a training step: memory, time and communication per device.
 
 For TPUs all is read in the compiled program: the cycles that the compiler expects each operation to
 take, the schedules of attention's kernels, and what collectives move. A kernel counts as the longer
@@ -45,7 +45,7 @@ WORK = {  # by the names of the operations that an instruction comes from
 
 
 class Cost(NamedTuple):
-    """What a step costs on each device. Without a prediction, `computing` is None."""
+    """The cost of a step per device. `computing` is None if no time is predicted."""
 
     step: Step
     how: str  # "compiler" or "arithmetic"
@@ -83,9 +83,9 @@ class Cost(NamedTuple):
 
 
 def cost_of(step: Step) -> Cost:
-    """Returns what a step costs: compiles it if there is a compiler for its target.
+    """Returns the cost of a step. Compiles it if there is a compiler for its target.
 
-    Raises UserError if it does not compile, for another reason than its memory.
+    Raises UserError if it does not compile for a reason other than memory.
     """
     return from_compiler(step, step.compile()) if step.target.compiled else by_arithmetic(step)
 

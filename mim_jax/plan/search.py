@@ -58,7 +58,7 @@ def candidates(step: Step) -> Iterator[dict[str, Any]]:
         [{"fsdp": mesh.size}] if mesh.shape["fsdp"] < mesh.size else []
     )
     remat: list[dict[str, Any]] = [{}]
-    if "model" in config and config.model.remat == "none":
+    if step.run.model and step.remat == "none":
         remat.append({"model.remat": "full"})
     parts = [config.accumulate]
     while step.images % (2 * parts[-1]) == 0:
@@ -87,7 +87,7 @@ def estimate(known: Cost, step: Step) -> float:
     """
 
     def remat(step: Step) -> float:
-        return REMATERIALIZED if step.config.get("model", {}).get("remat") == "full" else 1.0
+        return REMATERIALIZED if step.remat == "full" else 1.0
 
     def rows(step: Step) -> float:
         return step.images / step.config.accumulate

@@ -1,14 +1,12 @@
 """The step of a run on a target, traced, and compiled once: results are kept in a folder."""
 
-import contextlib
 import functools
 import json
 import re
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from mim_jax import UserError, flops, recipe, schema
 from mim_jax.data import described
 from mim_jax.plan import cache
 from mim_jax.plan.hardware import Target
+from mim_jax.progress import Bar
 from mim_jax.sharding import split
 from mim_jax.start import Start, model_flops
 
@@ -60,8 +59,12 @@ class Step:
     @functools.cached_property
     def model_flops(self) -> float:
         """The same without what rematerialization repeats."""
-        plain = "model" not in self.config or self.config.model.remat == "none"
-        return self.flops if plain else model_flops(self.run, self.config)
+        return self.flops if self.remat == "none" else model_flops(self.run, self.config)
+
+    @property
+    def remat(self) -> str:
+        """What the encoder rematerializes, "none" if there is no encoder."""
+        return self.run.model.remat if self.run.model else "none"
 
     @property
     def images(self) -> int:
@@ -114,7 +117,9 @@ class Step:
         file = cache.file_of(self.config.compile_cache, key)
         if content := cache.read(file):
             return Compiled(**json.loads(content))
-        with progress(f"compiling the step for {self.target.name}"):
+        text = f"compiling the step for {self.target.name}"
+        print(f"{text} ...", file=sys.stderr, flush=True)
+        with Bar(text):
             result = compile_lowered(lowered, dump=self.target.chip.clock > 0)
         cache.write(file, json.dumps(result._asdict()).encode())
         return result
@@ -201,23 +206,3 @@ def bytes_on_device(x: jax.ShapeDtypeStruct) -> int:
     for side in shape:
         size *= side
     return size
-
-
-@contextlib.contextmanager
-def progress(text: str, seconds: float = 60.0) -> Iterator[None]:
-    """Prints a text, and every minute for how long the work in the block has been going on."""
-    done, begin = threading.Event(), time.perf_counter()
-    print(f"{text} ...", file=sys.stderr, flush=True)
-
-    def report() -> None:
-        while not done.wait(seconds):
-            minutes = (time.perf_counter() - begin) / 60
-            print(f"{text}: {minutes:.0f} min", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
