@@ -14,6 +14,5 @@ gcloud=("${GCLOUD:-gcloud}")
 if [ "${1:-}" = --dry-run ]; then gcloud=(echo "${gcloud[@]}"); shift; fi
 "${gcloud[@]}" compute tpus tpu-vm scp --recurse . "$TPU:mim_jax_checkout" --zone="$ZONE" --worker=all
 "${gcloud[@]}" compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="
-    cd mim_jax_checkout && python3 -m venv ~/venv && . ~/venv/bin/activate &&
-    pip install --quiet --editable '.[tpu,gcs]' &&
-    python -m mim_jax.main $(printf '%q ' "$@") --distributed"
+    cd mim_jax_checkout && launch/install.sh tpu,gcs &&
+    ~/venv/bin/python -m mim_jax.main $(printf '%q ' "$@") --distributed"

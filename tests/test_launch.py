@@ -128,7 +128,15 @@ def test_cluster_launchers_start_the_command(script, program, words, tmp_path):
     assert words in (tmp_path / "said").read_text()
 
 
+SLICE = dict(PROJECT="p", ZONE="us-east5-a", MACHINE="ct6e-standard-4t", TOPOLOGY="4x8", BUCKET="b")
 LAUNCHERS = {  # script: its environment, the command that a dry run prints
+    "gce_group.sh": (
+        SLICE,
+        "gcloud compute instance-groups managed create mim-jax --project=p --zone=us-east5-a "
+        "--template=mim-jax --size=8 --target-size-policy-mode=bulk "
+        "--default-action-on-vm-failure=do-nothing "
+        "--workload-policy=projects/p/regions/us-east5/resourcePolicies/mim-jax",
+    ),
     "gke.sh": (
         dict(CLUSTER="c", LOCATION="l", PROJECT="p", COMPUTE="v6e-16", BUCKET="b", IMAGE="i"),
         "gcluster job submit --project=p --cluster=c --location=l --name=mim-jax --image=i "
@@ -165,6 +173,76 @@ def test_a_dry_run_prints_the_command(script):
         done = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
         assert done.returncode != 0
         assert name in done.stderr
+
+
+def test_a_host_of_an_instance_group_starts_the_run(tmp_path):
+    """Runs the launcher and then the script of a host, with stand-ins of all vendors' commands."""
+    stand_ins = {
+        "gcloud": """
+            case "$1 $2" in
+              "storage cp") cp "$3" "$STORE" ;;
+              "storage cat") cat "$STORE" ;;
+              "compute instance-templates")
+                for word; do case $word in *startup-script=*) cp "${word#*script=}" "$SCRIPT";; esac
+                done ;;
+            esac
+            echo "$*" >> "$SAID" """,
+        "systemd-run": 'printf "%s\n" "$@" > "$SAID.run"',
+        "mkdir": "",
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    names = {"STORE": "program.tar.gz", "SCRIPT": "start.sh", "SAID": "said"}
+    env = environment(1) | SLICE | {name: str(tmp_path / file) for name, file in names.items()}
+    env |= {"PATH": f"{tmp_path}:{env['PATH']}", "TEMPLATE_FLAGS": "--provisioning-model=SPOT"}
+    call = ["bash", "launch/gce_group.sh", "--config=a.py", "--config.data.name=folder:/x y"]
+    subprocess.run(call, cwd=ROOT, env=env, check=True, timeout=60)
+    said = (tmp_path / "said").read_text()
+    assert "--type=HIGH_THROUGHPUT --accelerator-topology=4x8" in said
+    assert "--provisioning-model=SPOT" in said
+
+    host = tmp_path / "host"
+    host.mkdir()
+    script = (tmp_path / "start.sh").read_text()
+    assert "\ncd /mim_jax\n" in script
+    script = script.replace("\ncd /mim_jax\n", "\n").replace("launch/install.sh", "echo")
+    subprocess.run(["bash", "-c", script], cwd=host, env=env, check=True, timeout=60)
+    assert (host / "mim_jax" / "main.py").is_file()
+    assert (host / "launch" / "install.sh").is_file()
+    started = (tmp_path / "said.run").read_text().splitlines()
+    start = started.index("/root/venv/bin/python")
+    assert started[start + 1 :] == [
+        "-m",
+        "mim_jax.main",
+        "--config=a.py",
+        "--config.data.name=folder:/x y",
+        "--distributed",
+    ]
+    # systemd's rule: all exit codes but 0 are failures, and 2 is not repeated
+    assert {"--property=Restart=on-failure", "--property=RestartPreventExitStatus=2"} < set(started)
+
+    subprocess.run([*call[:2], "--delete"], cwd=ROOT, env=env, check=True, timeout=60)
+    last = (tmp_path / "said").read_text().splitlines()[-3:]
+    assert [line.split()[:4] for line in last] == [
+        ["compute", "instance-groups", "managed", "delete"],
+        ["compute", "instance-templates", "delete", "mim-jax"],
+        ["compute", "resource-policies", "delete", "mim-jax"],
+    ]
+
+
+def test_python_is_installed_beside_that_of_the_machine(tmp_path):
+    """Runs the installation with a stand-in of uv."""
+    uv = tmp_path / "uv" / "bin" / "uv"
+    uv.parent.mkdir(parents=True)
+    uv.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n')
+    uv.chmod(0o755)
+    env = environment(1) | {"HOME": str(tmp_path)}
+    subprocess.run(["launch/install.sh", "tpu,gcs"], cwd=ROOT, env=env, check=True, timeout=30)
+    assert (tmp_path / "said").read_text().splitlines() == [
+        f"venv --quiet --allow-existing --python=3.12 {tmp_path}/venv",
+        f"pip install --quiet --python={tmp_path}/venv/bin/python --editable .[tpu,gcs]",
+    ]
 
 
 def test_launchers_are_sound():
