@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from mim_jax import cli
-from mim_jax.plan.__main__ import report
+from mim_jax.plan.__main__ import describe
 from mim_jax.plan.cost import cost_of
 from mim_jax.plan.hardware import FORM, target_of
 from mim_jax.plan.step import Step, load
@@ -40,7 +40,7 @@ def predict(options: argparse.Namespace, overrides: list[str]) -> int:
     print(f"{step.start.parameters:,} parameters\n{step.run.summary}", flush=True)
     if options.text:
         Path(options.text).write_text(step.compile().text)
-    print("\n".join(report(cost_of(step), None, parts=True)))
+    print(*describe(cost_of(step), parts=True), sep="\n")
     return 0
 
 

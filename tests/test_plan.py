@@ -264,6 +264,14 @@ def test_what_does_not_fit_is_reported(capsys, monkeypatch):
     assert f"it fits with {keys}" in lines
 
 
+@pytest.mark.parametrize(("options", "searched"), [([], True), (["--no-search"], False)])
+def test_nothing_is_said_of_a_search_that_was_not_made(capsys, monkeypatch, options, searched):
+    monkeypatch.setitem(hardware.GPUS, "h100", hardware.GPUS["h100"]._replace(memory=1))
+    code, lines = plan(capsys, "--config=mae_emoji", "--target=h100:8", *options)
+    assert code == 1
+    assert lines[-1].startswith("none of the combinations") == searched
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [

@@ -65,11 +65,14 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> int:
             summary = step.run.summary.replace(f"({device})", f"({target.chip.kind})")
             print(f"{step.start.parameters:,} parameters\n{summary}", flush=True)
         cost = cost_of(step)
-        fitting = None if cost.fits or options.no_search else search(cost, cost_of)
+        searched = not cost.fits and not options.no_search
+        fitting = search(cost, cost_of) if searched else None
         if options.markdown:
             print(table_row(path, cost, fitting), flush=True)
         else:
-            print("\n".join(report(cost, fitting, options.parts)), flush=True)
+            print(*describe(cost, options.parts), sep="\n", flush=True)
+            if searched:
+                print(*describe_search(fitting, options.parts), sep="\n", flush=True)
         if options.json:
             print(json.dumps(as_json(cost) | dict(suggestion=suggestion(fitting))), flush=True)
         fits.append(cost.fits)
@@ -79,15 +82,13 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> int:
 # --- As text. ---
 
 
-def report(cost: Cost, fitting: Fitting | None, parts: bool) -> list[str]:
-    """Returns the lines that describe a cost, and that of the keys with which the step fits."""
-    lines = list(describe(cost, parts))
-    if cost.fits:
-        return lines
+def describe_search(fitting: Fitting | None, parts: bool) -> Iterator[str]:
+    """Yields the lines that describe what a search for keys has found."""
     if fitting is None:
-        return [*lines, "none of the combinations of accumulation, rematerialization and fsdp fits"]
+        yield "none of the combinations of accumulation, rematerialization and fsdp fits"
+        return
     keys = " ".join(f"--config.{key}={value}" for key, value in fitting.keys.items())
-    return [*lines, "", f"it fits with {keys}", *describe(fitting.cost, parts)]
+    yield from ("", f"it fits with {keys}", *describe(fitting.cost, parts))
 
 
 def describe(cost: Cost, parts: bool) -> Iterator[str]:
