@@ -187,12 +187,16 @@ class Bucket:
         folder = Path(tempfile.mkdtemp(prefix="mim_jax-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         name = str(path).removeprefix(self.root)
+        missing = True
         for blob in self.bucket.list_blobs(prefix=name, **patience()):
             inside = blob.name.removeprefix(name)
             if (not inside or inside.startswith("/")) and not inside.endswith("/"):
+                missing = False
                 local = folder / (path.name + inside)
                 local.parent.mkdir(parents=True, exist_ok=True)
                 blob.download_to_filename(local, timeout=TIMEOUT)
+        if missing:
+            raise UserError(f"{path} does not exist.")
         return folder / path.name
 
     def blob(self, path: epath.Path) -> Any:

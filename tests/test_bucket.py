@@ -273,6 +273,7 @@ def test_a_process_that_lost_its_lock_does_not_save(place, short_lease):
         ("s3://bucket/run", "only buckets of Google Cloud Storage"),
         ("gs://runs/[a]", "without any of"),
         ("gs://missing/run", "gs://missing does not exist"),
+        ("gs://runs/nothing", "gs://runs/nothing does not exist"),
     ],
 )
 def test_mistakes_are_one_sentence(server, url, sentence, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 
-from mim_jax import config_files
+from mim_jax import cli, config_files
 from tests.conftest import ROOT, environment
 
 SMOKE = ["--config=configs/mae_base.py", "--smoke", "--config.log.every_steps=1"]
@@ -229,6 +230,22 @@ def test_a_host_of_an_instance_group_starts_the_run(tmp_path):
         ["compute", "instance-templates", "delete", "mim-jax"],
         ["compute", "resource-policies", "delete", "mim-jax"],
     ]
+
+
+def test_the_commands_of_the_walk_through(tmp_path):
+    """Runs docs/pod.md, from the bucket to the deletion, with stand-ins of the programs."""
+    text = (ROOT / "docs" / "pod.md").read_text().partition("### What to watch")[0]
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    script = "\n".join(blocks).replace("launch/local.sh 2", "launch/local.sh --dry-run 2")
+    for name in ("gcloud", "mim-jax", "pip"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/said\n')
+        (tmp_path / name).chmod(0o755)
+    env = environment(1) | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", script], cwd=ROOT, env=env, check=True, timeout=60)
+    said = (tmp_path / "said").read_text().splitlines()
+    assert {line.split()[1] for line in said if line.startswith("mim-jax")} <= set(cli.COMMANDS)
+    assert any("managed create mim-jax --project=my-project" in line for line in said)
+    assert "resource-policies delete mim-jax" in said[-1]
 
 
 def test_python_is_installed_beside_that_of_the_machine(tmp_path):
