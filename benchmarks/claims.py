@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +99,9 @@ BEIT = {
     "model.relative_bias": "none",
     "model.layer_scale": 0.0,
     "model.initializer": "beit",
+    "tokenizer.vocabulary": 1024,  # as dvae_cifar10
+    "tokenizer.width": 128,
+    "tokenizer.stem": 4,
     "objective.num_masked": 25,
     "objective.min_block": 4,
     "objective.mean": (0.491, 0.482, 0.447),
@@ -203,6 +206,12 @@ def unpacked(data: Path, runs: Path, name: str) -> Path:
     return inner[0] if len(inner) == 1 and inner[0].is_dir() else folder
 
 
+def overrides(keys: Mapping[str, object]) -> list[str]:
+    """Returns keys and values as KEY=VALUE."""
+    texts = {k: ",".join(map(str, x)) if isinstance(x, tuple) else x for k, x in keys.items()}
+    return [f"{key}={text}" for key, text in texts.items()]
+
+
 def perform(stage: Stage, seed: int, data: Path, runs: Path) -> Path:
     """Trains a stage, from its newest checkpoint on. Returns its run directory."""
     place = runs / f"seed_{seed}" if stage.seeded else runs
@@ -215,9 +224,7 @@ def perform(stage: Stage, seed: int, data: Path, runs: Path) -> Path:
     workdir = place / stage.name
     command = [sys.executable, "-m", "mim_jax.main", f"--workdir={workdir}"]
     command.append(f"--config={ROOT / 'configs' / stage.config}.py")
-    for key, value in keys.items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        command.append(f"--config.{key}={text}")
+    command += [f"--config.{override}" for override in overrides(keys)]
     if code := subprocess.run(command, stdout=sys.stderr).returncode:
         sys.exit(code)  # the run has reported why
     return workdir

@@ -5,6 +5,8 @@ import pytest
 
 from benchmarks import claims
 from mim_jax import schema
+from mim_jax.plan.hardware import target_of
+from mim_jax.plan.step import Step, load
 
 
 def test_every_key_of_a_sweep_exists():
@@ -18,6 +20,21 @@ def test_every_key_of_a_sweep_exists():
                     for part in key.split("."):
                         assert part in node, (stage.config, key)
                         node = node[part]
+
+
+def stages():
+    """Returns one stage of all claims for each config, by name."""
+    settings = [setting for sweep in claims.claims().values() for setting in sweep.values()]
+    by_config = {stage.config: stage for setting in settings for stage in setting.stages}
+    return {stage.name: stage for stage in by_config.values()}
+
+
+@pytest.mark.parametrize("stage", stages().values(), ids=stages())
+def test_stages_can_be_traced(stage):
+    path = str(claims.ROOT / "configs" / f"{stage.config}.py")
+    keys = claims.overrides(stage.keys | {"data.name": "folder:/data/images"})
+    target = target_of("cpu:1")
+    Step(load(path, keys, target, images=1000, classes=10), target).traced  # noqa: B018
 
 
 def test_stages_of_one_name_are_the_same():
