@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from mim_jax import preemption
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -22,8 +24,11 @@ class Stop:
     """A context in which SIGINT, SIGTERM and SIGHUP stop a run after the current step.
 
     Before the first step there is nothing to save: the process exits at once, even while it
-    compiles. A second signal also ends it at once. In a notebook, where the process must continue,
+    compiles. Ctrl-C after another signal also ends it at once; further SIGTERMs do not, because
+    a preempted machine may send several. In a notebook, where the process must continue,
     KeyboardInterrupt is raised instead. The previous handlers are restored at the end.
+
+    Preemption notices of the machine (see preemption.py) count as SIGTERM.
 
     SIGTERM may reach any of several processes: JAX notifies the others, and all stop after the
     same training step or the same batch of an evaluation. SIGINT and SIGHUP are handled like
@@ -37,6 +42,7 @@ class Stop:
         self.on_exit: Callable[[int], None] = lambda number: None  # before it exits at once
         self.previous: dict[int, Any] = {}
         self.exits = "ipykernel" not in sys.modules
+        self.ended = threading.Event()
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is not threading.main_thread():
@@ -51,9 +57,11 @@ class Stop:
             os.set_blocking(self.writer, False)
             self.wakeup = signal.set_wakeup_fd(self.writer)
             threading.Thread(target=self.watch, args=[reader], daemon=True).start()
+        preemption.watch(self.ended)
         return self
 
     def __exit__(self, *_) -> None:
+        self.ended.set()
         if self.previous and self.exits:
             signal.set_wakeup_fd(self.wakeup)
             os.close(self.writer)
@@ -62,23 +70,27 @@ class Stop:
 
     def record(self, number: int, frame) -> None:
         """Handles a signal in the main thread."""
-        if not self.exits and (self.signal or not self.unsaved):
+        again = bool(self.signal) and number == signal.SIGINT
+        if not self.exits and (again or not self.unsaved):
             raise KeyboardInterrupt
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
         else:
-            self.signal = number
+            self.signal = self.signal or number
 
     def watch(self, reader: int) -> None:
-        """Ends the process at the first signal if there is nothing to save, and at the second."""
-        seen = 0
-        while number := os.read(reader, 1):
-            seen += number[0] in SIGNALS
-            if number[0] in SIGNALS and (seen > 1 or not self.unsaved):
+        """Ends the process at a signal if there is nothing to save, or at Ctrl-C after another."""
+        seen = False
+        while byte := os.read(reader, 1):
+            number = byte[0]
+            if number not in SIGNALS:
+                continue
+            if not self.unsaved or (seen and number == signal.SIGINT):
                 with contextlib.suppress(OSError):
-                    self.on_exit(number[0])
+                    self.on_exit(number)
                     print("stopped: nothing new was saved", file=sys.stderr, flush=True)
-                os._exit(128 + number[0])
+                os._exit(128 + number)
+            seen = True
         os.close(reader)
 
     def after(self, step: int) -> None:

@@ -59,7 +59,8 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "__main__": {"cli"},
     "inspect": {"cli", "convert", "goodput", "workdir"},
     "divergence": {"storage", "train"},
-    "stop": set(),
+    "preemption": set(),
+    "stop": {"preemption"},
     "watchdog": set(),
     "training": {
         *("checkpoint", "divergence", "experiment", "flops", "goodput", "log", "objectives"),

@@ -1,11 +1,14 @@
 """Signals in several processes: all stop at the same point. test_main.py has those of one."""
 
 import signal
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from mim_jax.stop import Stop, StoppedError
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -58,3 +61,31 @@ def test_signals_become_sigterm_in_several_processes(notices):
         signal.signal(signal.SIGTERM, previous)
     assert received == [signal.SIGTERM] * 2
     assert not stop.signal
+
+
+SCRIPT = """
+import os, signal, sys, time
+from mim_jax.stop import Stop
+
+with Stop() as stop:
+    stop.after(1)
+    for number in sys.argv[1:]:
+        os.kill(os.getpid(), int(number))
+        time.sleep(0.5)
+    print("saved", stop.signal, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code", "printed"),
+    [
+        ([signal.SIGTERM, signal.SIGTERM, signal.SIGHUP], 0, "saved 15\n"),
+        ([signal.SIGTERM, signal.SIGINT], 130, ""),
+        ([signal.SIGINT, signal.SIGINT], 130, ""),
+    ],
+)
+def test_repeated_signals(numbers, code, printed):
+    """A preempted machine may send several; Ctrl-C does not wait for the save."""
+    call = [sys.executable, "-c", SCRIPT, *(str(int(number)) for number in numbers)]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (code, printed), done.stderr
