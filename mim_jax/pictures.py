@@ -36,8 +36,8 @@ from mim_jax.attend import attention_maps, heat, marked, rows_of
 from mim_jax.convert import files
 from mim_jax.convert.fit import encoder_only, resized
 from mim_jax.convert.network import require_heads, segmenter
+from mim_jax.data.classes import palette
 from mim_jax.data.images import Images, batch_of, decoded, dtype_of
-from mim_jax.data.masks import palette
 from mim_jax.data.segmentation import fitted
 from mim_jax.data.transforms import resize, width_and_height
 from mim_jax.embed import statistics_of

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mim_jax import UserError, data
 from mim_jax.data.class_names import are_numbers, numbers_in, renumber, shown
-from mim_jax.data.masks import Classes
+from mim_jax.data.classes import Classes
 from mim_jax.data.sources import Source
 
 pytestmark = pytest.mark.usefixtures("cache")

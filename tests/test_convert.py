@@ -24,7 +24,7 @@ from mim_jax.convert.files import load_weights, save_weights
 from mim_jax.convert.network import Network
 from mim_jax.convert.read import read
 from mim_jax.convert.states import sines
-from mim_jax.data.masks import palette
+from mim_jax.data.classes import palette
 from mim_jax.inspect import main as inspect
 from mim_jax.models.dvae import dvae
 from mim_jax.models.vit import vit

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from mim_jax import UserError
-from mim_jax.data import masks
+from mim_jax.data import masks, pairs, tree
+from mim_jax.data.classes import palette, parse_classes
 from mim_jax.data.decode import BadImageError
 
 RNG = np.random.default_rng(0)
@@ -34,7 +35,7 @@ def build(root, names=("train/a", "train/b", "val/c"), size=(5, 7)):
 
 
 def opened(root, splits=("train", "validation"), **options):
-    return masks.open_masked(f"folder:{root}", splits, **options)
+    return pairs.open_masked(f"folder:{root}", splits, **options)
 
 
 def test_folders(tmp_path):
@@ -150,7 +151,7 @@ def gray_png(values: np.ndarray, bits: int) -> bytes:
 def test_16_bits_and_many_classes(tmp_path):
     """More than 255 classes need labels of 16 bits."""
     lines = "".join(f"{1000 + i},class {i}\n" for i in range(300))
-    classes = masks.parse_classes(lines + "0,\n", "classes.csv")
+    classes = parse_classes(lines + "0,\n", "classes.csv")
     values = RNG.choice([0, 1000, 1299], (4, 6)).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "mask.png")
     read = masks.read_values((tmp_path / "mask.png").read_bytes())
@@ -220,7 +221,7 @@ def test_large_files_are_refused_before_they_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(masks, "LARGE", 20)
     with pytest.raises(UserError, match=r"masks/train/a\.png: it has more than 20 pixels: cut"):
         opened(root)
-    monkeypatch.setattr(masks, "LARGEST", 100)
+    monkeypatch.setattr(tree, "LARGEST", 100)
     with pytest.raises(UserError, match=r"images/train/a\.jpg: it has \d+ bytes, more than 100"):
         opened(root)
 
@@ -269,7 +270,7 @@ def test_how_many_are_wrong(tmp_path):
 )
 def test_classes_refused(text, words):
     with pytest.raises(UserError, match=words):
-        masks.parse_classes(text, "classes.csv")
+        parse_classes(text, "classes.csv")
 
 
 def test_classes_are_needed(tmp_path):
@@ -284,7 +285,7 @@ def test_classes_are_needed(tmp_path):
 
 
 def test_palette_is_that_of_pascal_voc():
-    colors = masks.palette(150)
+    colors = palette(150)
     assert colors[:4] == ((128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128))
     assert len(set(colors)) == 150
     assert (0, 0, 0) not in colors
@@ -292,7 +293,7 @@ def test_palette_is_that_of_pascal_voc():
 
 def test_emoji_masks():
     """Each class occurs, white is background, and most pixels count."""
-    (train,) = masks.open_masked("emoji", ["train"])
+    (train,) = pairs.open_masked("emoji", ["train"])
     pixels = np.concatenate(
         [
             train.classes.labels(masks.read_values(train.examples[i]["mask"])).ravel()
@@ -304,4 +305,4 @@ def test_emoji_masks():
     assert shares[0] > 0.2
     assert 0 < shares[255] < 0.1
     with pytest.raises(UserError, match="has no masks"):
-        masks.open_masked("cifar10", ["train"])
+        pairs.open_masked("cifar10", ["train"])

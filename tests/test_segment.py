@@ -12,7 +12,7 @@ from PIL import Image
 
 from mim_jax import UserError, check, embed, main
 from mim_jax import evaluate as evaluate_command
-from mim_jax.data.masks import EMOJI
+from mim_jax.data.emoji_masks import EMOJI
 from mim_jax.models.vit import vit
 from mim_jax.objectives import segment
 from mim_jax.optim import layer_scales

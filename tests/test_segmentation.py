@@ -8,8 +8,9 @@ from PIL import Image
 
 from mim_jax import UserError, data
 from mim_jax.data import segmentation
+from mim_jax.data.classes import Classes
 from mim_jax.data.fields import fields_of
-from mim_jax.data.masks import Classes, read_values
+from mim_jax.data.masks import read_values
 
 CLASSES = Classes(("a", "b"), ((1, 2, 3), (4, 5, 6)), (0, 1), (9,))
 

@@ -16,7 +16,7 @@ from mim_jax.data.decode import BadImageError, type_of
 from mim_jax.data.described import PREFIX, open_described
 from mim_jax.data.examine import require_bands, require_channels
 from mim_jax.data.fields import Field, fields_of
-from mim_jax.data.masks import open_masked
+from mim_jax.data.pairs import open_masked
 from mim_jax.data.segmentation import SegmentationEvaluationView, SegmentationTrainingView
 from mim_jax.data.sources import Source, open_sources
 from mim_jax.data.transforms import EvaluationView, TrainingView
@@ -258,7 +258,7 @@ def make(
 
     Args:
         labeled: whether labels that are not classes are an error.
-        segmented: whether every image has a mask, see masks.py.
+        segmented: whether every image has a mask, see pairs.py.
         class_names: names into which labels are indices; (): those of the data set.
         process: index of this process.
         processes: number of processes that share the batches.

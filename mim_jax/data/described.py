@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from mim_jax import UserError
+from mim_jax.data.classes import Classes
 from mim_jax.data.decode import MODES
-from mim_jax.data.masks import Classes
 from mim_jax.data.sources import Source
 
 PREFIX = "sizes:"

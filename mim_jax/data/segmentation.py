@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from mim_jax import UserError
-from mim_jax.data.masks import Classes, read_values
+from mim_jax.data.classes import Classes
+from mim_jax.data.masks import read_values
 from mim_jax.data.transforms import View, resize
 from mim_jax.keys import NOT_NEGATIVE, SHARE, Range, Smoke
 
