@@ -7,8 +7,10 @@ and what needs conditions or checksums by Google's own client.
 import atexit
 import base64
 import contextlib
+import errno
 import functools
 import hashlib
+import io
 import json
 import logging
 import math
@@ -23,7 +25,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from etils import epath
 
@@ -32,6 +34,7 @@ from mim_jax import UserError
 INTERVAL = 30.0  # seconds between two uploads of a log
 LEASE = 60.0  # seconds without a renewal after which a lock may be taken over
 TIMEOUT = 60.0  # seconds in which a small request must succeed, with its repetitions
+READ_AHEAD = 2**23  # bytes that are read at a time where an object is read from start to end
 LIBRARIES = ("aiohttp", "gcsfs", "google.api_core", "google.auth", "google.cloud")
 
 
@@ -72,6 +75,15 @@ def client() -> Any:
     } | fsspec.config.conf.get("gs", {})
     with failures():
         return storage.Client(project=None)
+
+
+@functools.cache
+def file_system() -> Any:
+    """Returns gcsfs, which reads parts of objects, also from several threads."""
+    client()
+    import fsspec
+
+    return fsspec.filesystem("gs")
 
 
 @functools.cache
@@ -199,6 +211,33 @@ class Bucket:
             raise UserError(f"{path} does not exist.")
         return folder / path.name
 
+    def objects(self, path: str) -> list[tuple[str, int, int]]:
+        """Returns name, size and generation of objects, see storage.objects."""
+        prefix = path.removeprefix(self.root).rstrip("/")
+        fields = "items(name,size,generation),nextPageToken"
+        with failures(path):
+            blobs = list(self.bucket.list_blobs(prefix=prefix, fields=fields, **patience()))
+        inside = ((blob.name.removeprefix(prefix), blob.size, blob.generation) for blob in blobs)
+        return [
+            (name.removeprefix("/"), size, generation)
+            for name, size, generation in inside
+            if not name.endswith("/") and (not prefix or not name or name.startswith("/"))
+        ]
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        if not size:
+            return b""
+        try:
+            with failures(path):
+                return file_system().cat_file(path, start, start + size)
+        except UserError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, "it does not exist", path) from error
+            raise
+
+    def open(self, path: str, size: int) -> BinaryIO:
+        return io.BufferedReader(ObjectFile(self, path, size), READ_AHEAD)
+
     def blob(self, path: epath.Path) -> Any:
         """Returns the object of a path, which need not exist."""
         return self.bucket.blob(str(path).removeprefix(self.root))
@@ -231,6 +270,30 @@ class Bucket:
                 if path.is_file():
                     name = folder / str(path.relative_to(local))
                     self.blob(name).upload_from_filename(path, timeout=TIMEOUT)
+
+
+class ObjectFile(io.RawIOBase):
+    """An object of a bucket as a file."""
+
+    def __init__(self, bucket: Bucket, path: str, size: int):
+        self.bucket, self.path, self.size, self.at = bucket, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self.size - self.at))
+        content = self.bucket.read(self.path, self.at, count)
+        buffer[: len(content)] = content
+        self.at += len(content)
+        return len(content)
 
 
 class UploadedLines:

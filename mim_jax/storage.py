@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, BinaryIO, Protocol
 
 from etils import epath
 
@@ -76,6 +76,12 @@ class Storage(Protocol):
     def staged(self, folder: epath.Path) -> contextlib.AbstractContextManager[Path]:
         """Returns a context with a folder on the disk, whose files are in `folder` afterwards."""
 
+    def open(self, path: str, size: int) -> BinaryIO:
+        """Opens a file of a size to read it. Raises OSError, also if there is no such file."""
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        """Returns some bytes of a file, fewer at its end. Raises OSError."""
+
 
 def open_path(path: str | epath.PathLike) -> epath.Path:
     """Returns a path on a disk or in a bucket; "~" is the home directory.
@@ -84,14 +90,27 @@ def open_path(path: str | epath.PathLike) -> epath.Path:
         UserError: if it is in a bucket that cannot be used.
     """
     text = os.fspath(path)
-    if "://" in text:
+    if in_bucket(text):
         bucket.connect(text)
     return epath.Path(text).expanduser()
 
 
-def storage_of(path: epath.Path) -> Storage:
+def storage_of(path: str | epath.Path) -> Storage:
     """Returns the storage that holds a path."""
-    return bucket.bucket_of(str(path)) if "://" in str(path) else Disk()
+    return bucket.bucket_of(str(path)) if in_bucket(path) else Disk()
+
+
+def in_bucket(path: str | epath.Path) -> bool:
+    """Returns whether a path is in a bucket."""
+    return "://" in str(path)
+
+
+def objects(path: str) -> list[tuple[str, int, int]]:
+    """Returns name, size and generation of the objects below a path in a bucket.
+
+    Names are relative to the path; "" is that of an object at the path itself.
+    """
+    return bucket.bucket_of(path).objects(path)
 
 
 class Disk:
@@ -135,6 +154,14 @@ class Disk:
     @contextlib.contextmanager
     def staged(self, folder: epath.Path) -> Iterator[Path]:
         yield Path(folder)
+
+    def open(self, path: str, size: int) -> BinaryIO:
+        return open(path, "rb")
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
 
 
 class AppendedLines:

@@ -1,15 +1,18 @@
 """A storage emulator on the loopback address, with what gcp-storage-emulator lacks.
 
-    python -m tests.bucket_server PORT
+    python -m tests.bucket_server PORT [SECONDS]
 
 It has a bucket named "runs". As Google Cloud Storage does, it honors conditions on the generation
 of an object, sends the generation with the contents, serves the last bytes of an object, and moves
-objects. It prints its port; 0 lets the system choose it. Objects are kept in memory.
+objects. It prints its port; 0 lets the system choose it. Objects are kept in memory. With SECONDS,
+every response is delayed by so much, and several requests are answered at a time.
 """
 
 import sys
 import threading
+import time
 from http import HTTPStatus
+from http.server import ThreadingHTTPServer
 
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
@@ -71,8 +74,21 @@ MOVE = r"^/storage/v1/b/(?P<bucket_name>[^/]+)/o/(?P<object_id>[^/]+)/moveTo/o/(
 server.HANDLERS = ((MOVE, {"POST": move}), *server.HANDLERS)
 
 
+class DelayedServer(ThreadingHTTPServer):
+    """A server with a latency."""
+
+    latency = 0.0
+
+    def process_request_thread(self, request, client_address):
+        time.sleep(self.latency)
+        super().process_request_thread(request, client_address)
+
+
 def main() -> None:
     port = int(sys.argv[1])
+    if len(sys.argv) > 2:
+        DelayedServer.latency = float(sys.argv[2])
+        server.server.HTTPServer = DelayedServer
     emulator = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="runs")
     emulator.start()
     print(emulator._api._httpd.server_address[1], flush=True)

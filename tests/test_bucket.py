@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ import pytest
 from mim_jax import UserError, bucket, checkpoint, evaluate, inspect, main, report, runs, workdir
 from mim_jax.convert import __main__ as convert
 from mim_jax.data import sources
+from mim_jax.data.decode import BadImageError
 from mim_jax.train import TrainState
 from tests.conftest import ROOT, environment
+from tests.images import jpeg, tar
 
 pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator")
@@ -139,9 +143,78 @@ def test_images_are_read_from_a_bucket(place):
         np.testing.assert_array_equal(ours[i]["image"], theirs[i]["image"])
         assert ours[i]["label"] == theirs[i]["label"]
     assert "tensorflow" not in sys.modules
-    for name in ("folder:gs://runs/photos", "hf:gs://runs/table"):
-        with pytest.raises(UserError, match="must be local or mounted: mount the bucket with gcsf"):
-            sources.open_sources(name, ["train"])
+    with pytest.raises(UserError, match="must be local or mounted: mount the bucket with gcsf"):
+        sources.open_sources("hf:gs://runs/table", ["train"])
+
+
+def write_images(folder: Path) -> None:
+    """Writes WebDataset shards, a tar in a tar, images in folders, and a file that is not one."""
+    for shard in range(3):
+        pictures = {f"{shard}{i}.jpg": jpeg(10 * shard + i) for i in range(4)}
+        labels = {f"{shard}{i}.cls": str(i % 2).encode() for i in range(4)}
+        tar(folder / "train" / f"shard-{shard}.tar", pictures | labels)
+    inner = folder / "inner.tar"
+    tar(inner, {"cat/a.png": jpeg(77), "cat/a.cls": b"1"})
+    tar(folder / "validation.tar", {"inner.tar": inner.read_bytes()})
+    inner.unlink()
+    for name, content in {"b.png": jpeg(5), "b.cls": b"0", "c.txt": b"not an image"}.items():
+        (folder / "train" / name).write_bytes(content)
+
+
+def test_shards_and_images_are_read_from_a_bucket(place, tmp_path, monkeypatch):
+    write_images(tmp_path / "set")
+    with workdir.staged(place) as folder:
+        shutil.copytree(tmp_path / "set", folder, dirs_exist_ok=True)
+    requests = []
+    read = bucket.Bucket.read
+    monkeypatch.setattr(bucket.Bucket, "read", lambda *x: requests.append(x[1:]) or read(*x))
+    for attempt in range(2):
+        theirs, ours = (
+            sources.open_sources(f"folder:{root}", ["train", "validation"], labels="cls")
+            for root in (tmp_path / "set", place)
+        )
+        scanned = len(requests)
+        for local, remote in zip(theirs, ours, strict=True):
+            assert remote.fingerprint == local.fingerprint
+            assert remote.unread == local.unread
+            for i in range(len(local.examples)):
+                assert remote.name_of(i) == local.name_of(i)
+                assert remote.examples[i] == local.examples[i]
+        assert [len(x.examples) for x in ours] == [13, 1]
+        assert len(requests) == scanned + 14  # one for each image
+        if attempt:  # the list of images was kept; only labels are read
+            assert {size for *_, size in requests[:scanned]} == {1}
+        requests.clear()
+    (workdir.open_path(place) / "train" / "d.png").write_bytes(jpeg(1))
+    (workdir.open_path(place) / "train" / "d.cls").write_bytes(b"1")
+    [train] = sources.open_sources(f"folder:{place}", ["train"], labels="cls")
+    assert len(train.examples) == 14
+    [alone] = sources.open_sources(f"folder:{place}/train/shard-1.tar", ["all"])
+    assert len(alone.examples) == 4
+
+
+def test_a_missing_image_is_bad_and_a_failing_bucket_is_not(place, monkeypatch):
+    aiohttp = pytest.importorskip("aiohttp")
+    folder = workdir.open_path(place)
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(jpeg(i))
+    [images] = sources.open_sources(f"folder:{place}", ["all"])
+    (folder / images.name_of(0)).unlink()
+    with pytest.raises(BadImageError, match="cannot be read: it does not exist"):
+        images.examples[0]
+    (folder / images.name_of(1)).write_bytes(b"longer than the image was" * 1000)
+    with pytest.raises(BadImageError, match="changed since the folder was scanned"):
+        images.examples[1]
+
+    def fail(*_):
+        raise aiohttp.ClientConnectionError("cut")
+
+    monkeypatch.setattr(bucket, "file_system", lambda: SimpleNamespace(cat_file=fail))
+    with pytest.raises(bucket.BucketError, match="does not respond or fails"):
+        images.examples[2]
+    (folder / "a.tar").write_bytes(b"a tar, which must not be listed as damaged")
+    with pytest.raises(bucket.BucketError):
+        sources.open_sources(f"folder:{place}", ["all"])
 
 
 # --- Checkpoints. ---

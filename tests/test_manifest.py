@@ -357,5 +357,3 @@ def test_paths_that_are_not_folders_are_refused(tmp_path):
     (tmp_path / "set.tar.gz").write_bytes(b"x")
     with pytest.raises(UserError, match="neither a folder nor an uncompressed tar"):
         scan(tmp_path / "set.tar.gz")
-    with pytest.raises(UserError, match="must be local or mounted"):
-        scan("gs://bucket/images")

@@ -29,7 +29,7 @@ class Folder:
     """A scanned folder: its images, their splits and labels.
 
     Args:
-        root: a folder or a tar file.
+        root: a folder or a tar file, on a disk or in a bucket.
         labels: the source of the labels. "": no labels; "folder": the first folder below the
             split's; "cls": a file .cls next to each image, as in WebDataset; "json:KEY": the value
             of KEY in a file .json next to each image; otherwise the path of a CSV file with one
@@ -46,7 +46,8 @@ class Folder:
 
     def __init__(self, root: str, labels: str = "", large: bool = False):
         self.manifest = scan(root, large)
-        self.root, given = self.manifest.root, os.path.abspath(os.path.expanduser(root))
+        self.root = self.manifest.root
+        given = root if "://" in str(root) else os.path.abspath(os.path.expanduser(root))
         self.names = os.fsdecode(self.manifest.names).split("\0")[:-1]
         self.unread = list(self.manifest.unread)
         if not self.names:

@@ -1,5 +1,7 @@
 """Scans a folder or a tar file for images, by the content of its files, and caches the result.
 
+The root may be in a bucket, whose objects are read by range requests.
+
 The first scan reads the header of every file, in threads. Its result is kept under
 `~/.cache/mim_jax/manifests` and reused if the modification times are the same: of all folders
 (which change when a file is added, removed or renamed), of tar files, of files that could not be
@@ -10,6 +12,7 @@ new scan opens only files that are new or changed.
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import stat
@@ -30,6 +33,7 @@ from mim_jax.data.decode import BadImageError, header
 from mim_jax.data.tars import is_hidden, is_tar, list_tar
 from mim_jax.data.tiff import STARTS
 from mim_jax.progress import Bar
+from mim_jax.storage import in_bucket, objects, open_path, storage_of
 
 FORMAT = 2  # version of the cached files; others are ignored
 ROW = np.dtype(
@@ -66,11 +70,10 @@ class Manifest(NamedTuple):
         """Reads the bytes of image i, called `name`. Raises BadImageError."""
         row = self.rows[i]
         in_tar = row["tar"] >= 0
-        path = os.path.join(self.root, self.tars[row["tar"]] if in_tar else name)
+        path = self.tars[row["tar"]] if in_tar else name
         try:
-            with open(path.removesuffix("/"), "rb") as file:
-                file.seek(row["offset"])
-                content = file.read(row["bytes"] if in_tar else -1)
+            # one byte more of a file, to see whether it has grown
+            content = read_part(self.root, path, row["offset"], row["bytes"] + (not in_tar))
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror}") from error
         if len(content) != row["bytes"]:
@@ -88,7 +91,7 @@ class Manifest(NamedTuple):
                 raise BadImageError("too large for a member of a tar: unpack it")
             return io.BytesIO(self.read(i, name))
         try:
-            return open(os.path.join(self.root, name), "rb")
+            return open_file(self.root, name, row["bytes"])
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror}") from error
 
@@ -105,9 +108,7 @@ class Manifest(NamedTuple):
             raise ValueError(f"it has {size:,} bytes")
         in_tar = row["tar"] >= 0
         path = self.tars[row["tar"]] if in_tar else key_of(name) + suffix
-        with open(os.path.join(self.root, path).removesuffix("/"), "rb") as file:
-            file.seek(row[f"{kind}_offset"])
-            return file.read(size)
+        return read_part(self.root, path, row[f"{kind}_offset"], size)
 
 
 class Entry(NamedTuple):
@@ -126,19 +127,8 @@ def scan(root: str, large: bool = False) -> Manifest:
     Args:
         large: include TIFFs that are too large to be decoded whole.
     """
-    if "://" in str(root):
-        raise UserError(
-            f"{root} must be local or mounted: mount the bucket with gcsfuse, or pack the images "
-            "with mim-jax prepare and set data.name=tfds:gs://..."
-        )
-    root = os.path.realpath(os.path.expanduser(root))
-    if not os.path.exists(root):
-        raise UserError(f"there is no folder {root}: set data.name=folder:/path/to/images.")
-    if os.path.isfile(root) and (root.endswith(COMPRESSED) or not is_tar(root)):
-        raise UserError(
-            f"{root} is neither a folder nor an uncompressed tar file: unpack it and set data.name "
-            "to its folder."
-        )
+    root = str(root)
+    root = str(open_path(root)).rstrip("/") if in_bucket(root) else local_root(root)
     key = hashlib.sha256(os.fsencode(root)).hexdigest()[:20] + ("-large" if large else "")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     path = cache / "mim_jax" / "manifests" / f"{key}.npz"
@@ -150,9 +140,35 @@ def scan(root: str, large: bool = False) -> Manifest:
     return manifest
 
 
+def local_root(root: str) -> str:
+    """Returns the real path of a root. Raises UserError if it is neither a folder nor a tar."""
+    root = os.path.realpath(os.path.expanduser(root))
+    if not os.path.exists(root):
+        raise UserError(f"there is no folder {root}: set data.name=folder:/path/to/images.")
+    if os.path.isfile(root) and (root.endswith(COMPRESSED) or not is_tar(root)):
+        raise UserError(
+            f"{root} is neither a folder nor an uncompressed tar file: unpack it and set data.name "
+            "to its folder."
+        )
+    return root
+
+
+def open_file(root: str, name: str, size: int) -> BinaryIO:
+    """Opens a file of a root, "" is the root itself. Raises OSError."""
+    return storage_of(root).open(os.path.join(root, name).removesuffix("/"), int(size))
+
+
+def read_part(root: str, name: str, start: int, size: int) -> bytes:
+    """Reads some bytes of a file of a root, fewer at its end. Raises OSError."""
+    path = os.path.join(root, name).removesuffix("/")
+    return storage_of(root).read(path, int(start), int(size))
+
+
 def is_current(manifest: Manifest) -> bool:
     """Returns whether no change since a scan is detected within VERIFY seconds."""
     root, rows = manifest.root, manifest.rows
+    if in_bucket(root):
+        return walk(root)[2].items() <= manifest.stamps.items()
     if any(changed(root, name) != at for name, at in manifest.stamps.items()):
         return False
     names = os.fsdecode(manifest.names).split("\0")[:-1]
@@ -186,13 +202,16 @@ def changed(root: str, name: str) -> int:
 def rescan(root: str, cached: Manifest | None, large: bool) -> Manifest:
     """Scans a root. Files that `cached` knows and that have not changed are not opened."""
     files, unread, stamps = walk(root)
-    tars = [file.name for file in files if file.name.endswith(".tar") or not file.name]
+    archives = [file for file in files if file.name.endswith(".tar") or not file.name]
+    tars = [tar.name for tar in archives]
     files = [file for file in files if not (file.name.endswith(".tar") or not file.name)]
-    for number, tar in enumerate(tars):
-        stamps[tar] = changed(root, tar)
-        members, problems = list_tar(root, tar)
-        files += [Entry(name, size, stamps[tar], number, at) for name, size, at in members]
-        unread += problems
+    with Bar(f"listing the tar files of {root}", len(tars), unit="files") as bar:
+        lists = in_threads(lambda tar: list_archive(root, tar), archives, at_once=1)
+        for number, (tar, (members, problems)) in enumerate(zip(archives, lists, strict=True)):
+            bar.update()
+            stamps[tar.name] = tar.changed
+            files += [Entry(name, size, tar.changed, number, at) for name, size, at in members]
+            unread += problems
     known = {} if cached is None else described_images(cached)
 
     def described(file: Entry) -> tuple | str:
@@ -224,6 +243,15 @@ def rescan(root: str, cached: Manifest | None, large: bool) -> Manifest:
     return Manifest(root, blob, array, list(modes), tars, sorted(unread), stamps)
 
 
+def list_archive(root: str, tar: Entry) -> tuple[list, list]:
+    """Lists the files in a tar; see tars.list_tar."""
+    try:
+        with open_file(root, tar.name, tar.bytes) as file:
+            return list_tar(file, tar.name)
+    except OSError as error:
+        return [], [(tar.name, f"not a complete tar file: {error}")]
+
+
 def row_of(file: Entry, width: int, height: int, mode: int, companions: dict) -> tuple:
     """Returns the row of an image, of type ROW."""
     row = [file.tar, file.offset, file.bytes, file.changed, width, height, mode]
@@ -242,10 +270,16 @@ def key_of(name: str) -> str:
 def walk(root: str) -> tuple[list[Entry], list[tuple[str, str]], dict[str, int]]:
     """Returns all files by name, names and reasons of unreadable ones, and modification times.
 
-    Links are followed. Hidden files and folders of operating systems are skipped.
+    Links are followed. Hidden files and folders of operating systems are skipped. In a bucket, the
+    generations of objects serve as times, and one checksum of all of them as that of the folders.
     """
+    if in_bucket(root):
+        shown = [x for x in sorted(objects(root)) if not any(map(is_hidden, x[0].split("/")))]
+        listing = hashlib.sha256(repr(shown).encode()).digest()
+        return list(itertools.starmap(Entry, shown)), [], {"/": int.from_bytes(listing[:7])}
     if os.path.isfile(root):
-        return [Entry("", 0, 0)], [], {}
+        status = os.stat(root)
+        return [Entry("", status.st_size, status.st_mtime_ns)], [], {}
     files, unread, stamps, seen = [], [], {}, set()
     folders: list[str] = [""]
     links: list[str] = []  # links last, so that a folder keeps its own name
@@ -296,19 +330,22 @@ def described_images(manifest: Manifest) -> dict[tuple, tuple]:
 def describe(root: str, tars: list[str], file: Entry, large: bool = False) -> tuple | str:
     """Returns width, height and mode of an image, or the reason why a file is not one."""
     try:
-        if file.tar < 0:
+        if file.tar < 0 and not in_bucket(root):
             with open(os.path.join(root, file.name), "rb") as opened:
                 return header(opened, large=large)
-        with open(os.path.join(root, tars[file.tar]).removesuffix("/"), "rb") as opened:
-            opened.seek(file.offset)
-            start = opened.read(min(file.bytes, HEAD))
-            if start[:4] not in STARTS:  # the pages of a TIFF may lie anywhere
-                try:
-                    return header(io.BytesIO(start))
-                except BadImageError:
-                    if len(start) == file.bytes:
-                        raise
-            return header(io.BytesIO(start + opened.read(file.bytes - len(start))))
+        path = tars[file.tar] if file.tar >= 0 else file.name
+        start = read_part(root, path, file.offset, min(file.bytes, HEAD))
+        if start[:4] not in STARTS:  # the pages of a TIFF may lie anywhere
+            try:
+                return header(io.BytesIO(start))
+            except BadImageError:
+                if len(start) == file.bytes:
+                    raise
+        if file.tar < 0:
+            with open_file(root, path, file.bytes) as opened:
+                return header(opened, large=large)
+        rest = read_part(root, path, file.offset + len(start), file.bytes - len(start))
+        return header(io.BytesIO(start + rest))
     except BadImageError as error:
         if file.name.endswith(COMPRESSED):
             return "compressed: unpack it or make it an uncompressed .tar"

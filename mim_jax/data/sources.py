@@ -44,7 +44,7 @@ def open_sources(
     Args:
         name: `emoji` is built in; `folder:PATH` is any tree of images, or a tar file (see
             folder.py); `tfds:PATH` a folder that TFDS or `mim_jax.data.prepare` wrote; any other
-            name a data set that TFDS prepared in array_record files in `data_dir`, which may be
+            name a data set that TFDS prepared in array_record files in `data_dir`. Paths may be
             local or gs://.
         splits: "validation" is replaced by "test" if there is none, as in CIFAR's data sets.
         labels: of a folder: "folder", or the path of a CSV file, or "" for none.

@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from mim_jax.data.layout import split_of
 
@@ -31,21 +31,23 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in JUNK
 
 
-def list_tar(root: str, tar: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
+def list_tar(file: BinaryIO, tar: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
     """Lists the files in a tar and in the tars in it (as ImageNet has them).
 
     Args:
-        root, tar: the path of the tar is root/tar; `tar` is "" if the root is a tar.
+        file: the tar.
+        tar: its path from the root, "" if the root is the tar.
 
     Returns name, size and offset of each file, and name and reason of unreadable ones. Names are
     paths from the root, as if the tar were unpacked in place.
     """
-    path = os.path.join(root, tar).removesuffix("/")
     members, stem = Members({}, {}, []), tar.removesuffix(".tar")
     problems = []
     try:
-        with tarfile.open(path, "r:") as file:
-            add_members(file, os.path.getsize(path), members)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as opened:
+            add_members(opened, size, members)
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         problems.append((tar, f"not a complete tar file: {error}"))
     follow_links(members)
