@@ -32,7 +32,7 @@ COMMANDS = {  # name: module with main(argv), what it does
     "probe": ("probe_command", "probe the features of an encoder: k-NN, linear, rank"),
     "tokenize": ("tokenize", "write the visual tokens of a data set"),
     "pictures": ("pictures", "draw the outputs of a checkpoint for images"),
-    "report": ("report", "write an HTML page about a run, or several"),
+    "report": ("report.__main__", "write an HTML page about a run, or several"),
     "runs": ("runs", "list the runs below a directory"),
     "prepare": ("data.prepare", "pack a folder of images, or prepare a data set of TFDS"),
     "statistics": ("data.statistics", "compute the mean and std of a data set"),

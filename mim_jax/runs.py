@@ -46,6 +46,11 @@ class RecordedRun(NamedTuple):
         return str(self.config["objective"]["name"])
 
     @property
+    def class_names(self) -> list[str]:
+        """The names of the classes of the data."""
+        return [str(name) for name in workdir.class_names_of(self.record)]
+
+    @property
     def step(self) -> int:
         """The last step that is recorded."""
         return int(max((x["step"] for x in (*self.metrics, *self.events)), default=0))

@@ -120,12 +120,11 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
         *("attend", "checkpoint", "cli", "convert", "data", "embed", "models", "normalize"),
         *("objectives", "optim", "recipe", "schema", "sheets", "workdir"),
     },
-    "curves": set(),
     "runs": {"cli", "workdir"},
-    "findings": {
-        *("checkpoint", "normalize", "pictures", "recipe", "schema", "sharding", "start"),
+    "report": {
+        *("checkpoint", "cli", "goodput", "normalize", "pictures", "recipe", "report", "runs"),
+        *("schema", "sharding", "sheets", "start", "workdir"),
     },
-    "report": {"cli", "curves", "findings", "goodput", "runs", "schema", "sheets", "workdir"},
     "__init__": {"embed", "experiment"},
 }
 MUST_NOT_IMPORT = {  # packages, by module

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import cli, findings, main, report, schema
+from mim_jax import cli, main, schema
+from mim_jax.report import __main__ as page_of_runs
+from mim_jax.report import charts, facts, findings
 from mim_jax.runs import read_run
 from tests.conftest import ROOT
 
@@ -64,7 +66,7 @@ def written(*folders, options=("--files-only",), to=None):
     to = to or folders[0] / "report.html"
     assert cli.main(["report", *map(str, folders), f"--to={to}", *options]) == 0
     text = to.read_text()
-    assert len(text.encode()) < report.LARGEST
+    assert len(text.encode()) < page_of_runs.LARGEST
     page = Page(text)
     assert len(page.ids) == len(set(page.ids))
     links = [x.get("href", "") for x in (*page.of("a"), *page.of("link"))]
@@ -212,7 +214,7 @@ def test_published_figures_are_for_their_data(tmp_path):
     imagenet = ["data.name=imagenet2012", "objective.target=normalized_pixels"]
     assert label in written(make(tmp_path / "imagenet", lines, overrides=imagenet))[0]
     assert label not in written(make(tmp_path / "emoji", lines, overrides=imagenet[1:]))[0]
-    for entry in json.loads((report.TEMPLATES / "published.json").read_text()):
+    for entry in json.loads(charts.PUBLISHED.read_text()):
         name, where = entry["where"]["objective.name"], entry["where"]
         config = dict(mae="mae_base", beit="beit_base", classify="mae_base_finetune")[name]
         values = schema.flatten(schema.load(str(ROOT / f"configs/{config}.py")))
@@ -222,7 +224,7 @@ def test_published_figures_are_for_their_data(tmp_path):
 
 def test_keys_that_differ_from_their_defaults(tmp_path):
     run = read_run(make(tmp_path / "run", overrides=["objective.mask_ratio=0.5", "log.wandb="]))
-    changed = {setting.key: setting for setting in report.settings(run) if setting.changed}
+    changed = {setting.key: setting for setting in facts.settings(run) if setting.changed}
     assert changed["objective.mask_ratio"].value == "0.5"
     assert changed["objective.mask_ratio"].default == "0.75"
     assert "share of hidden patches" in changed["objective.mask_ratio"].meaning
@@ -237,21 +239,21 @@ def test_pictures_leave_a_page_below_its_size(tmp_path, monkeypatch):
     for i, image in enumerate(noise):
         Image.fromarray(image).save(folder / "pictures" / f"step_{i:07d}.png")
     _, page = written(folder)
-    assert len(page.of("img")) == report.FRAMES
+    assert len(page.of("img")) == page_of_runs.FRAMES
     assert page.of("img")[-1]["alt"] == "step 19"
-    monkeypatch.setattr(report, "LARGEST", 400_000)
+    monkeypatch.setattr(page_of_runs, "LARGEST", 400_000)
     _, page = written(folder)
-    assert 0 < len(page.of("img")) < report.FRAMES
+    assert 0 < len(page.of("img")) < page_of_runs.FRAMES
 
 
 def test_many_runs_leave_out_what_was_computed(tmp_path, monkeypatch):
     runs = [read_run(make(tmp_path / f"run_{i}", training(2))) for i in range(3)]
     noise = np.random.default_rng(0).random((8, 128, 128, 3))
     examined = [findings.Findings(attention={"image": noise, "average": noise})] * 3
-    assert report.fitted(runs, examined).count("data:image") == 48
-    monkeypatch.setattr(report, "LARGEST", 300_000)
-    text = report.fitted(runs, examined)
-    assert len(text) < report.LARGEST
+    assert page_of_runs.fitted(runs, examined).count("data:image") == 48
+    monkeypatch.setattr(page_of_runs, "LARGEST", 300_000)
+    text = page_of_runs.fitted(runs, examined)
+    assert len(text) < page_of_runs.LARGEST
     assert text.count("the page would be too large") == 3
 
 
@@ -262,14 +264,14 @@ def test_time_and_goodput(tmp_path):
         for i in (1, 2)
     ]
     run = read_run(make(tmp_path / "run", lines))
-    rows = {label: (value, note) for label, value, note in report.numbers(run)}
+    rows = {label: (value, note) for label, value, note in facts.numbers(run)}
     assert rows["Goodput"][0] == "70.0%"
     assert rows["Time"][0] == "33 min 20 s"
     assert rows["Time"][1].startswith("of all processes: 70.0% step, 10.0% start, 5.0% lost")
     text, _ = written(tmp_path / "run")
     assert "Goodput/" not in text  # no charts of them
     older = read_run(make(tmp_path / "older", [{"step": 1, "loss": 1.0}]))
-    assert not {"Time", "Goodput"} & {label for label, _, _ in report.numbers(older)}
+    assert not {"Time", "Goodput"} & {label for label, _, _ in facts.numbers(older)}
 
 
 @pytest.fixture(scope="module")

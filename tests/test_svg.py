@@ -7,8 +7,19 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from mim_jax import curves
-from mim_jax.curves import Reference, Series, chart
+from mim_jax.report.svg import (
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Reference,
+    Series,
+    chart,
+    labels,
+    ticks,
+    whole,
+)
 
 MARKUP = {"svg": "http://www.w3.org/2000/svg"}
 
@@ -33,7 +44,7 @@ def test_a_line():
     points = [(0, 1.0), (50, 3.0), (100, 2.0)]
     svg = chart("loss", [Series("training", points)])
     (line,) = paths(svg, "line")
-    assert line[:, 0] == pytest.approx([curves.LEFT, 231, curves.WIDTH - curves.RIGHT])
+    assert line[:, 0] == pytest.approx([LEFT, 231, WIDTH - RIGHT])
     heights = (line[:, 1] - line[0, 1]) / (line[1, 1] - line[0, 1])
     assert heights == pytest.approx([0, 1, 0.5], abs=0.01)
     assert line[1, 1] < line[0, 1]
@@ -73,7 +84,7 @@ def test_outliers_leave_the_picture():
     points = [(i, 1e4 if i == 0 else 1.0 + 0.1 * math.sin(i)) for i in range(200)]
     (line,) = paths(chart("loss", [Series("a", points)], log_scale=False), "line")
     assert np.ptp(line[1:, 1]) > 80
-    assert line[:, 1].min() >= curves.TOP - 0.1
+    assert line[:, 1].min() >= TOP - 0.1
 
 
 def test_a_logarithmic_scale():
@@ -107,7 +118,7 @@ def test_text_is_escaped():
 
 @pytest.mark.parametrize("low, high", [(0, 1), (3.2, 3.21), (0, 2400), (-5, 1e7), (1e-9, 3e-9)])
 def test_ticks_are_round_and_inside(low, high):
-    places = curves.ticks(low, high, 5)
+    places = ticks(low, high, 5)
     assert 2 <= len(places) <= 11
     assert low - 1e-12 <= places[0] <= places[-1] <= high * (1 + 1e-9)
     assert np.allclose(np.diff(places), places[1] - places[0])
@@ -129,16 +140,16 @@ def test_ticks_are_round_and_inside(low, high):
     ],
 )
 def test_labels_tell_ticks_apart(values, expected):
-    assert curves.labels(values) == expected
+    assert labels(values) == expected
 
 
 def test_steps_are_whole():
-    assert curves.ticks(0, 3, 5, integers=True) == [0, 1, 2, 3]
-    assert [curves.whole(x) for x in (500, 2500, 20_000, 1.5e6)] == ["500", "2,500", "20k", "1.5M"]
+    assert ticks(0, 3, 5, integers=True) == [0, 1, 2, 3]
+    assert [whole(x) for x in (500, 2500, 20_000, 1.5e6)] == ["500", "2,500", "20k", "1.5M"]
 
 
 def test_an_axis_from_zero():
     svg = chart("speed", [Series("a", [(0, 99.0), (1, 100.0)])], from_zero=True)
     (line,) = paths(svg, "line")
     assert abs(line[0, 1] - line[1, 1]) < 3
-    assert line[:, 1].max() < curves.HEIGHT / 4
+    assert line[:, 1].max() < HEIGHT / 4
