@@ -244,10 +244,10 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         code = 1
     jax = sys.modules.get("jax")
-    if code in (1, 2) and jax and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if code not in (0, 128 + signal.SIGTERM) and jax and jax.distributed.is_initialized():
+        from mim_jax import processes  # late, so that --help is fast
+
+        processes.leave(code)
     sys.exit(code)
 
 

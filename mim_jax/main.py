@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mim_jax import UserError, cli, objectives, recipe, schema, workdir
+from mim_jax import cli, objectives, processes, recipe, schema, workdir
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.goodput import Goodput, process_age
 from mim_jax.probe import Probe
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def command() -> int:
         if options.distributed is not None:
-            join(options.distributed)
+            processes.join(options.distributed)
         config = schema.load(options.config, overrides, options.smoke, options.trust_code)
         if options.dry_run:
             run = recipe.build(config)
@@ -87,25 +87,6 @@ def main(argv: list[str] | None = None) -> int:
         return run_config(config, path, options.profile, change, options.from_step)
 
     return cli.exit_code(command, path)
-
-
-def join(processes: str) -> None:
-    """Connects this process to the others of a run; with "" JAX finds them.
-
-    If one of them dies, the others end when its heartbeat has been missing for a minute.
-    """
-    if not processes:
-        jax.distributed.initialize(heartbeat_timeout_seconds=60)
-        return
-    try:
-        address, count, index = processes.split(",")
-        numbers = int(count), int(index)
-    except ValueError:
-        raise UserError(
-            f"--distributed={processes} must be ADDRESS:PORT,PROCESSES,PROCESS, for example "
-            "localhost:1234,2,0."
-        ) from None
-    jax.distributed.initialize(address, numbers[0], numbers[1], heartbeat_timeout_seconds=60)
 
 
 def stop_after(minutes: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from mim_jax import preemption
+from mim_jax import preemption, processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -32,7 +32,8 @@ class Stop:
 
     SIGTERM may reach any of several processes: JAX notifies the others, and all stop after the
     same training step or the same batch of an evaluation. SIGINT and SIGHUP are handled like
-    SIGTERM. Before the first step, JAX delays a SIGTERM until that step.
+    SIGTERM. Before the first step, all processes exit at once, unless the program has started
+    JAX's preemption service itself, which delays SIGTERM until that step.
     """
 
     def __init__(self):
@@ -47,9 +48,8 @@ class Stop:
     def __enter__(self) -> "Stop":
         if threading.current_thread() is not threading.main_thread():
             return self
-        several = jax.process_count() > 1  # JAX handles SIGTERM
         for number in SIGNALS:
-            if several and number == signal.SIGTERM:
+            if number == signal.SIGTERM and processes.has_preemption_service():
                 continue
             self.previous[number] = signal.signal(number, self.record)
         if self.exits:  # Python's handlers wait until a compilation ends; this thread does not
@@ -73,8 +73,8 @@ class Stop:
         again = bool(self.signal) and number == signal.SIGINT
         if not self.exits and (again or not self.unsaved):
             raise KeyboardInterrupt
-        if jax.process_count() > 1:
-            signal.raise_signal(signal.SIGTERM)
+        if self.unsaved and jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)  # to JAX
         else:
             self.signal = self.signal or number
 
@@ -89,20 +89,29 @@ class Stop:
                 with contextlib.suppress(OSError):
                     self.on_exit(number)
                     print("stopped: nothing new was saved", file=sys.stderr, flush=True)
-                os._exit(128 + number)
+                processes.leave(128 + number)
             seen = True
         os.close(reader)
 
     def after(self, step: int) -> None:
         """Records that a step is done, and whether any process received a signal."""
+        if not self.unsaved and jax.process_count() > 1:
+            processes.begin_training()
+            self.unsaved = True
+            if self.signal:  # just before this step was done
+                self.signal = 0
+                signal.raise_signal(signal.SIGTERM)
         self.unsaved = True
         self.reached()
 
     def reached(self) -> bool:
         """Returns whether the processes stop here. All of them must call it equally often."""
         self.points += 1
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.points):
-            self.signal = signal.SIGTERM
+        if jax.process_count() > 1:
+            if not self.unsaved:
+                return False
+            if multihost_utils.reached_preemption_sync_point(self.points):
+                self.signal = signal.SIGTERM
         return bool(self.signal)
 
     def guard(self, batches: Iterator[dict]) -> Iterator[dict]:

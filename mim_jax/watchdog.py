@@ -1,11 +1,12 @@
 """Ends a process that waits too long for a worker, another process or a storage."""
 
 import contextlib
-import os
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+
+from mim_jax import processes
 
 STAGES = {  # stage: possible causes if it does not end
     "a batch": "a worker process, or the storage of the data",
@@ -68,4 +69,4 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(1)
+                processes.leave(1)

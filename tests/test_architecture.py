@@ -52,7 +52,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "convert": {
         *("checkpoint", "cli", "convert", "masking", "models", "objectives", "train", "workdir"),
     },
-    "cli": {"bucket", "workdir"},
+    "cli": {"bucket", "processes", "workdir"},
     "config_files": set(),
     "list_configs": {"cli", "config_files"},
     "list_keys": {"cli", "keys", "objectives", "optim", "schema"},
@@ -60,8 +60,9 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "inspect": {"cli", "convert", "goodput", "workdir"},
     "divergence": {"storage", "train"},
     "preemption": set(),
-    "stop": {"preemption"},
-    "watchdog": set(),
+    "processes": set(),
+    "stop": {"preemption", "processes"},
+    "watchdog": {"processes"},
     "training": {
         *("checkpoint", "divergence", "experiment", "flops", "goodput", "log", "objectives"),
         *("probe", "progress", "recipe", "schema", "sheets", "start", "stop", "train", "watchdog"),
@@ -79,6 +80,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
             "goodput",
             "objectives",
             "probe",
+            "processes",
             "recipe",
             "schema",
             "start",

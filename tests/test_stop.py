@@ -22,6 +22,8 @@ def notices(monkeypatch):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr("mim_jax.stop.multihost_utils.reached_preemption_sync_point", reached)
+    monkeypatch.setattr("mim_jax.stop.processes.begin_training", lambda: None)
+    monkeypatch.setattr("mim_jax.stop.processes.has_preemption_service", lambda: True)
     return points
 
 

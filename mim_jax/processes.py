@@ -1,0 +1,127 @@
+"""The processes of a run on several hosts: they join, and one that ends early ends the others.
+
+JAX aborts a process, with a stack trace, when process 0 closes its connection, and a minute after
+another process disappeared. Therefore a process that ends before the others announces it first.
+"""
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed
+
+from mim_jax import UserError
+
+ENDED = "mim_jax/ended"  # the value is "PROCESS CODE" of the first process that ended
+LEFT = "mim_jax/left"  # has a value for each process that will end now
+POLL = 0.5  # seconds between two reads of ENDED
+GRACE = 30.0  # seconds in which a process may finish its save after another ended
+
+training = False  # whether a step is done
+leaving = threading.Event()
+
+
+def join(processes: str) -> None:
+    """Connects this process to the others of a run; with "" JAX finds them.
+
+    If one of them dies, the others end when its heartbeat has been missing for a minute.
+
+    Args:
+        processes: "ADDRESS:PORT,PROCESSES,PROCESS".
+    """
+    # JAX would delay a SIGTERM until the first step; see `begin_training`.
+    jax.config.update("jax_enable_preemption_service", False)
+    if processes:
+        try:
+            address, count, index = processes.split(",")
+            numbers = int(count), int(index)
+        except ValueError:
+            raise UserError(
+                f"--distributed={processes} must be ADDRESS:PORT,PROCESSES,PROCESS, for example "
+                "localhost:1234,2,0."
+            ) from None
+        jax.distributed.initialize(address, *numbers, heartbeat_timeout_seconds=60)
+    else:
+        jax.distributed.initialize(heartbeat_timeout_seconds=60)
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+
+    @atexit.register  # before JAX disconnects
+    def end() -> None:
+        leaving.set()
+        thread.join()
+
+
+def client() -> Any:
+    """Returns JAX's client, which stores values that all processes can read."""
+    return distributed.global_state.client
+
+
+def has_preemption_service() -> bool:
+    """Returns whether JAX handles SIGTERM."""
+    return distributed.global_state.preemption_sync_manager is not None
+
+
+def begin_training() -> None:
+    """Starts JAX's preemption service, which replaces the handler of SIGTERM.
+
+    From then on, a SIGTERM to one process stops all of them at the same step.
+    """
+    global training
+    if not has_preemption_service():
+        jax.config.update("jax_enable_preemption_service", True)
+        distributed.global_state.initialize_preemption_sync_manager()
+    training = True
+
+
+def follow() -> None:
+    """Ends this process soon after another process announced its end.
+
+    After the first step, it may first end by itself, to finish the save in progress.
+    """
+    state = distributed.global_state
+    while not leaving.wait(POLL):
+        try:
+            process, code = client().key_value_try_get(ENDED).split()
+        except jax.errors.JaxRuntimeError:  # there is no value
+            continue
+        if leaving.wait(GRACE if training else 0):
+            return
+        print(
+            f"stopped: process {process} of {state.num_processes} has ended with exit code "
+            f"{code}; its output tells the reason.",
+            file=sys.stderr,
+            flush=True,
+        )
+        leave(int(code))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once. The other processes end soon, with the same exit code."""
+    leaving.set()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    if jax.distributed.is_initialized():
+        announcement = threading.Thread(target=announce, args=[code], daemon=True)
+        announcement.start()
+        announcement.join((GRACE if training else 0) + 5)  # process 0 may not respond
+    os._exit(code)
+
+
+def announce(code: int) -> None:
+    """Announces that this process ends. Process 0 waits until all others have announced it, too."""
+    state = distributed.global_state
+    for key, value in {
+        ENDED: f"{state.process_id} {code}",
+        f"{LEFT}/{state.process_id}": "",
+    }.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
+            client().key_value_set(key, value)
+    while state.process_id == 0 and len(client().key_value_dir_get(LEFT)) < state.num_processes:
+        time.sleep(0.1)

@@ -1,0 +1,101 @@
+"""Two processes, of which one ends early: the other ends too, without JAX's stack trace."""
+
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, environment
+
+START = """
+import ctypes, sys
+from mim_jax import processes
+from mim_jax.stop import Stop
+
+def wait():
+    while True:
+        ctypes.CDLL(None).sleep(600)  # like a compilation, it does not run Python's handlers
+
+processes.join(sys.argv[1])
+"""
+ENDS = """
+print("joined", flush=True)
+if sys.argv[1].endswith(sys.argv[2]):
+    processes.leave(int(sys.argv[3]))
+wait()
+"""
+STOPS = """
+with Stop():
+    print("joined", flush=True)
+    wait()
+"""
+TRAINS = """
+with Stop() as stop:
+    stop.after(1)
+    print("joined", flush=True)
+    if sys.argv[1].endswith("1"):
+        processes.leave(1)
+    time.sleep(2)  # finishes a save
+    print("saved", flush=True)
+    processes.leave(1)
+"""
+
+
+@pytest.fixture
+def pair():
+    """Starts two processes of a script, and waits until both have joined."""
+    started = []
+
+    def start(script, *arguments):
+        with socket.create_server(("localhost", 0)) as free:
+            address = f"localhost:{free.getsockname()[1]}"
+        for i in range(2):
+            call = [sys.executable, "-c", START + script, f"{address},2,{i}", *arguments]
+            started.append(
+                subprocess.Popen(
+                    call,
+                    cwd=ROOT,
+                    env=environment(1),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        for process in started:
+            assert process.stdout.readline() == "joined\n", process.communicate()
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.mark.parametrize(("number", "code"), [(0, 2), (1, 1)])
+def test_the_other_process_ends_with_the_same_code(number, code, pair):
+    processes = pair(ENDS, str(number), str(code))
+    errors = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [code, code], errors
+    sentence = f"stopped: process {number} of 2 has ended with exit code {code}; "
+    assert errors[1 - number].splitlines()[-1] == sentence + "its output tells the reason."
+    assert "stopped" not in errors[number]
+    assert "Check failure" not in "".join(errors)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_sigterm_before_the_first_step_ends_all(number, pair):
+    processes = pair(STOPS)
+    processes[number].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], errors
+    assert "stopped: nothing new was saved" in errors[number]
+    assert f"process {number} of 2 has ended with exit code 143" in errors[1 - number]
+    assert "Check failure" not in "".join(errors)
+
+
+def test_a_process_may_finish_its_save(pair):
+    processes = pair("import time\n" + TRAINS)
+    outputs = [process.communicate(timeout=90) for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    assert outputs[0][0] == "saved\n"
