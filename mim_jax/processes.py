@@ -20,7 +20,7 @@ from mim_jax import UserError
 ENDED = "mim_jax/ended"  # the value is "PROCESS CODE" of the first process that ended
 LEFT = "mim_jax/left"  # has a value for each process that will end now
 POLL = 0.5  # seconds between two reads of ENDED
-GRACE = 30.0  # seconds in which a process may finish its save after another ended
+GRACE = 10.0  # seconds in which a process may finish its save after another ended
 
 training = False  # whether a step is done
 leaving = threading.Event()
