@@ -5,8 +5,9 @@
 Every objective trains a smoke config on the CPU. A process is killed by SIGKILL, or stopped by
 SIGTERM, SIGHUP or SIGINT: during its start, a save, an evaluation, or at any other moment. The next
 one continues on other devices: 1 to 4 in one process or two, with other numbers of parts, copies
-and worker processes. Losses and evaluations of all steps are compared with those of a run on one
-device that nothing disturbed. Exit codes: 0 if nothing was lost or different, 1 otherwise.
+and worker processes. Two objectives train at a time. Losses and evaluations of all steps are
+compared with those of a run on one device that nothing disturbed. Exit codes: 0 if nothing was lost
+or different, 1 otherwise.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,8 @@ class Life:
         }
         if count > 1:
             environment["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
-        self.lines: list[str] = []  # of the first process
+        self.mesh, self.lines = mesh, list[str]()  # lines of the first process
+        self.moment = self.signal = ""  # of the interruption
         self.began = time.monotonic()
         self.processes = []
         for i in range(count):
@@ -159,8 +162,8 @@ def random_mesh(rng: random.Random) -> dict[str, int]:
     }
 
 
-def interrupt(life: Life, workdir: Path, startup: float, rng: random.Random) -> tuple[str, str]:
-    """Sends a random signal at a random moment. Returns both, or "" if the run ended before."""
+def interrupt(life: Life, workdir: Path, startup: float, rng: random.Random) -> None:
+    """Sends a random signal at a random moment, unless the run ends before."""
     moment = rng.choice(MOMENTS)
     temporary = workdir / "checkpoints"
     if moment == "start":
@@ -175,14 +178,14 @@ def interrupt(life: Life, workdir: Path, startup: float, rng: random.Random) -> 
         life.wait(lambda: life.step)
         time.sleep(rng.uniform(0, 4))
     if life.ended:
-        return "", ""
+        return
     number = rng.choices(list(SIGNALS), list(SIGNALS.values()))[0]
     victim = rng.choice(life.processes)
     victim.send_signal(number)
     if number == signal.SIGKILL:  # a launcher ends the others when one is lost
         for process in life.processes:
             process.kill()
-    return moment, number.name
+    life.moment, life.signal = moment, number.name
 
 
 def values_of(workdir: Path) -> dict[tuple[int, str], list[float]]:
@@ -205,6 +208,7 @@ class Soak:
 
     def __init__(self, work: Path, seed: int):
         self.work, self.rng = work, random.Random(seed)
+        self.recording = threading.Lock()
         self.counts: collections.Counter[str] = collections.Counter()
         self.largest = 0.0
         self.problems: list[str] = []
@@ -234,23 +238,34 @@ class Soak:
         workdir, mesh = self.work / name, self.rng.choice(self.meshes[name])
         before = max((step for step, _ in values_of(workdir)), default=0)
         life = Life([*CONFIGS[name], f"--workdir={workdir}"], mesh, self.work)
-        moment, number = interrupt(life, workdir, self.startup[name], self.rng)
+        interrupt(life, workdir, self.startup[name], self.rng)
         codes = life.finish()
-        text = " ".join(f"{key}={value}" for key, value in mesh.items())
+        with self.recording:
+            self.record(name, life, codes, before)
+        if set(codes) == {0}:
+            shutil.rmtree(workdir)
+
+    def record(self, name: str, life: Life, codes: list[int | None], before: int) -> None:
+        """Counts what happened in a life, and checks its exit codes and a complete run's values.
+
+        Args:
+            before: the last step that was recorded before.
+        """
+        text = " ".join(f"{key}={value}" for key, value in life.mesh.items())
         seconds = f"{time.monotonic() - life.began:.0f} s"
-        moment_text = f"{moment or 'ended'} {number} {codes} at {life.step} after {seconds}"
-        print(f"{name}: {moment_text}; {text}", flush=True)
-        self.counts["kills"] += bool(number)
-        self.counts[f"kills by {number}"] += bool(number)
-        self.counts[f"kills during {moment}"] += bool(number)
+        end = f"{life.moment or 'ended'} {life.signal} {codes}"
+        print(f"{name}: {end} at {life.step} after {seconds}; {text}", flush=True)
+        self.counts["kills"] += bool(life.signal)
+        self.counts[f"kills by {life.signal}"] += bool(life.signal)
+        self.counts[f"kills during {life.moment}"] += bool(life.signal)
         for line in life.lines:
             if line.startswith("continuing after step"):
                 first = int(line.split()[3].replace(",", ""))
                 self.counts["resumes"] += 1
                 self.counts["repeated steps"] += max(0, min(before, life.step) - first)
         allowed: set[int | None] = {0}
-        if number:
-            allowed |= {128 + n for n in SIGNALS} | {1, -int(signal.Signals[number])}
+        if life.signal:
+            allowed |= {128 + n for n in SIGNALS} | {1, -int(signal.Signals[life.signal])}
         if len(codes) > 1 and not any("stopped and saved" in line for line in life.lines):
             # One ended with nothing to save; JAX aborts the others if it was the first.
             allowed |= {None, -signal.SIGABRT}
@@ -261,7 +276,6 @@ class Soak:
             self.problem(f"{name}: a traceback", life.lines)
         if set(codes) == {0}:
             self.compare(name, complete=True)
-            shutil.rmtree(workdir)
 
     def problem(self, text: str, lines: list[str]) -> None:
         self.problems.append(text)
@@ -285,6 +299,22 @@ class Soak:
             if not difference <= TOLERANCE or not math.isfinite(difference):
                 self.counts["mismatches"] += 1
                 self.problem(f"{name}: {key} is {values[key][0]}, expected {expected}", [])
+
+    def live_until(self, names: list[str], kills: int, end: float, at_once: int) -> None:
+        """Starts and interrupts runs, several at a time, until a number of kills or a time."""
+        idle = list(names)
+
+        def work() -> None:
+            while self.counts["kills"] < kills and time.monotonic() < end:
+                with self.recording:
+                    name = idle.pop(self.rng.randrange(len(idle)))
+                self.live(name)
+                with self.recording:
+                    idle.append(name)
+
+        with ThreadPoolExecutor(at_once) as pool:
+            for worker in [pool.submit(work) for _ in range(min(at_once, len(names)))]:
+                worker.result()
 
     def summary(self) -> dict[str, Any]:
         """Returns the counts."""
@@ -313,14 +343,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60, help="the limit, with references")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--objectives", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument(
+        "--at-once", type=int, default=2, help="number of runs that train at a time"
+    )
     parser.add_argument("--work", type=Path, help="a folder; default: a temporary one")
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="soak-"))
     end, soak = time.monotonic() + 60 * options.minutes, Soak(work, options.seed)
-    for name in options.objectives:
-        soak.reference(name)
-    while soak.counts["kills"] < options.kills and time.monotonic() < end:
-        soak.live(soak.rng.choice(options.objectives))
+    with ThreadPoolExecutor(options.at_once) as pool:
+        list(pool.map(soak.reference, options.objectives))
+    soak.live_until(options.objectives, options.kills, end, options.at_once)
     for name in options.objectives:
         soak.compare(name, complete=False)
     for key, value in soak.summary().items():
