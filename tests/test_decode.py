@@ -1,6 +1,7 @@
 """Tests of data/decode.py, tiff.py and arrays.py: pixels against numpy, Pillow and tifffile."""
 
 import io
+import lzma
 import struct
 import zlib
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from tifffile import _imagecodecs
 
 from mim_jax.data import tiff
 from mim_jax.data.arrays import BadImageError
@@ -521,10 +523,10 @@ def test_pages_are_bounded():
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize("compression", ["zlib", "jpeg"])
+@pytest.mark.parametrize("compression", ["zlib", "pixtiff", "lzma", "packbits", "jpeg"])
 def test_parts_of_tiffs_hold_what_the_tags_say(compression, tiled, monkeypatch):
     """A strip or tile of a few bytes may inflate to gigabytes: no more than its size is read."""
-    if compression != "zlib":
+    if compression in ("packbits", "jpeg"):  # tifffile alone does not write them
         pytest.importorskip("imagecodecs")
     monkeypatch.setattr(tiff, "HAS_IMAGECODECS", False)  # which limits deflate, but not JPEG
     monkeypatch.setattr(tiff, "pillow_reads", lambda page: False)
@@ -548,6 +550,43 @@ def test_parts_of_tiffs_hold_what_the_tags_say(compression, tiled, monkeypatch):
             struct.pack_into(code, content, entry.valueoffset, values)
     with pytest.raises(BadImageError, match="holds more pixels than its tags say"):
         decode(bytes(content), 1)
+
+
+def test_inflated_sizes():
+    """As decoders without limits give them, also for several streams and for parts of them."""
+    rng = np.random.default_rng(0)
+    for content in (rng.bytes(5000), b"\x80" * 9, b"\x81a" * 300, b"\x7fabc", b"\xff", b""):
+        expected = len(_imagecodecs.packbits_decode(content))
+        assert sum(tiff.pack_bits_sizes(content)) == expected
+    plain = bytes(3 * tiff.INFLATED) + rng.bytes(100_000)
+    streams = lzma.compress(plain) + lzma.compress(b"a", lzma.FORMAT_ALONE) + lzma.compress(plain)
+    sizes = list(tiff.lzma_sizes(streams))
+    assert sum(sizes) == len(lzma.decompress(streams)) == 2 * len(plain) + 1
+    assert max(sizes) == tiff.INFLATED
+    assert 0 < sum(tiff.lzma_sizes(streams[:200])) < len(plain)
+    assert sum(tiff.deflate_sizes(zlib.compress(plain))) == len(plain)
+
+
+def test_a_dictionary_of_lzma_is_bounded():
+    """Its size is stored in the first bytes: here 1.5 GiB for an empty stream."""
+    content = bytearray(lzma.compress(b"a", lzma.FORMAT_ALONE))
+    struct.pack_into("<I", content, 1, 3 * 2**29)
+    with pytest.raises(lzma.LZMAError, match="limit"):
+        list(tiff.lzma_sizes(bytes(content)))
+
+
+def test_bits_in_reversed_order(monkeypatch):
+    """FillOrder 2: the bits of every compressed byte are reversed."""
+    monkeypatch.setattr(tiff, "HAS_IMAGECODECS", False)
+    monkeypatch.setattr(tiff, "pillow_reads", lambda page: False)
+    array = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    packed = np.frombuffer(zlib.compress(array.tobytes()), np.uint8)
+    stored = np.packbits(np.unpackbits(packed.reshape(-1, 1), axis=1)[:, ::-1], axis=1).tobytes()
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 266: 2, 273: 150, 277: 1, 278: 64}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    entries.append(struct.pack("<HHII", 279, 4, 1, len(stored)))
+    start = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + b"".join(entries)
+    np.testing.assert_array_equal(decode(start.ljust(150, b"\0") + stored, 1), array)
 
 
 def test_compressions_that_tifffile_alone_does_not_read():

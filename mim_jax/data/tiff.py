@@ -14,9 +14,10 @@ alpha only if the ExtraSamples tag says so, otherwise it is a channel.
 import importlib.util
 import io
 import itertools
+import lzma
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -30,9 +31,11 @@ PAGES = 1024  # files with more pages are refused
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR = 0, 1, 2, 3, 5, 6  # photometrics
 JPEGS = (6, 7)  # compressions
-DEFLATES = (8, 32946)
+PACK_BITS, LZMA = 32773, 34925
+DEFLATES = (8, 32946, 50013)
 IMAGES = (7, 33003, 33004, 33005, 34712, 34933, 50001)  # JPEG, JPEG 2000, PNG, WebP
 INFLATED = 2**20  # bytes that are inflated at once
+REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # bits of a byte
 HAS_IMAGECODECS = importlib.util.find_spec("imagecodecs") is not None
 NO_ALPHA, PREMULTIPLIED, STRAIGHT = 0, 1, 2  # in ExtraSamples
 REDUCED, MASK = 1, 4  # bits of NewSubfileType
@@ -149,11 +152,13 @@ def require_honest(file: BinaryIO, pages: Iterable[tifffile.TiffPage]) -> None:
 def require_honest_part(page: tifffile.TiffPage, content: bytes) -> None:
     """Raises BadImageError if a strip or tile holds more pixels than it should."""
     shape = page.chunks
-    if page.compression in DEFLATES and not HAS_IMAGECODECS:  # which limits the bytes itself
-        most, count, inflate = math.prod(shape) * dtype_of(page).itemsize, 0, zlib.decompressobj()
-        while content and count <= most:
-            count += len(inflate.decompress(content, INFLATED))
-            content = inflate.unconsumed_tail
+    if page.compression in INFLATED_SIZES and not HAS_IMAGECODECS:  # which limits the bytes itself
+        most, count = math.prod(shape) * dtype_of(page).itemsize, 0
+        content = content.translate(REVERSED) if page.fillorder == 2 else content
+        for size in INFLATED_SIZES[page.compression](content):
+            count += size
+            if count > most:
+                break
         honest = count <= most
     elif page.compression in IMAGES:
         try:
@@ -165,6 +170,46 @@ def require_honest_part(page: tifffile.TiffPage, content: bytes) -> None:
         honest = True
     if not honest:
         raise BadImageError("a strip or tile of it holds more pixels than its tags say")
+
+
+def deflate_sizes(content: bytes) -> Iterator[int]:
+    """Yields the sizes of the parts, of at most INFLATED bytes, to which deflated data inflates."""
+    stream = zlib.decompressobj()
+    while content:
+        yield len(stream.decompress(content, INFLATED))
+        content = stream.unconsumed_tail
+
+
+def lzma_sizes(content: bytes) -> Iterator[int]:
+    """Does the same as `deflate_sizes` for one or more streams of LZMA, with limited memory."""
+    while content:
+        stream = lzma.LZMADecompressor(memlimit=LARGEST)
+        while not stream.eof and (content or not stream.needs_input):
+            yield len(stream.decompress(content, INFLATED))
+            content = b""
+        content = stream.unused_data
+
+
+def pack_bits_sizes(content: bytes) -> Iterator[int]:
+    """Yields the lengths of the literal and repeated bytes of PackBits (TIFF 6.0, section 9)."""
+    at = 0
+    while at < len(content):
+        code = content[at]
+        if code < 128:
+            yield min(code + 1, len(content) - at - 1)
+            at += code + 2
+        elif code > 128 and at + 1 < len(content):
+            yield 257 - code
+            at += 2
+        else:
+            at += 1
+
+
+INFLATED_SIZES: dict[int, Callable[[bytes], Iterator[int]]] = {
+    **dict.fromkeys(DEFLATES, deflate_sizes),
+    LZMA: lzma_sizes,
+    PACK_BITS: pack_bits_sizes,
+}
 
 
 def has_rows(page: tifffile.TiffPage) -> bool:
