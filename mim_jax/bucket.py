@@ -262,6 +262,10 @@ class Bucket:
     def lock(self, folder: epath.Path) -> "Lease":
         return Lease(self.blob(folder / "lock"), str(folder.parent))
 
+    def locked(self, folder: epath.Path) -> bool | None:
+        lock = self.bucket.get_blob(str(folder / "lock").removeprefix(self.root), **patience())
+        return lock is not None and time.time() - lock.updated.timestamp() < LEASE
+
     @contextlib.contextmanager
     def staged(self, folder: epath.Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="mim_jax-") as local:

@@ -4,7 +4,8 @@
     mim-jax runs gs://bucket/experiments --metric=evaluate/accuracy
 
 A run is finished, failed, stopped by a signal, running, or stale: its process ended without a
-record, for example because it was killed. Exit codes: 0 done, 2 user error.
+record, for example because it was killed. A running process holds the lock of the run. Where locks
+cannot be seen, a run without a record for ten minutes is stale. Exit codes: 0 done, 2 user error.
 """
 
 import math
@@ -17,7 +18,7 @@ from etils import epath
 
 from mim_jax import UserError, cli, workdir
 
-QUIET = 600  # seconds without a record after which a run is stale, at least
+QUIET = 600  # seconds without a record after which a run is stale, at least, if locks are invisible
 REQUIRED = ("objective", "batch_size", "steps", "epochs")  # keys that every recorded config has
 LOWER_IS_BETTER = ("loss", "error", "kl", "norm")  # parts of the names of such metrics
 
@@ -71,6 +72,9 @@ class RecordedRun(NamedTuple):
             return "finished"
         if last in ("failed", "stopped"):
             return last
+        locked = workdir.is_locked(self.path)
+        if locked is not None:
+            return "running" if locked else "stale"
         times = [x["time"] for x in self.metrics if "time" in x][-20:]
         interval = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0
         return "running" if self.now - self.changed < max(QUIET, 5 * interval) else "stale"

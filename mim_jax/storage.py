@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +70,9 @@ class Storage(Protocol):
 
     def lock(self, folder: epath.Path) -> Lock:
         """Locks a folder. Raises UserError if another process has locked it."""
+
+    def locked(self, folder: epath.Path) -> bool | None:
+        """Returns whether a process has locked a folder, None if that is unknown."""
 
     def fetched(self, path: epath.Path) -> Path:
         """Returns a file or a folder on the disk, with the contents of `path`."""
@@ -148,6 +152,17 @@ class Disk:
     def lock(self, folder: epath.Path) -> "FileLock":
         return FileLock(Path(folder))
 
+    def locked(self, folder: epath.Path) -> bool | None:
+        try:
+            with (Path(folder) / "lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                was_here = file.read().endswith(f" on {platform.node()}")
+        except BlockingIOError:
+            return True
+        except OSError:  # there is no lock, or the file system has none
+            return None
+        return False if was_here else None  # the lock of another machine may be invisible
+
     def fetched(self, path: epath.Path) -> Path:
         return Path(path)
 
@@ -185,7 +200,7 @@ class FileLock:
         folder.mkdir(parents=True, exist_ok=True)
         self.file: IO = (folder / "lock").open("a+")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.acquire()
         except BlockingIOError:
             self.file.seek(0)
             raise UserError(
@@ -196,6 +211,14 @@ class FileLock:
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {platform.node()}")
         self.file.flush()
+
+    def acquire(self) -> None:
+        """Locks the file. Raises BlockingIOError if another process has locked it."""
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)  # `Disk.locked` locks it for a moment
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def check(self) -> None:
         pass

@@ -61,6 +61,12 @@ def write_text(path: epath.Path, text: str) -> None:
     storage_of(path).write_text(path, text)
 
 
+def is_locked(workdir: str | epath.PathLike) -> bool | None:
+    """Returns whether a process is writing to a run directory, None if that is unknown."""
+    folder = open_path(workdir) / "checkpoints"
+    return storage_of(folder).locked(folder)
+
+
 def free_bytes(workdir: str | epath.PathLike) -> float:
     """Returns the free bytes of the storage of a run directory."""
     path = open_path(workdir)

@@ -304,8 +304,19 @@ def test_two_processes_cannot_use_one_run_directory(place, short_lease):
     with pytest.raises(UserError, match=f"{place} is in use by process {os.getpid()} on "):
         workdir.storage_of(folder).lock(folder)
     first.check()
+    assert workdir.is_locked(place)
     first.close()
+    assert workdir.is_locked(place) is False
     workdir.storage_of(folder).lock(folder).close()
+
+
+def test_a_lock_that_is_not_renewed_counts_as_released(place, short_lease):
+    (workdir.open_path(place) / "checkpoints" / "lock").write_text("{}")
+    for _ in range(600):
+        if not workdir.is_locked(place):
+            break
+        time.sleep(0.1)
+    assert workdir.is_locked(place) is False
 
 
 def test_a_lock_that_is_not_renewed_is_taken_over(place, short_lease, capsys):

@@ -1,13 +1,16 @@
 """The table of runs below a directory."""
 
+import fcntl
 import json
 import os
 import subprocess
+import sys
 import time
 
 import pytest
 
 from mim_jax import UserError, runs, workdir
+from tests.conftest import ROOT
 
 CONFIG = dict(
     objective=dict(name="mae"), batch_size=8, steps=100, epochs=0.0, data=dict(name="emoji")
@@ -57,6 +60,42 @@ def test_a_slow_run_is_not_stale(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.utime(folder / "metrics.jsonl", (time.time() - 3000,) * 2)
     assert runs.read_run(folder).status == "running"
+
+
+@pytest.mark.parametrize("age", [10, 5000])
+def test_a_killed_run_is_stale(tmp_path, age):
+    """A run that holds its lock is running; one that was killed on this machine is not."""
+    folder = make(tmp_path / "a", [10, 20], age=age, loss=[1.0, 1.0], events=[("start", 0)])
+    script = f"""
+import time
+from mim_jax import workdir
+
+folder = workdir.open_path({str(folder / "checkpoints")!r})
+lock = workdir.storage_of(folder).lock(folder)
+print("locked", flush=True)
+time.sleep(600)
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "locked\n"
+            assert runs.read_run(folder).status == "running"
+        finally:
+            process.kill()
+    assert runs.read_run(folder).status == "stale"
+    lock = folder / "checkpoints" / "lock"
+    lock.write_text("process 1 on another machine")
+    assert runs.read_run(folder).status == ("running" if age < runs.QUIET else "stale")
+
+
+def test_looking_at_a_lock_does_not_prevent_a_start(tmp_path, monkeypatch):
+    disk = workdir.storage_of(workdir.open_path(tmp_path))
+    disk.lock(tmp_path).close()
+    with (tmp_path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as `locked` does, for a moment
+        release = lambda seconds: fcntl.flock(file, fcntl.LOCK_UN)  # noqa: E731
+        monkeypatch.setattr("mim_jax.storage.time.sleep", release)
+        disk.lock(tmp_path).close()
 
 
 def test_the_table(tmp_path, capsys):
