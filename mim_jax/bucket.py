@@ -93,6 +93,14 @@ def check_access(name: str) -> None:
         next(iter(client().list_blobs(name, max_results=1, **patience())), None)
 
 
+def require_access(url: str, error: Exception) -> None:
+    """Raises UserError or BucketError if `error` is of the bucket, see storage.require_access."""
+    place = bucket_of(url).root.rstrip("/")
+    if "Retry policy exhausted" in str(error):  # of Google's client in array_record
+        raise explain(error, place) from error
+    check_access.__wrapped__(place.removeprefix("gs://"))
+
+
 def bucket_of(url: str) -> "Bucket":
     """Returns the bucket of a path, which is "gs://BUCKET/PATH"."""
     return Bucket(url.removeprefix("gs://").partition("/")[0])

@@ -22,7 +22,7 @@ import numpy as np
 from mim_jax import UserError
 from mim_jax.goodput import KINDS, Goodput
 from mim_jax.progress import write_line
-from mim_jax.workdir import append_to, keep_lines, open_path, read_lines, write_text
+from mim_jax.workdir import append_to, keep_lines, open_path, read_lines, storage_of, write_text
 
 
 class Pace:
@@ -320,9 +320,13 @@ def optional(package: str, extra: str):
 
 
 def tensorboard_events(workdir: str, step: int):
-    writer = optional("tensorboardX", "tensorboard").SummaryWriter(
-        str(open_path(workdir) / "tensorboard"), purge_step=step + 1
-    )
+    folder = open_path(workdir) / "tensorboard"
+    if not storage_of(folder).appends:  # tensorboardX does not survive a failed upload
+        raise UserError(
+            "log.tensorboard = True needs a run directory on a disk: set it to False for a bucket; "
+            "log.wandb and log.trackio work, and `mim-jax report` draws the metrics."
+        )
+    writer = optional("tensorboardX", "tensorboard").SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(step, values):
         for name, value in values.items():

@@ -109,6 +109,17 @@ def in_bucket(path: str | epath.Path) -> bool:
     return "://" in str(path)
 
 
+def require_access(path: str, error: Exception) -> None:
+    """Raises UserError or BucketError if a record could not be read because of its bucket.
+
+    Args:
+        path: the folder of the records, on a disk or in a bucket.
+        error: what array_record raised.
+    """
+    if in_bucket(path):
+        bucket.require_access(path, error)
+
+
 def objects(path: str) -> list[tuple[str, int, int]]:
     """Returns name, size and generation of the objects below a path in a bucket.
 

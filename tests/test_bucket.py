@@ -16,7 +16,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mim_jax import UserError, bucket, checkpoint, evaluate, inspect, main, report, runs, workdir
+from mim_jax import (
+    UserError,
+    bucket,
+    checkpoint,
+    evaluate,
+    inspect,
+    main,
+    pictures,
+    replay,
+    report,
+    runs,
+    storage,
+    workdir,
+)
 from mim_jax.convert import __main__ as convert
 from mim_jax.data import sources
 from mim_jax.data.decode import BadImageError
@@ -127,6 +140,38 @@ def test_a_killed_run_continues_and_every_command_reads_it(place, capsys):
         np.testing.assert_array_equal(theirs[name], value)
 
 
+def test_options_of_a_run_work_in_a_bucket(place, monkeypatch, capsys):
+    """A trace, another log, a failed step that is repeated, and a picture of an image there."""
+    records = []
+    stand_in = SimpleNamespace(
+        init=lambda **_: SimpleNamespace(log=lambda values, step: records.append(step))
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    arguments = [MAE, "--smoke", "--config.steps=4", "--config.probe.images=0"]
+    arguments += ["--config.evaluate.every_steps=0", "--config.pictures.every_steps=0"]
+    arguments += ["--config.save.every_steps=2"]
+    arguments += [f"--workdir={place}", "--profile=2:3", "--config.log.wandb=project"]
+    assert main.main(arguments) == 0
+    assert 4 in records
+    root = workdir.open_path(place)
+    traces = [name for name, *_ in storage.objects(f"{place}/profile")]
+    assert any(name.endswith(".xplane.pb") for name in traces)
+
+    (root / "captures" / "step_0000003.json").write_text(json.dumps(dict(step=3, skips=[])))
+    capsys.readouterr()
+    assert replay.main([place]) == 0
+    assert f"step 3 of {place}" in capsys.readouterr().out
+    (root / "image.jpg").write_bytes(jpeg(0))
+    drawn = ["reconstruct", place, f"{place}/image.jpg", f"--to={place}/drawn.png"]
+    assert pictures.main(drawn) == 0
+    assert (root / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    assert pictures.main(["reconstruct", place, f"{place}/no.jpg", f"--to={place}/x.png"]) == 2
+    assert f"cannot read the image {place}/no.jpg" in capsys.readouterr().err
+
+    assert main.main([*arguments, "--config.log.tensorboard=true"]) == 2
+    assert "log.tensorboard = True needs a run directory on a disk" in capsys.readouterr().err
+
+
 # --- Data. ---
 
 
@@ -215,6 +260,70 @@ def test_a_missing_image_is_bad_and_a_failing_bucket_is_not(place, monkeypatch):
     (folder / "a.tar").write_bytes(b"a tar, which must not be listed as damaged")
     with pytest.raises(bucket.BucketError):
         sources.open_sources(f"folder:{place}", ["all"])
+
+
+def test_a_record_is_not_bad_because_its_bucket_fails(place, monkeypatch):
+    class Failing:
+        message = "Retry policy exhausted, with a last message of PerformWork()"
+
+        def __getitem__(self, i):
+            raise RuntimeError(self.message)
+
+    records = sources.Records(Failing(), labeled=False, place=place)
+    with pytest.raises(bucket.BucketError, match="gs://runs does not respond or fails"):
+        records[0]
+    Failing.message = "Corrupted chunk"
+    with pytest.raises(BadImageError, match="its record cannot be read: Corrupted chunk"):
+        records[0]
+    records.place = "gs://gone/set"  # a bucket that was deleted meanwhile
+    with pytest.raises(UserError, match="gs://gone does not exist"):
+        records[0]
+
+
+def test_batches_continue_after_a_pause_of_the_bucket_and_end_without_it(server, place, tmp_path):
+    shutil.copytree(sources.BUILTIN["emoji"], tmp_path / "packed")
+    tar(tmp_path / "tars" / "0.tar", {f"{i}.jpg": jpeg(i) for i in range(32)})
+    with workdir.staged(place) as folder:
+        shutil.copytree(tmp_path, folder, dirs_exist_ok=True)
+    script = f"""
+from mim_jax import data
+from mim_jax.watchdog import Watchdog
+
+names = "folder:{place}/tars", "tfds:{place}/packed"
+sets = [data.make(name=name, size=16) for name in names]
+streams = [x.training_batches(4, seed=0, start=0, stop=10**6) for x in sets]
+with Watchdog(0.2) as watchdog:
+    for number, _ in enumerate(watchdog.each("a batch", zip(*streams))):
+        print(number, flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=environment(1) | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def wait_for(number: int) -> None:
+        assert any(line == f"{number}\n" for line in process.stdout)
+
+    wait_for(3)
+    server.send_signal(signal.SIGSTOP)
+    try:
+        time.sleep(2)
+        server.send_signal(signal.SIGCONT)
+        wait_for(40)  # far more than were read ahead
+        server.send_signal(signal.SIGSTOP)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        server.send_signal(signal.SIGCONT)
+        process.kill()
+    assert process.returncode == 1
+    [line] = [line for line in errors.splitlines() if line.startswith("failed: ")]
+    assert "a batch has taken" in line
+    assert "the storage of the data may be stuck" in line
+    assert "Traceback" not in errors
 
 
 # --- Checkpoints. ---

@@ -12,6 +12,7 @@ from mim_jax.data.arrays import BadImageError
 from mim_jax.data.decode import decode, header, type_of
 from mim_jax.data.fields import fields_of
 from mim_jax.data.transforms import EvaluationView
+from mim_jax.storage import open_path
 
 Images = Sequence[str | Path | Image.Image | np.ndarray]  # files, or arrays (H, W, c)
 
@@ -48,7 +49,7 @@ def dtype_of(image: str | Path | Image.Image | np.ndarray) -> str:
     if isinstance(image, Image.Image):
         return "uint8"
     try:
-        with Path(image).open("rb") as file:
+        with open_path(image).open("rb") as file:
             return type_of(header(file).mode)
     except (OSError, BadImageError) as error:
         raise UserError(f"cannot read the image {image}: {error}.") from None
@@ -63,6 +64,6 @@ def decoded(
     if isinstance(image, np.ndarray):
         return image
     try:
-        return decode(Path(image).read_bytes(), channels, dtype)
+        return decode(open_path(image).read_bytes(), channels, dtype)
     except (OSError, BadImageError) as error:
         raise UserError(f"cannot read the image {image}: {error}.") from None

@@ -16,7 +16,7 @@ from mim_jax.data.arrow import Rows, Table
 from mim_jax.data.decode import MODES, BadImageError
 from mim_jax.data.folder import Folder, select
 from mim_jax.data.manifest import printable
-from mim_jax.storage import open_path
+from mim_jax.storage import open_path, require_access
 
 BUILTIN = {"emoji": Path(__file__).parent / "builtin" / "emoji" / "1.0.0"}
 ONE_AT_A_TIME = threading.Lock()
@@ -98,19 +98,25 @@ def of_table(table: Table, split: str) -> Source:
 
 
 class Records:
-    """Image and label of the examples that TFDS prepared."""
+    """Image and label of the examples that TFDS prepared in `place`, a folder or a bucket."""
 
-    def __init__(self, records: Sequence[dict], labeled: bool):
-        self.records, self.labeled = records, labeled
+    def __init__(self, records: Sequence[dict], labeled: bool, place: str):
+        self.records, self.labeled, self.place = records, labeled, place
 
     def __len__(self) -> int:
         return len(self.records)
 
     def read(self, i: int) -> dict:
-        """Reads record i. Raises BadImageError if it, or the file that it is in, is damaged."""
+        """Reads record i.
+
+        Raises:
+            BadImageError: if it, or the file that it is in, is damaged.
+            UserError, BucketError: if it is in a bucket that is forbidden, or fails.
+        """
         try:
             return self.records[i]
         except (RuntimeError, ValueError, OSError) as error:
+            require_access(self.place, error)
             reason = str(error).split(";")[0].split(" (")[0]
             raise BadImageError(f"its record cannot be read: {reason}") from error
 
@@ -136,7 +142,7 @@ def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     labeled = "label" in features
-    examples = Records(records, labeled=labeled)
+    examples = Records(records, labeled=labeled, place=str(builder.data_path))
 
     def name_of(i: int) -> str:
         with contextlib.suppress(BadImageError):
