@@ -283,7 +283,7 @@ def mask_token_rows(rounds: int = 3) -> Iterator[dict]:
             [override, "data.name=emoji", "data.evaluation_split=validation", "batch_size=8"],
         )
         run = recipe.build(large, jax.devices()[:1])
-        count = flops.of_step(Start(run, large).trace_step().jaxpr)
+        count = flops.step_flops(Start(run, large).trace_step().jaxpr)
         yield dict(setting=f"{kind}: GFLOPs an image", seed=0, value=round(count / 8e9, 3))
         small = schema.load(
             str(ROOT / "configs/mae_emoji.py"),

@@ -38,9 +38,9 @@ UNSIGNED = ("digests.json", "_CHECKPOINT_METADATA", COMMITTED)  # files that are
 class Checkpoints:
     """The newest `keep` states of a run, in `workdir`/checkpoints, written in the background.
 
-    `record` is stored in the metadata of each. `latest` is the newest step that can be restored;
-    newer checkpoints that are corrupt are reported and renamed. Raises UserError if another process
-    is using the folder.
+    `record` is stored in the metadata of each checkpoint. `latest` is the newest step that can be
+    restored; corrupt newer checkpoints are reported and renamed. Raises UserError if another
+    process is using the folder.
     """
 
     def __init__(self, workdir: str, keep: int, record: dict | None = None):
@@ -64,7 +64,7 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState) -> None:
-        """Saves a state. Returns once it is copied from the devices; files are written later.
+        """Saves a state: returns when it is copied from the devices, and writes files later.
 
         Raises UserError if another process has taken over the folder.
         """
@@ -118,7 +118,7 @@ class Checkpoints:
         return TrainState(**restored)
 
     def set_aside(self, after: int) -> None:
-        """Renames the checkpoints after step `after`, so that `latest` is the newest before."""
+        """Renames the checkpoints of later steps than `after`, and updates `latest`."""
         with disk_errors(self.folder):
             self.manager.wait_until_finished()
         if jax.process_index() == 0:
@@ -131,7 +131,7 @@ class Checkpoints:
         self.latest = newest(self.folder)
 
     def return_to(self, step: int) -> None:
-        """Sets aside the checkpoints after that of `step`. Raises UserError if there is none."""
+        """Renames the checkpoints after `step`. Raises UserError if `step` has no checkpoint."""
         steps = steps_in(self.folder)
         if step not in steps:
             choices = ", ".join(map(str, steps)) or "none"
@@ -171,13 +171,13 @@ def has_checkpoints(workdir: str) -> bool:
 
 
 def sign(folder: epath.Path) -> None:
-    """Writes the digests of a checkpoint whose files are written, just before Orbax commits it."""
+    """Writes digests.json into a checkpoint after its other files, before Orbax commits it."""
     for path in folder.iterdir():
         step, _, temporary = path.name.partition(".orbax-checkpoint-tmp")
         if step.isdigit() and not ocp.utils.is_checkpoint_finalized(path):
             table = digests(path, storage_of(path).checksum)
             (path / "digests.json").write_text(json.dumps(table, indent=1) + "\n")
-            if temporary:  # it is renamed when it is complete; a copy in a bucket needs the mark
+            if temporary:  # Orbax renames it when complete; a copy in a bucket needs the mark
                 (path / COMMITTED).write_text("")
 
 
@@ -187,7 +187,7 @@ def digests(folder: epath.Path, kind: str) -> dict[str, str]:
 
 
 def fault(folder: epath.Path) -> str:
-    """Returns the fault of a checkpoint, "" if it is intact."""
+    """Returns what is wrong with a checkpoint, or "" if it is intact."""
     try:
         saved = json.loads((folder / "digests.json").read_text())
     except (OSError, ValueError):
@@ -201,12 +201,18 @@ def fault(folder: epath.Path) -> str:
 
 
 def newest(folder: epath.Path, set_aside: bool = False, before: float = math.inf) -> int | None:
-    """Returns the newest intact step in a folder of checkpoints, None if there is no checkpoint.
+    """Returns the newest intact step in a folder of checkpoints, or None if there is no checkpoint.
 
-    With `before`, only earlier steps are considered.
+    Process 0 verifies the checkpoints and tells the others the result. It reports corrupt ones on
+    stderr.
 
-    The first process searches for all of them. It reports corrupt checkpoints on stderr and renames
-    them with `set_aside`. Raises UserError if every checkpoint is corrupt.
+    Args:
+        folder: the folder of checkpoints.
+        set_aside: rename corrupt checkpoints.
+        before: consider only earlier steps.
+
+    Raises:
+        UserError: if every checkpoint is corrupt.
     """
     intact, corrupt = -1, {}
     if jax.process_index() == 0:
@@ -233,7 +239,7 @@ def newest(folder: epath.Path, set_aside: bool = False, before: float = math.inf
 
 @contextlib.contextmanager
 def disk_errors(folder: epath.Path) -> Iterator[None]:
-    """Raises OSError for errors of the disk: Orbax raises others, and only in its next call."""
+    """Converts Orbax's errors about the disk, which it raises in its next call, to OSError."""
     try:
         yield
     except ValueError as error:  # of tensorstore, for example: ... [os_error_code='28']
@@ -247,7 +253,7 @@ def disk_errors(folder: epath.Path) -> Iterator[None]:
 
 
 def without_wildcards(folder: epath.Path) -> epath.Path:
-    """Returns a path to the folder without [ ] * ?, which Orbax expands, by a link if necessary."""
+    """Returns a path to the folder without [ ] * ?, which Orbax would expand; makes a link."""
     if not set("[]*?") & set(str(folder)):
         return folder
     links = Path(tempfile.mkdtemp(prefix="mim_jax-"))
@@ -270,7 +276,7 @@ def manager_of(workdir: str, **options) -> ocp.CheckpointManager:
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
-    """Restores the arrays of a checkpoint that the tree `like` names, with its shardings."""
+    """Restores the arrays of a checkpoint that are in the tree `like`, with its shardings."""
     args = ocp.args.PyTreeRestore(
         like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -286,7 +292,7 @@ def metadata_of(manager: ocp.CheckpointManager, step: int) -> dict:
 
 
 def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
-    """Opens a run's checkpoints for reading -> the manager and the newest step.
+    """Opens a run's checkpoints for reading. Returns the manager and the newest step.
 
     `key` is the config key or the option that names the run, for messages. Raises UserError if
     there is no checkpoint.
@@ -301,7 +307,7 @@ def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
 
 
 def state_before(workdir: str, like: TrainState, step: int) -> tuple[TrainState, dict] | None:
-    """Restores the newest state of a run before a step -> state, metadata. None: there is none."""
+    """Returns the newest state of a run before a step and its metadata, or None."""
     newest_step = newest(folder_of(workdir), before=step)
     if newest_step is None:
         return None
@@ -313,10 +319,7 @@ def state_before(workdir: str, like: TrainState, step: int) -> tuple[TrainState,
 
 
 def record_in(workdir: str) -> dict:
-    """Returns the record of a run from its newest checkpoint.
-
-    Raises UserError if there is none, because the run of the checkpoints is then unknown.
-    """
+    """Returns the record of a run from its newest checkpoint. Raises UserError if it has none."""
     folder = folder_of(workdir)
     step = newest(folder)
     try:
@@ -325,13 +328,13 @@ def record_in(workdir: str) -> dict:
             raise ValueError
     except (OSError, ValueError, AttributeError):
         raise UserError(
-            f"{workdir} has checkpoints, but no record of their run: choose another --workdir."
+            f"{workdir} has checkpoints without a record of their run: choose another --workdir."
         ) from None
     return record
 
 
 def arrays(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
-    """Restores the arrays of a checkpoint that the tree `like` names, as numpy arrays."""
+    """Restores the arrays of a checkpoint that are in the tree `like`, as NumPy arrays."""
     numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
     args = ocp.args.PyTreeRestore(like, restore_args=numpy, partial_restore=True)
     return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
@@ -358,10 +361,10 @@ def peek(workdir: str, like: TrainState) -> TrainState:
 
 
 def load(workdir: str) -> tuple[dict, dict, dict]:
-    """Reads the newest checkpoint of a run -> params, buffers (numpy arrays), and the metadata.
+    """Returns params and buffers (NumPy arrays) and the metadata of a run's newest checkpoint.
 
-    The moving average of the params is returned if there is one. Raises UserError if there is no
-    checkpoint.
+    If the run has a moving average of the params, it is returned instead of them. Raises UserError
+    if there is no checkpoint.
     """
     manager, step = open_run(workdir, "weights")
     saved = manager.item_metadata(step)["state"].tree

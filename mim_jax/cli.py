@@ -42,7 +42,7 @@ COMMANDS = {  # name: module with main(argv), what it does
     "configs": ("list_configs", "list the configs that come with mim_jax"),
     "keys": ("list_keys", "list the keys of a config and what they mean"),
 }
-OF_TRAINING = (  # keys and blocks that other commands do not use
+TRAINING_KEYS = (  # keys and blocks that other commands do not use
     *("steps", "epochs", "optimizer", "log", "evaluate", "pictures", "probe", "save"),
     *("divergence", "ema"),
 )

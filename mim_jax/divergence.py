@@ -1,4 +1,4 @@
-"""Steps that fail, because their loss or gradient is not finite or a spike: records and recovery.
+"""Recovery from failed steps, whose loss or gradient is not finite or a spike.
 
 The step itself does not apply such an update (train.py). `Failures` records it in RUN/captures. If
 several follow each other, the run returns to a checkpoint and continues with later data.
@@ -38,13 +38,13 @@ class RollbackError(Exception):
 class Spikes:
     """Limits on the loss and the norm of the gradient, from those of recent steps.
 
-    A step is a spike if its absolute loss or its norm is more than `factor` times the largest so
-    far, where old ones count less: by half after 700 steps. The first steps are only limited to
-    finite numbers. The limits of a step depend on the steps up to two before, which have ended when
-    it begins; so no device waits, and a restart changes nothing.
+    A step is a spike if its absolute loss or its gradient norm is more than `factor` times the
+    largest so far. Old values decay, by half in 700 steps. In the first steps only values that are
+    not finite are over the limit. The limits of a step depend on the steps up to two before, which
+    have ended when it begins; so no device waits, and a restart changes nothing.
 
     Args:
-        factor: 0: all steps are only limited to finite numbers.
+        factor: size of a spike; 0: only values that are not finite are over the limit.
         largest: the attribute of this name at the step that a run continues from.
 
     Attributes:
@@ -62,7 +62,7 @@ class Spikes:
         return np.minimum(self.factor * np.array(earlier[-1][2:]), NO_LIMITS).astype(np.float32)
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> str:
-        """Records a step if it was applied. Returns the reason if not."""
+        """Returns the reason why a step was not applied, or records the step and returns ""."""
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         text = f"the loss is {loss} and the norm of the gradient {norm}"
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -85,8 +85,8 @@ class Failures:
         patience: consecutive failures after which RollbackError is raised; 0: the first failure
             ends the run with FloatingPointError.
         names_of: step -> names of the images of its batch.
-        skips: windows of data that are left out, for the captures.
-        say: a function (step, text) that prints and records a message.
+        skips: windows of data that are left out, which captures record.
+        say: (step, text) -> None, prints and records a message.
         spikes: the limits of each step.
     """
 
@@ -108,7 +108,7 @@ class Failures:
         self.pending: tuple[int, Mapping[str, Any]] | None = None
 
     def limits(self, step: int) -> np.ndarray | None:
-        """Returns the limits of a step, None if the first failure ends the run anyway."""
+        """Returns the limits of a step, or None if the first failure ends the run anyway."""
         return self.spikes.limits(step) if self.patience else None
 
     def after(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ from mim_jax.convert.fit import encoder_only, resized
 from mim_jax.data.images import Images, batch_of
 from mim_jax.data.records import shard_path, write_info, write_shard
 from mim_jax.normalize import MEAN, STD
-from mim_jax.objectives import whole_images
+from mim_jax.objectives import image_encoder
 from mim_jax.progress import images_in, track
 from mim_jax.sharding import replicated, to_global
 from mim_jax.start import source_run
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.parser_of("embed", __doc__)
     cli.add_config(parser, "a run directory, or a config file")
     parser.add_argument("--to", required=True, help="the .npz file or the folder to write")
-    options, overrides = cli.parse(parser, argv, cli.OF_TRAINING)
+    options, overrides = cli.parse(parser, argv, cli.TRAINING_KEYS)
     if (ending := Path(options.to).suffix) in (".pt", ".pth", ".npy", ".csv", ".parquet", ".h5"):
         parser.error(
             f"--to={options.to}: {ending} files are not supported; pass an .npz file or a folder"
@@ -97,7 +97,7 @@ def load(
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if size != network.size:
             params, network = resized(*encoder_only(params, network), size)
-    encode, model = whole_images(network.encoder, **statistics), network.encoder
+    encode, model = image_encoder(network.encoder, **statistics), network.encoder
     any_size = model.positions == model.relative_bias == "none"
 
     def encoder(params: dict, images: jax.Array | Images | Image.Image | str | Path) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 
 from mim_jax import cli, recipe, schema, workdir
 from mim_jax.checkpoint import peek
-from mim_jax.data.class_names import shown
+from mim_jax.data.class_names import list_names
 from mim_jax.progress import images_in, track
 from mim_jax.start import Start, source_run
 from mim_jax.train import evaluate
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.parser_of("evaluate", __doc__)
     cli.add_config(parser, "a run directory, or a config file")
     parser.add_argument("--to", default="", help="a .json file to write")
-    options, overrides = cli.parse(parser, argv, cli.OF_TRAINING)
+    options, overrides = cli.parse(parser, argv, cli.TRAINING_KEYS)
 
     def command() -> int:
         config = schema.load(options.config, overrides, trust_code=options.trust_code)
@@ -54,7 +54,7 @@ def evaluate_run(path: str, config, to: str) -> int:
         compare(encoder_in(config.to_dict()), encoder_in(workdir.read(path)["config"]), path)
         state = peek(path, start.like)
     else:
-        state = start.state(entire=True)
+        state = start.state(strict=True)
     count = len(run.data.evaluation.examples)
     batches = run.data.evaluation_batches(run.rows)
     batches = track(batches, "evaluating", count, unit="images", count=images_in)
@@ -62,7 +62,7 @@ def evaluate_run(path: str, config, to: str) -> int:
     metrics = {name: np.asarray(value).tolist() for name, value in means.items()}
     print(f"{path}, step {int(state.step):,}, split {config.data.evaluation_split}")
     if names := run.data.class_names:
-        print(f"{len(names):,} classes: {shown(names)}")
+        print(f"{len(names):,} classes: {list_names(names)}")
     if run.labeled and not class_names:
         print(
             f"warning: {source} does not record the names of its classes: assuming this order",

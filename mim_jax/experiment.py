@@ -1,4 +1,4 @@
-"""Runs in Python: build one, train it step by step, evaluate it and look at its pictures."""
+"""Runs in Python: build, train step by step, evaluate and draw pictures."""
 
 import functools
 import signal
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mim_jax import UserError, recipe, schema, workdir
 from mim_jax.checkpoint import peek
 from mim_jax.recipe import Run
-from mim_jax.sharding import replicated, to_global, whole
+from mim_jax.sharding import all_gather, replicated, to_global
 from mim_jax.start import Start
 from mim_jax.train import TrainState, evaluate, train
 
@@ -27,8 +27,8 @@ class Experiment:
             print(step, float(metrics["loss"]))
         experiment.evaluate(state)
 
-    If the loop is interrupted, `experiment.train(state)` continues from the last state; Ctrl-C
-    takes effect after the step that is being computed.
+    If the loop is interrupted, `experiment.train(state)` continues from the last state. Ctrl-C
+    takes effect after the current step.
 
     Attributes:
         config: the complete config.
@@ -83,7 +83,8 @@ class Experiment:
     def evaluate(self, state: TrainState, limit: int = 0) -> dict[str, Any]:
         """Returns the means over the first `limit` examples of the evaluation split (0: all).
 
-        Raises UserError if `state` is not a state, or the split has no labels and needs them.
+        Raises UserError if `state` is not a state, or if the objective needs labels and the split
+        has none.
         """
         require_state(state, "evaluate")
         self.run.require_labels(self.config.data.evaluation_split)
@@ -106,10 +107,10 @@ class Experiment:
 
 
 def interrupted_between(steps: Iterator[tuple]) -> Iterator[tuple]:
-    """Yields steps. Ctrl-C raises KeyboardInterrupt between two of them, if it comes in the second.
+    """Yields steps. Ctrl-C during a step raises KeyboardInterrupt after that step.
 
-    A step reuses the memory of the last state, which would be lost if the step were interrupted. A
-    second Ctrl-C does interrupt it, and so does the first one before any step is done.
+    A step reuses the memory of the last state, which would be lost if the step were interrupted.
+    A second Ctrl-C does interrupt it, and so does a Ctrl-C during the first step.
     """
     default = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(default):
@@ -180,7 +181,7 @@ def pictures_of(run: Run, state: TrainState, count: int, seed: int) -> dict[str,
     count = -(-count // run.mesh.size) * run.mesh.size
     batch = to_global(next(run.data.evaluation_batches(count, limit=count)), run.mesh)
     pictures = jax.jit(run.objective.pictures, out_shardings=replicated(run.mesh))
-    params, buffers = whole((state.averaged, state.buffers), run.mesh)
+    params, buffers = all_gather((state.averaged, state.buffers), run.mesh)
     columns = pictures(params, buffers, batch, jax.random.key(seed))
-    valid = np.asarray(whole(batch["valid"], run.mesh)) > 0
+    valid = np.asarray(all_gather(batch["valid"], run.mesh)) > 0
     return {caption: np.asarray(images)[valid] for caption, images in columns.items()}

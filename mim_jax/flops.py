@@ -40,7 +40,7 @@ def peak(device_kind: str) -> float:
     return next((value for name, value in PEAKS.items() if name in device_kind), 0.0)
 
 
-def of_step(step: ClosedJaxpr) -> float:
+def step_flops(step: ClosedJaxpr) -> float:
     """Returns the operations of a traced step on each device.
 
     Unused results, such as the gradient of the images, do not count.

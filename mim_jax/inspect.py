@@ -12,7 +12,7 @@ import sys
 from flax.traverse_util import flatten_dict
 
 from mim_jax import cli, goodput, workdir
-from mim_jax.convert.files import license_note, load_weights, story
+from mim_jax.convert.files import license_note, load_weights, summarize
 from mim_jax.convert.names import printable
 
 HIDDEN = ("config", "parts", "trajectory")  # too long for the list of entries
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 def show(source: str) -> int:
     """Prints the network of a source, its parts and arrays, and its other entries."""
     params, network, entries = load_weights(source)
-    print(story(params, network))
+    print(summarize(params, network))
     if note := license_note(source):
         print(note)
     if note := time_note(source):

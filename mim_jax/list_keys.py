@@ -42,14 +42,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(config: Mapping, words: Sequence[str] = ()) -> Iterator[str]:
-    """Yields two lines for each key of a config that has all words in its name or meaning."""
+    """Yields two lines of text for each key whose name and meaning contain all of the words."""
     values = schema.flatten(config)
     for name, key in schema.keys_of(config).items():
         text = f"{name} {key.meaning}".lower()
         if all(word.lower() in text for word in words):
             default = "" if key.default in (values[name], inspect.Parameter.empty) else key.default
             note = f", default {default!r}" if default != "" else ""
-            yield f"{name} = {values[name]!r}\n    {key.meaning or 'which one'} ({kind(key)}{note})"
+            yield f"{name} = {values[name]!r}\n    {key.meaning} ({kind(key)}{note})"
 
 
 def kind(key: Key) -> str:
@@ -77,9 +77,9 @@ def markdown() -> str:
             blocks[block] = (*known, *(x for x in functions if x not in known))
     sections = [
         "# Config keys\n",
-        "This page is written by `mim-jax keys --markdown`. `mim-jax keys --config=NAME` prints",
-        "the same for one config with its values. A run may continue with another value of a key",
-        "that is marked *free*: it does not change what is learned.\n",
+        "`mim-jax keys --markdown` generates this page. `mim-jax keys --config=NAME` lists the",
+        "keys and values of one config. Keys marked *free* do not affect what is learned: they may",
+        "change when a run continues.\n",
     ]
     for block, functions in blocks.items():
         if block in schema.CHOICES:

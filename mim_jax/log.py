@@ -49,7 +49,7 @@ class Pace:
             return int(step < steps)
         return steps // every - step // every + int(steps % every > 0 and step < steps)
 
-    def left(self, step: int, per_step: float) -> float:
+    def seconds_left(self, step: int, per_step: float) -> float:
         """Returns the remaining seconds of steps and of the actions measured so far."""
         seconds = (self.steps - step) * per_step
         for name, durations in self.seconds.items():
@@ -167,7 +167,7 @@ class Log:
         if due:
             count = step - self.last_step
             speed = count * self.batch_size / self.training
-            left = self.pace.left(step, self.training / count)
+            left = self.pace.seconds_left(step, self.training / count)
             more |= dict(images_per_second=speed, input_wait=self.waiting / self.training)
             more |= dict(images_per_second_per_chip=speed / self.devices, time=time.time())
             if self.peak_share:

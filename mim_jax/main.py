@@ -136,7 +136,7 @@ def train_config(
     training = Training(run, config, path, start, checkpoints, probe, stop, watchdog, goodput)
     try:
         with watchdog:
-            return training.attempts(trace)
+            return training.train_to_end(trace)
     except Exception as error:
         training.log.event("failed", training.log.last_step, str(error) or type(error).__name__)
         with contextlib.suppress(OSError):  # so that it does not hide the first error

@@ -12,7 +12,7 @@ from mim_jax.keys import BELOW_ONE, NOT_NEGATIVE, Range
 
 B1 = Annotated[float, BELOW_ONE, "decay of the first moment"]
 B2 = Annotated[float, BELOW_ONE, "decay of the second moment"]
-Momentum = Annotated[float, BELOW_ONE, "decay of the momentum"]
+Momentum = Annotated[float, BELOW_ONE, "momentum coefficient"]
 Schedule = Literal["mae", "beit", "mmseg"]
 WeightDecay = Annotated[float, NOT_NEGATIVE, "decoupled weight decay of matrices"]
 
@@ -50,8 +50,8 @@ def warmup_cosine(
 ) -> optax.Schedule:
     """Returns a schedule that is linear from 0 to `lr`, then half a cosine to `min_lr`.
 
-    The first rate is 0. In MAE's code (util/lr_sched.py) the warm-up reaches `lr` at the first step
-    of the cosine; in BEiT's (utils.cosine_scheduler) one step earlier, so that two steps have `lr`.
+    In MAE's code (util/lr_sched.py) the warm-up reaches `lr` at the first step of the cosine; in
+    BEiT's (utils.cosine_scheduler) one step earlier, so that two steps have `lr`.
     """
     warmup = optax.linear_schedule(0.0, lr, warmup_steps - (code == "beit"))
     cosine = optax.cosine_decay_schedule(lr, steps - warmup_steps, alpha=min_lr / lr)
@@ -62,7 +62,7 @@ def warmup_linear(lr: float, *, min_lr: float, warmup_steps: int, steps: int) ->
     """Returns a schedule that is linear from `lr` to `min_lr`, multiplied by a linear warm-up.
 
     This is mmsegmentation's policy "poly" with power 1 and linear warm-up, in which the decay
-    starts at the first step. Its warm-up starts at 1e-6 of the rate, this one at 0.
+    starts at the first step. There the warm-up starts at 1e-6 of the rate, here at 0.
     """
     line = optax.linear_schedule(lr, min_lr, steps)
     warmup = optax.linear_schedule(0.0 if warmup_steps else 1.0, 1.0, warmup_steps)
@@ -70,10 +70,10 @@ def warmup_linear(lr: float, *, min_lr: float, warmup_steps: int, steps: int) ->
 
 
 def matrices(params: dict, but: tuple[str, ...] = ()) -> dict:
-    """Returns true for parameters with weight decay: those with two or more axes.
+    """Returns a tree of flags: whether weight decay applies to each parameter.
 
-    Class and mask tokens have three axes, so they decay as in MAE's code. Parameters named in `but`
-    do not decay.
+    It applies to parameters with two or more axes, except those named in `but`. Class and mask
+    tokens have three axes, so they decay as in MAE's code.
     """
     return jax.tree.map_with_path(lambda path, x: x.ndim > 1 and path[-1].key not in but, params)
 
@@ -86,10 +86,10 @@ def adamw(
     eps: Annotated[float, NOT_NEGATIVE, "added to the root of the second moment"] = 1e-8,
     weight_decay: WeightDecay = 0.05,
     undecayed: Annotated[
-        tuple, "names of parameters without decay, for example ('cls_token',)"
+        tuple, "names of parameters without weight decay, for example ('cls_token',)"
     ] = (),
     layer_decay: Annotated[
-        float, Range(0, 1, above=True), "factor of the rate from each block to the previous one"
+        float, Range(0, 1, above=True), "factor of the learning rate from a block to the one before"
     ] = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter, 2017), equal to PyTorch's, with layer decay (BEiT, appendix).
@@ -140,18 +140,19 @@ def lars(
     learning_rate: optax.Schedule,
     *,
     momentum: Momentum = 0.9,
-    trust: Annotated[float, NOT_NEGATIVE, "norm of an update relative to its matrix"] = 0.001,
+    trust: Annotated[float, NOT_NEGATIVE, "ratio of the norms of an update and its matrix"] = 0.001,
     weight_decay: WeightDecay = 0.0,
 ) -> optax.GradientTransformation:
     """LARS (You et al., 2017) as in MAE's linear probe.
 
     The gradient of a matrix plus weight decay is scaled to `trust` times the norm of the matrix;
-    then momentum and the rate are applied. optax.lars differs if the rate changes.
+    then momentum and the learning rate are applied. optax.lars applies the rate before momentum,
+    which differs if the rate changes.
 
     Args:
         learning_rate: step -> rate.
-        momentum: decay of the momentum.
-        trust: norm of an update relative to the norm of its matrix.
+        momentum: momentum coefficient.
+        trust: ratio of the norms of an update and its matrix.
         weight_decay: weight decay of matrices.
     """
     decay = optax.add_decayed_weights(weight_decay)

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from mim_jax.data import Data
-from mim_jax.sharding import replicated, to_global, whole
+from mim_jax.sharding import all_gather, replicated, to_global
 from mim_jax.train import TrainState
 
 
@@ -45,7 +45,9 @@ class Probe:
         """
         # Frozen parameters of a classifier's encoder are buffers.
         parts = (flatten_dict(x.get("encoder", {})) for x in (state.buffers, state.averaged))
-        params = whole(unflatten_dict({k: x for part in parts for k, x in part.items()}), self.mesh)
+        params = all_gather(
+            unflatten_dict({k: x for part in parts for k, x in part.items()}), self.mesh
+        )
         train, test = (self.features(params, x, guard) for x in (True, False))
         metrics = {"probe_rank": rank(train["features"])}
         if all("label" in x and x["label"].min() >= 0 for x in (train, test)):  # -1: no label

@@ -11,14 +11,14 @@ import optax
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, data, objectives, optim, schema
-from mim_jax.data.class_names import shown
+from mim_jax.data.class_names import list_names
 from mim_jax.data.examine import size_warnings
 from mim_jax.data.statistics import observe, range_problem
 from mim_jax.models.dvae import DVAE
 from mim_jax.models.vit import ViT
 from mim_jax.sharding import make_mesh
 
-OBSERVED = 64  # images whose values are observed before a run
+OBSERVED = 64  # images whose values are checked before a run
 
 
 class Run(NamedTuple):
@@ -103,7 +103,7 @@ def build(config: ConfigDict, devices: list | None = None, class_names: Sequence
 
 
 def with_dtypes(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
-    """Returns the config as a dict, with the dtype "auto" of networks replaced."""
+    """Returns the config as a dict, with the networks' dtype "auto" resolved."""
     default = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     settings = config.to_dict()
     for name in schema.NETWORKS:
@@ -148,7 +148,7 @@ def build_schedule(config, steps: int, steps_per_epoch: float) -> optax.Schedule
 
 
 def build_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns the optimizer, after clipping of the gradient's norm if the config sets one."""
+    """Returns the optimizer, preceded by gradient clipping if the config sets `clip_norm`."""
     function = optim.OPTIMIZERS[config.optimizer.name]
     takes = inspect.signature(function).parameters
     settings = {name: x for name, x in config.optimizer.to_dict().items() if name in takes}
@@ -179,7 +179,7 @@ def learning_rate(config: ConfigDict) -> float:
 
 
 def describe(run: Run, config: ConfigDict) -> str:
-    """Summarizes a recipe as text: batch, epochs, learning rates, masked patches."""
+    """Summarizes a recipe as text: batch, epochs, learning rate, masked patches."""
     image, size, steps = run.example["image"], config.batch_size, run.steps
     _, height, width, channels = image.shape
     warmup = warmup_of(config, steps, run.steps_per_epoch)
@@ -201,7 +201,7 @@ def describe(run: Run, config: ConfigDict) -> str:
         shards = run.mesh.shape["fsdp"]
         lines.append(f"parameters and optimizer state are split over {shards} devices")
     if names := run.data.class_names:
-        lines.append(f"{len(names):,} classes: {shown(names)}")
+        lines.append(f"{len(names):,} classes: {list_names(names)}")
     if run.data.bands:
         lines.append(f"bands: {', '.join(run.data.bands)}")
     sizes = run.data.examples, len(run.data.evaluation.examples), size
@@ -215,9 +215,9 @@ def describe(run: Run, config: ConfigDict) -> str:
 
 
 def observe_values(run: Run, config: ConfigDict) -> tuple[str, str]:
-    """Describes the values of some training images, and why they do not suit the objective.
+    """Describes the values of some training images, and why they do not fit the objective.
 
-    The second text is "" if they suit it.
+    The second text is "" if they fit.
     """
     values = observe(run.data.train, run.data.image.shape[2], limit=OBSERVED)
     settings = config.objective
@@ -229,9 +229,9 @@ def observe_values(run: Run, config: ConfigDict) -> tuple[str, str]:
 
 
 def encoder_of(run: Run, config: ConfigDict):
-    """Returns the run's encoder as objectives.whole_images does, at least in float32.
+    """Returns objectives.image_encoder for the run's encoder, in at least float32.
 
-    Raises UserError if the run has none.
+    Raises UserError if the run has no encoder.
     """
     if run.model is None:
         raise UserError(f"{config.objective.name} has no encoder.")
@@ -239,11 +239,11 @@ def encoder_of(run: Run, config: ConfigDict):
         raise UserError(f"{config.objective.name} has no mean and std to normalize images with.")
     dtype = jnp.promote_types(run.model.dtype, jnp.float32).name
     model = run.model.clone(dtype=dtype)
-    return objectives.whole_images(model, config.objective.mean, config.objective.std)
+    return objectives.image_encoder(model, config.objective.mean, config.objective.std)
 
 
 def fit_to_devices(config: ConfigDict) -> ConfigDict:
-    """Changes the config of a run so that its batches can be evaluated on the local devices."""
+    """Changes fsdp and batch_size of a config so that they fit the local devices."""
     devices, parts = jax.device_count(), jax.device_count() * config.accumulate
     config.update(
         fsdp=math.gcd(config.fsdp or devices, devices),

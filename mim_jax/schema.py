@@ -1,7 +1,7 @@
 """Config keys: collecting their types, ranges, defaults and meanings, and setting them.
 
 Every block of a config configures one or two functions (or NamedTuples); their keyword arguments
-are the block's keys. A config may leave out what has a default.
+are the block's keys. A config may leave out keys that have a default.
 """
 
 import ast
@@ -31,15 +31,15 @@ from mim_jax.keys import (
 from mim_jax.models.dvae import dvae
 from mim_jax.models.vit import ViT, vit
 
-Epochs = Annotated[float, NOT_NEGATIVE, FREE, "the interval in epochs"]
-Steps = Annotated[int, NOT_NEGATIVE, FREE, "the interval in steps; takes precedence over epochs"]
+Epochs = Annotated[float, NOT_NEGATIVE, FREE, "interval in epochs"]
+Steps = Annotated[int, NOT_NEGATIVE, FREE, "interval in steps; overrides every_epochs"]
 
 
 class Top(NamedTuple):
     """Keys outside any block."""
 
     batch_size: Annotated[int, POSITIVE, "images per update, over all devices"]
-    seed: Annotated[int, Range(0, 2**32 - 1), "seed of everything random"] = 0
+    seed: Annotated[int, Range(0, 2**32 - 1), "seed of all random numbers"] = 0
     epochs: Annotated[float, NOT_NEGATIVE, "length of the run"] = 0.0
     steps: Annotated[int, NOT_NEGATIVE, Smoke(20), "length in steps; overrides epochs"] = 0
     accumulate: Annotated[
@@ -61,30 +61,42 @@ class InitFrom(NamedTuple):
     """Runs that a run starts from."""
 
     encoder: Annotated[
-        str, Smoke(""), "run directory of the encoder; random: start without one"
+        str, Smoke(""), "run directory to copy the encoder from; random: initialize it randomly"
     ] = ""
     tokenizer: Annotated[
-        str, Smoke("random"), "run directory of the tokenizer; random: start without one"
+        str,
+        Smoke("random"),
+        "run directory to copy the tokenizer from; random: initialize it randomly",
     ] = ""
 
 
 class Schedule(NamedTuple):
     """The learning rate, the part of the optimizer block that all optimizers share."""
 
-    base_lr: Annotated[float, NOT_NEGATIVE, "rate for 256 images: lr = base_lr x batch / 256"] = 0.0
-    lr: Annotated[float, NOT_NEGATIVE, "rate after warm-up; overrides base_lr"] = 0.0
-    min_lr: Annotated[float, NOT_NEGATIVE, Smoke(0.0), "rate at the end"] = 0.0
-    warmup_epochs: Annotated[float, NOT_NEGATIVE, Smoke(0.0), "length of the warm-up"] = 0.0
-    warmup_steps: Annotated[int, NOT_NEGATIVE, Smoke(2), "in steps; overrides warmup_epochs"] = 0
-    decay_epochs: Annotated[
-        float, NOT_NEGATIVE, Smoke(0.0), "when the rate reaches min_lr; 0: at the end"
+    base_lr: Annotated[
+        float, NOT_NEGATIVE, "learning rate for 256 images: lr = base_lr x batch / 256"
     ] = 0.0
-    decay_steps: Annotated[int, NOT_NEGATIVE, Smoke(0), "in steps; overrides decay_epochs"] = 0
+    lr: Annotated[float, NOT_NEGATIVE, "learning rate after warm-up; overrides base_lr"] = 0.0
+    min_lr: Annotated[float, NOT_NEGATIVE, Smoke(0.0), "learning rate at the end"] = 0.0
+    warmup_epochs: Annotated[float, NOT_NEGATIVE, Smoke(0.0), "length of the warm-up in epochs"] = (
+        0.0
+    )
+    warmup_steps: Annotated[
+        int, NOT_NEGATIVE, Smoke(2), "length of the warm-up in steps; overrides warmup_epochs"
+    ] = 0
+    decay_epochs: Annotated[
+        float, NOT_NEGATIVE, Smoke(0.0), "epoch at which the rate reaches min_lr; 0: the last"
+    ] = 0.0
+    decay_steps: Annotated[
+        int, NOT_NEGATIVE, Smoke(0), "the same as a step; overrides decay_epochs"
+    ] = 0
     schedule: Annotated[
         optim.Schedule,
-        "the code whose schedule is used: mae and beit decay by a cosine, mmseg linearly",
+        "codebase whose schedule is used: mae and beit decay by a cosine, mmseg linearly",
     ] = "mae"
-    clip_norm: Annotated[float, NOT_NEGATIVE, "limit of the gradient's norm; 0: no clipping"] = 0.0
+    clip_norm: Annotated[
+        float, NOT_NEGATIVE, "largest norm of the gradient, to which it is clipped; 0: no clipping"
+    ] = 0.0
 
 
 class Logging(NamedTuple):
@@ -108,31 +120,31 @@ class Evaluate(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Sheets of the objective's pictures of images of the evaluation split."""
+    """The objective's pictures of evaluation images, as PNG files."""
 
     every_epochs: Annotated[Epochs, Smoke(0.0)] = 0.0
     every_steps: Annotated[Steps, Smoke(10)] = 0
     count: Annotated[  # overrides the method of NamedTuple
-        int, NOT_NEGATIVE, FREE, "images on a sheet; 0: no pictures"
+        int, NOT_NEGATIVE, FREE, "number of images; 0: no pictures"
     ] = 12  # type: ignore[assignment]
 
 
 class Probe(NamedTuple):
-    """k-NN, a linear classifier and the rank of the features."""
+    """Probes of the features: k-NN, a linear classifier and their rank."""
 
     every_epochs: Annotated[Epochs, Smoke(0.0)] = 0.0
     every_steps: Annotated[Steps, Smoke(10)] = 0
-    images: Annotated[int, NOT_NEGATIVE, FREE, "images of each split; 0: no probe"] = 0
+    images: Annotated[int, NOT_NEGATIVE, FREE, "number of images of each split; 0: no probe"] = 0
 
 
 class Divergence(NamedTuple):
-    """Steps that fail: their loss or gradient is not finite, or a spike. They are not applied."""
+    """Steps whose loss or gradient is not finite or a spike. Their updates are skipped."""
 
     patience: Annotated[
         int,
         NOT_NEGATIVE,
         FREE,
-        "failures in a row before a rollback; 0: the first ends the run, and no update is skipped",
+        "failures in a row before a rollback; 0: skip no update, and end at the first failure",
     ] = 10
     rollbacks: Annotated[
         int,
@@ -195,7 +207,10 @@ def functions(config: Mapping) -> dict[str, tuple[Callable, ...]]:
 def keys_of(config: Mapping) -> dict[str, Key]:
     """Returns all keys of a config by their full names, such as "optimizer.b2"."""
     required = inspect.Parameter.empty
-    keys = {f"{block}.name": Key(str, required, Range(), "", None, ()) for block in CHOICES}
+    keys = {
+        f"{block}.name": Key(str, required, Range(), f"name of the {block}", None, ())
+        for block in CHOICES
+    }
     for block, configured in functions(config).items():
         for function in configured:
             own = keys_of_function(function, every=block == "objective")
@@ -206,9 +221,9 @@ def keys_of(config: Mapping) -> dict[str, Key]:
 
 
 def keys_of_function(function: Callable, every: bool = False) -> dict[str, Key]:
-    """Returns the keys among the arguments of a function or NamedTuple: those with annotations.
+    """Returns the keys of a function or NamedTuple: its arguments annotated with `Annotated`.
 
-    With `every`, also those without annotations, except arguments that the builder supplies. This
+    With `every`, arguments without annotation are keys too, unless the builder supplies them. This
     is for objectives, which may be a user's.
     """
     hints = get_type_hints(function, include_extras=True)
@@ -237,9 +252,9 @@ def load(
 ) -> ConfigDict:
     """Returns the complete config of a Python file or of a run, changed by overrides "key=value".
 
-    With `smoke` the config is first reduced to a tiny model, the built-in images and 20 steps.
-    An objective outside the package is imported if a config file or an override names it, and if a
-    run does only with `trust_code`.
+    With `smoke` the config is first reduced to a tiny model, the built-in images and 20 steps. An
+    objective outside the package is imported if a config file or an override names it; if only a
+    run names it, `trust_code` is required.
 
     Raises:
         UserError: if the file is missing, a key does not exist, or a value has a wrong type or is
@@ -323,7 +338,7 @@ def read(path: str) -> dict:
 
 
 def complete(given: Mapping) -> ConfigDict:
-    """Returns a config with all keys; those that are not given have their defaults."""
+    """Returns a config with all keys, with defaults for those that are not in `given`."""
     keys: dict[str, Key] = keys_of(given)
     full: dict[str, Any] = {}
     for key, entry in keys.items():
@@ -411,7 +426,7 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def networks(config: Mapping) -> dict[str, Any]:
-    """Builds the networks that a config has, {"model": ViT, "tokenizer": DVAE}."""
+    """Builds the networks of a config: {"model": ViT, "tokenizer": DVAE}, or one of them."""
     return {name: build(**config[name]) for name, build in NETWORKS.items() if name in config}
 
 
@@ -433,7 +448,7 @@ def shrink(config: ConfigDict) -> None:
 
 
 def trajectory(config: ConfigDict, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys that determine what a run learns: equal for runs that learn the same."""
+    """Returns the keys that determine what a run learns, and the fingerprint of its data."""
     keys = keys_of(config)
     decisive = {k: v for k, v in flatten(config).items() if FREE not in keys[k].markers}
     return decisive | {f"data set's {k}": v for k, v in fingerprint.items()}

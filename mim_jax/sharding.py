@@ -179,8 +179,8 @@ def in_parts(gradient: Callable, parts: int) -> Callable:
     return call
 
 
-def whole(tree, mesh: Mesh):
-    """Gathers sharded arrays: each device gets a copy."""
+def all_gather(tree, mesh: Mesh):
+    """Gathers sharded arrays, so that each device has a complete copy."""
     return jax.device_put(tree, replicated(mesh))
 
 

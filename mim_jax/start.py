@@ -45,10 +45,10 @@ class Start:
         """Size of the state, and of a checkpoint."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.like))
 
-    def state(self, entire: bool = False) -> TrainState:
-        """Returns a random state, with the parts that the config's init_from takes from other runs.
+    def state(self, strict: bool = False) -> TrainState:
+        """Returns the initial state: random, except for the parts that `init_from` takes from runs.
 
-        Raises UserError if `entire` is set and any parameter would stay random.
+        Raises UserError if `strict` is set and any parameter would stay random.
         """
         sources = {k: x for k, x in self.config.init_from.items() if x not in ("", "random")}
         for key, source in sources.items():  # checked before anything is compiled
@@ -65,7 +65,7 @@ class Start:
                 self.config.to_dict(),
                 head=self.run.objective.head,
                 class_names=self.run.data.class_names,
-                entire=entire,
+                strict=strict,
             )
         return state
 
@@ -97,16 +97,16 @@ class Start:
 
 
 def model_flops(run: Run, config: ConfigDict) -> float:
-    """Returns the operations of a step on each device, without what rematerialization repeats."""
+    """Returns the FLOPs of a step on each device, without those repeated by rematerialization."""
     plain = config.copy_and_resolve_references()
     if "model" in plain:
         plain.model.remat = "none"
     objective = recipe.rebuild_objective(run, plain)
-    return flops.of_step(Start(run._replace(objective=objective), plain).trace_step().jaxpr)
+    return flops.step_flops(Start(run._replace(objective=objective), plain).trace_step().jaxpr)
 
 
 def how_to(key: str, source: str) -> str:
-    """Returns advice for the case that init_from's `source` is not a run directory."""
+    """Returns advice for a `source` of init_from that is not a run directory."""
     path = Path(source)
     for folder in path.absolute().parents:
         if (folder / "checkpoints").is_dir() and path.exists():
@@ -130,9 +130,9 @@ def source_run(path: str, config: ConfigDict, key: str) -> str:
 def claim_workdir(
     path: str, run: Run, config: ConfigDict, state_bytes: int, change: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Creates a run directory, or checks that it belongs to the same run.
+    """Creates a run directory, or checks that an existing one belongs to the same run.
 
-    A directory without a checkpoint may be used by any run.
+    Any run may use a directory without a checkpoint.
 
     Args:
         change: keys that may differ from those of the run that is continued.
@@ -170,7 +170,7 @@ def claim_workdir(
 
 
 def record_of_run(path: str) -> dict[str, Any]:
-    """Returns the record of a run that has checkpoints, from them if config.json is unusable."""
+    """Returns the record in config.json, or if that is unusable, the one in the checkpoints."""
     try:
         record = workdir.read(path)
     except UserError as error:
@@ -201,7 +201,7 @@ def compare_trajectories(
     theirs = saved.get("objective.name", objective)
     if theirs != objective:
         raise UserError(
-            f"{path} holds a run of {theirs}, this is one of {objective}: choose another --workdir."
+            f"{path} holds a run of {theirs}, not of {objective}: choose another --workdir."
         )
     # A key that did not exist when the run was saved had its default value.
     defaults = schema.trajectory(schema.complete(record["config"]), run.data.fingerprint)

@@ -29,7 +29,7 @@ class Target(NamedTuple):
 
     vocabulary: int  # number of logits per patch; 0: the p*q*c pixels of a patch are predicted
     init: Callable  # (rng, batch) -> buffers of the target
-    of: Callable  # (buffers, batch, normalized images) -> targets of all patches (b, n, ...)
+    compute: Callable  # (buffers, batch, normalized images) -> targets of all patches (b, n, ...)
     loss: Callable  # (predicted (b, m, size), targets (b, m, ...)) -> {"loss": (b, m), ...}
     # (buffers, predicted, targets, masked (b, m), grid) -> {caption: images in [0, 1]}
     paint: Callable
@@ -56,7 +56,7 @@ def make(
         distance: distance between predicted and true pixels.
 
     Raises:
-        UserError: if "tokens" has no tokenizer.
+        UserError: if the target is tokens and there is no tokenizer.
     """
     if name != "tokens":
         return pixels(patch, mean, std, normalized=name == "normalized_pixels", distance=distance)
@@ -74,7 +74,7 @@ def statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
 def pixels(
     patch: tuple[int, int], mean: tuple, std: tuple, *, normalized: bool, distance: Distance
 ) -> Target:
-    """The pixels of a patch; `normalized` by the patch's own mean and variance (MAE, section 3)."""
+    """Returns the target of pixels, `normalized` by each patch's mean and variance (MAE)."""
 
     def scale(patches):
         return statistics(patches) if normalized else (0.0, 1.0)
@@ -94,14 +94,14 @@ def pixels(
     return Target(
         vocabulary=0,
         init=lambda rng, batch: {},
-        of=lambda buffers, batch, images: patchify(images, patch),
+        compute=lambda buffers, batch, images: patchify(images, patch),
         loss=loss,
         paint=paint,
     )
 
 
 def tokens(patch: tuple[int, int], tokenizer: DVAE) -> Target:
-    """The visual tokens of `tokenizer_image` by a frozen dVAE (BEiT, section 2)."""
+    """Returns the target of visual tokens that a frozen dVAE computes (BEiT, section 2)."""
 
     def init(rng, batch):
         if "tokenizer_image" not in batch:
@@ -110,12 +110,12 @@ def tokens(patch: tuple[int, int], tokenizer: DVAE) -> Target:
         tokens, n = (patchify(*pair).shape[1] for pair in zip(views, patches, strict=True))
         if tokens != n:
             raise UserError(
-                f"the tokenizer gives {tokens} tokens for {n} patches: choose a "
-                "data.tokenizer_size for which both are equal."
+                f"the tokenizer computes {tokens} tokens, but there are {n} patches: set "
+                "data.tokenizer_size so that both numbers are equal."
             )
         return tokenizer.init(rng, unit(batch["tokenizer_image"]))
 
-    def of(buffers, batch, images):
+    def compute(buffers, batch, images):
         tokens = tokenizer.tokens(buffers["tokenizer"], unit(batch["tokenizer_image"]))
         return tokens[..., None]  # (b, n, 1)
 
@@ -135,7 +135,7 @@ def tokens(patch: tuple[int, int], tokenizer: DVAE) -> Target:
         }
 
     vocabulary = tokenizer.encoder.vocabulary
-    return Target(vocabulary, init, of, loss, paint, needs=("tokenizer",))
+    return Target(vocabulary, init, compute, loss, paint, needs=("tokenizer",))
 
 
 def put(values: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.parser_of("tokenize", __doc__)
     cli.add_config(parser, "a run directory")
     parser.add_argument("--to", required=True, help="the .npz file to write")
-    options, overrides = cli.parse(parser, argv, cli.OF_TRAINING)
+    options, overrides = cli.parse(parser, argv, cli.TRAINING_KEYS)
 
     def command() -> int:
         config = schema.load(options.config, overrides, trust_code=options.trust_code)

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from mim_jax.objectives import Objective
-from mim_jax.sharding import over_devices, replicated, to_global, whole
+from mim_jax.sharding import all_gather, over_devices, replicated, to_global
 
 NO_LIMITS = np.full(2, np.finfo(np.float32).max)  # of finite losses and norms
 
@@ -163,7 +163,7 @@ def evaluate(
     the moving average if the state has one.
     """
     rng, step = jax.random.key(seed), evaluate_step(objective, mesh)
-    params, buffers = whole((state.averaged, state.buffers), mesh)
+    params, buffers = all_gather((state.averaged, state.buffers), mesh)
     count, totals = 0, dict[str, np.ndarray]()
     for batch in batches:
         sums, rows = step(params, buffers, to_global(batch, mesh), rng)

@@ -42,7 +42,7 @@ class Trace:
         self.running = False
 
     def after(self, step: int, metrics: dict | None = None) -> None:
-        """Starts before the first of the steps and ends when the last is computed."""
+        """Starts the trace before the first step, and ends it when the last is computed."""
         if self.last and step == self.first - 1:
             jax.block_until_ready(metrics)
             folder = workdir.staged(workdir.open_path(self.path) / "profile")
@@ -61,7 +61,7 @@ class Trace:
 
 
 class Training:
-    """The loop of a run and its periodic actions: log, evaluate, probe, draw, save."""
+    """The training loop of a run with its periodic actions: log, evaluate, probe, draw, save."""
 
     def __init__(
         self,
@@ -85,10 +85,11 @@ class Training:
         self.failures: Failures  # set by `loop`
         stop.on_exit = self.stopped
 
-    def attempts(self, trace: Trace) -> int:
-        """Trains to the end. If losses stop being finite, continues from a checkpoint.
+    def train_to_end(self, trace: Trace) -> int:
+        """Trains to the end, and returns the exit code. Rolls back after repeated failures.
 
-        Returns the exit code. Raises FloatingPointError if that does not help.
+        Raises FloatingPointError after `divergence.rollbacks` rollbacks, or if there is no
+        checkpoint to return to.
         """
         run, config, log = self.run, self.config, self.log
         first = self.checkpoints.latest or 0
@@ -131,9 +132,9 @@ class Training:
         raise AssertionError
 
     def unfinished(self, step: int) -> list[str]:
-        """Returns the actions of a step that a signal prevented and that were not done since.
+        """Returns the actions of a step that a signal prevented and that are still to be done.
 
-        The records that process 0 reads decide that.
+        All processes use the result of process 0, which reads the run's records.
         """
         names = [name for name in self.due(step) if name in self.checkpoints.unfinished]
         if not names:
@@ -161,9 +162,9 @@ class Training:
         return state
 
     def roll_back(self, error: RollbackError, first: int) -> int:
-        """Returns the step of the checkpoint to return to. Skips the data up to the failure.
+        """Returns the step of the checkpoint to return to, and skips the data up to the failure.
 
-        If every step since `first` failed, its checkpoint is not used again.
+        If every step since `first` failed, the checkpoint of `first` is not used again.
         """
         self.checkpoints.set_aside(after=error.last_good)
         if first and error.last_good == first:
@@ -244,7 +245,7 @@ class Training:
         log.say("compiling the first step")
         self.goodput.begin("compile")
         trace.after(first)
-        steps = self.shown(self.watchdog.each("a step", log.timed(steps)), first)
+        steps = self.with_bar(self.watchdog.each("a step", log.timed(steps)), first)
         for step, state, metrics in steps:
             self.goodput.begin("step")
             trace.after(step, metrics)
@@ -284,7 +285,7 @@ class Training:
         log.event("done", step)
         return 0
 
-    def shown(self, steps: Iterator[tuple], first: int) -> Iterator[tuple]:
+    def with_bar(self, steps: Iterator[tuple], first: int) -> Iterator[tuple]:
         """Yields the steps after `first` and shows a bar on a terminal."""
         with Bar("compiling", self.run.steps, unit="steps", first=first, lines=False) as bar:
             for result in steps:
@@ -293,7 +294,7 @@ class Training:
                 yield result
 
     def stopped(self, number: int) -> None:
-        """Records that a signal ends the process before a step is done."""
+        """Records that a signal ends the process before its first step is done."""
         self.log.event("stopped", self.log.last_step, f"by signal {number}")
 
     def batches_from(self, step: int) -> Iterator[dict]:
@@ -309,7 +310,7 @@ class Training:
         return self.watchdog.each("a batch", self.log.waited(batches))
 
     def guard(self, batches: Iterator[dict]) -> Iterator[dict]:
-        """Yields the batches of a periodic action, which a signal or a stall ends."""
+        """Yields the batches of a periodic action, until a signal or a stall."""
         batches = self.watchdog.each("an evaluation", self.stop.guard(batches))
         return track(batches, "evaluating", unit="images", count=images_in)
 
@@ -326,9 +327,9 @@ class Training:
         return [name for name in due if name not in unused]
 
     def act(self, step: int, state: TrainState, metrics: dict, due: Sequence[str]) -> None:
-        """Evaluates, probes and draws. Raises StoppedError after a signal.
+        """Performs the actions that are due. Raises StoppedError after a signal.
 
-        Those that a signal prevents are stored with the checkpoint, and follow the next start.
+        Actions that a signal prevents are stored with the checkpoint and done at the next start.
         """
         run, config, log = self.run, self.config, self.log
         for count, name in enumerate(due):
@@ -353,7 +354,7 @@ class Training:
     def save(self, step: int, state: TrainState) -> None:
         """Saves the state if that is due, or if the run stops now.
 
-        Raises FloatingPointError rather than save a state that is not finite.
+        Raises FloatingPointError if the state is not finite.
         """
         if not self.is_due(self.config.save, step) and not self.stop.signal:
             return
@@ -371,7 +372,7 @@ class Training:
         self.log.times(step)
 
     def draw(self, step: int, state: TrainState, metrics: dict) -> None:
-        """Draws a sheet of the objective's pictures of the first images of the evaluation split."""
+        """Draws the objective's pictures of the first evaluation images as a PNG file."""
         run, name = self.run, self.config.objective.name
         columns = pictures_of(run, state, self.config.pictures.count, self.config.seed)
         if jax.process_index() == 0 and all(len(images) for images in columns.values()):
@@ -390,7 +391,7 @@ def picture_of(folder: epath.Path, step: int) -> epath.Path:
 
 
 def peak_share(run: Run, config: ConfigDict) -> float:
-    """Returns the share of a chip's peak that one image per second uses, 0 if it is unknown."""
+    """Returns the share of a chip's peak that one image per second uses, or 0 if unknown."""
     peak, network = flops.peak(jax.devices()[0].device_kind), run.model or run.tokenizer
     if not peak or not network or network.dtype != "bfloat16":
         return 0.0

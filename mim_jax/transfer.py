@@ -1,4 +1,4 @@
-"""Starting a run from others: parts of their newest checkpoints, fitted to this run's networks."""
+"""Starts a run from other runs: copies parts of their newest checkpoints into its state."""
 
 import re
 import sys
@@ -63,18 +63,18 @@ def start_from(
     config: Mapping[str, Any],
     head: tuple[str, ...] = (),
     class_names: Sequence[str] = (),
-    entire: bool = False,
+    strict: bool = False,
 ) -> TrainState:
-    """Returns `state` with the part that init_from's `key` names, from the run in `source`.
+    """Returns `state` with the encoder or tokenizer (`key`) of the run in `source`.
 
     Prints which arrays are resized, new or ignored. If both runs have the same objective, arrays
-    that begin with `head` are copied where their shapes fit, with the classes in the order of
-    `class_names`; a classifier of other classes stays random. Where both runs name the bands of
-    their images, the patch embedding is matched by these names; weights of new bands stay random.
-    `config` is of the run that starts.
+    whose names begin with `head` are copied if their shapes fit, with the classes in the order of
+    `class_names`; a classifier of other classes stays random. If both runs name the bands of their
+    images, the patch embedding is matched by these names; weights of new bands stay random.
+    `config` is that of the run that starts.
 
     Raises:
-        UserError: if the networks differ or, with `entire`, if any parameter stays random.
+        UserError: if the networks differ or, with `strict`, if any parameter stays random.
     """
     fields = {f: x for f in ("params", "buffers") if PARTS[key][0] in (x := getattr(state, f))}
     if not fields:
@@ -85,10 +85,10 @@ def start_from(
     ours, theirs = encoder_in(config), encoder_in(record.get("config", {}))
     taken: dict[str, np.ndarray] = {}
     for part in PARTS[key]:
-        initial = {name: x for tree in fields.values() for name, x in of_part(tree, part)}
+        initial = {name: x for tree in fields.values() for name, x in flatten_part(tree, part)}
         wanted = {name: x.shape for name, x in initial.items()}
         if wanted:
-            arrays = {name: x for tree in saved.values() for name, x in of_part(tree, part)}
+            arrays = {name: x for tree in saved.values() for name, x in flatten_part(tree, part)}
             if ours.bands and theirs.bands and ours.bands != theirs.bands:
                 arrays |= fit_bands(part, arrays, initial, ours, theirs, source)
             fitted, changes = fit_part(part, arrays, wanted, ours, theirs, source)
@@ -107,7 +107,7 @@ def start_from(
         others = sorted({name.split("/")[0] for name in flat(state.params)} - {"encoder"})
         print(f"not taken from {source}, but random: {', '.join(others)}")
     names = flat(state.params) | flat(state.buffers)
-    if entire and (missing := sorted(names.keys() - taken)):
+    if strict and (missing := sorted(names.keys() - taken)):
         raise UserError(f"cannot evaluate: {source} has no {missing[0]}, which this model needs.")
 
     def value(path, x):
@@ -122,7 +122,7 @@ def start_from(
 def fit_part(
     part: str, saved: dict, wanted: dict, ours: Encoder, theirs: Encoder, source: str
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Returns the arrays of a part that fit, and text about those that changed."""
+    """Returns the arrays of a part, fitted to this run's network, and text about the changes."""
     fixed = theirs.fixed_positions and part == "encoder"
     fitted = fit(saved, wanted, before=theirs.grid, after=ours.grid, fixed=fixed)
     new, ignored = sorted(wanted.keys() - fitted), sorted(saved.keys() - wanted - {RELATIVE})
@@ -144,9 +144,9 @@ def fit_part(
 
 
 def compare(ours: Encoder, theirs: Encoder, source: str, bands_fitted: bool = False) -> None:
-    """Raises UserError if an encoder would compute something else with the same arrays.
+    """Raises UserError if our encoder would compute something else with the same arrays.
 
-    With `bands_fitted` the patch embedding is already for our bands.
+    With `bands_fitted` the patch embedding is already fitted to our bands.
     """
     if ours.model is None or theirs.model is None:
         return
@@ -163,7 +163,7 @@ def compare(ours: Encoder, theirs: Encoder, source: str, bands_fitted: bool = Fa
         raise UserError(
             f"the encoder of {source} has fixed positions for {theirs.grid[0]} x "
             f"{theirs.grid[1]} patches, but this run has {ours.grid[0]} x {ours.grid[1]}: set "
-            "--config.model.positions=learned, which start with the fixed ones, interpolated."
+            "--config.model.positions=learned, which are initialized by interpolation."
         )
     if not bands_fitted:
         require_bands(ours, theirs, source)
@@ -171,19 +171,21 @@ def compare(ours: Encoder, theirs: Encoder, source: str, bands_fitted: bool = Fa
 
 
 def require_bands(ours: Encoder, theirs: Encoder, source: str) -> None:
-    """Raises UserError if both name the bands of their images, and these differ."""
+    """Raises UserError if both encoders name the bands of their images and the names differ."""
     if ours.bands and theirs.bands and ours.bands != theirs.bands:
         raise UserError(
-            f"data.bands = {', '.join(ours.bands)}, but the encoder of {source} is for the bands "
+            f"data.bands = {', '.join(ours.bands)}, but the bands of the encoder of {source} are "
             f"{', '.join(theirs.bands)}, in this order."
         )
 
 
 def compare_statistics(ours: Encoder, theirs: Encoder, source: str) -> None:
-    """Prints a warning if images are normalized in another way; bands are matched by name."""
+    """Prints a warning if the runs normalize images differently; bands are matched by name."""
     shared = [band for band in ours.bands if band in theirs.bands]
     for name in ours.statistics.keys() & theirs.statistics:
-        our, their = (of_bands(run.statistics[name], run.bands, shared) for run in (ours, theirs))
+        our, their = (
+            select_bands(run.statistics[name], run.bands, shared) for run in (ours, theirs)
+        )
         if our != their:
             bands = f", for the bands {', '.join(shared)}" if shared else ""
             print(
@@ -192,8 +194,8 @@ def compare_statistics(ours: Encoder, theirs: Encoder, source: str) -> None:
             )
 
 
-def of_bands(values: tuple, bands: Sequence[str], chosen: Sequence[str]) -> tuple:
-    """Returns the values of chosen bands, from one value for each band or one for all."""
+def select_bands(values: tuple, bands: Sequence[str], chosen: Sequence[str]) -> tuple:
+    """Returns the values of the chosen bands, given one value per band or one for all."""
     if not chosen or len(values) not in (1, len(bands)):
         return values
     return tuple(values[bands.index(band) if len(values) > 1 else 0] for band in chosen)
@@ -214,12 +216,12 @@ def fit_bands(
     }
     if part != "encoder" or ours.model is None or ours.model.stem != "none":
         raise UserError(
-            f"init_from: the {part} of {source} is for the bands {', '.join(theirs.bands)}, not "
+            f"init_from: the bands of the {part} of {source} are {', '.join(theirs.bands)}, not "
             f"{', '.join(ours.bands)}; only a patch embedding can be matched by band."
         )
     if not words["matched"]:
         raise UserError(
-            f"init_from: {source} is for the bands {', '.join(theirs.bands)}, and none of them is "
+            f"init_from: the bands of {source} are {', '.join(theirs.bands)}; none of them is "
             f"among data.bands = {', '.join(ours.bands)}."
         )
     name = "embed/kernel"  # (p*q*c, d), the channels fastest
@@ -238,16 +240,16 @@ def fit_bands(
 def fit_classes(
     head: dict[str, np.ndarray], ours: Sequence[str], theirs: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Returns the arrays of a head with classes in our order, and text about what was changed.
+    """Returns the arrays of a head with its classes in our order, and text about the changes.
 
-    Arrays of a classifier are left out if the classes differ.
+    If the classes differ, the classifier's arrays are left out.
     """
     if not (ours and theirs) or list(ours) == list(theirs):
         return head, ""
     if set(ours) != set(theirs):
         rest = {name: x for name, x in head.items() if not CLASSIFIER.search(name)}
         others = ", ".join(sorted(set(ours) ^ set(theirs))[:3])
-        return rest, f"; the classes are others, for example {others}"
+        return rest, f"; the classes differ, for example {others}"
     order = [list(theirs).index(name) for name in ours]
     matched = {
         name: np.asarray(x)[..., order] if CLASSIFIER.search(name) else x
@@ -257,7 +259,7 @@ def fit_classes(
 
 
 def is_of_head(field: str, part: str, head: tuple[str, ...]) -> bool:
-    """Returns whether a part of the params or buffers is of a head, and not of a tokenizer."""
+    """Returns whether a part of the params or buffers belongs to a head, not to a tokenizer."""
     return part.startswith(head) and not (field == "buffers" and part in PARTS["tokenizer"])
 
 
@@ -323,6 +325,6 @@ def read_parts(source: str, key: str, head: tuple[str, ...]) -> tuple[dict[str, 
     return {name: restored.get(field, {}) for name, field in fields.items()}, step
 
 
-def of_part(tree: dict, part: str) -> list[tuple[str, Any]]:
+def flatten_part(tree: dict, part: str) -> list[tuple[str, Any]]:
     """Returns [("block_0/qkv/kernel", array), ...]."""
     return list(flat(tree.get(part, {})).items())

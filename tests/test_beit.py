@@ -461,7 +461,7 @@ def test_views_that_do_not_fit_are_reported():
     objective = beit.objective(vit(**MODEL | ABSOLUTE), dvae(**TOKENIZER), num_masked=7)
     batch = one_batch()
     small = batch | {"tokenizer_image": batch["tokenizer_image"][:, :16, :16]}
-    with pytest.raises(UserError, match="gives 4 tokens for 16 patches"):
+    with pytest.raises(UserError, match="computes 4 tokens, but there are 16 patches"):
         jax.eval_shape(objective.init, RNG, small)
     del batch["tokenizer_image"]
     with pytest.raises(UserError, match=r"need data\.tokenizer_size"):

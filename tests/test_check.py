@@ -174,6 +174,6 @@ def test_values_that_do_not_match_mean_and_std(tmp_path, capsys):
     assert check.main([*arguments, f"--workdir={tmp_path / 'run'}"]) == 1
     printed = capsys.readouterr().out
     assert "float32 values from 0" in printed
-    assert "do not describe the images" in printed
+    assert "do not fit the images" in printed
     assert main([*arguments, f"--workdir={tmp_path / 'run'}"]) == 2
-    assert "do not describe the images" in capsys.readouterr().err
+    assert "do not fit the images" in capsys.readouterr().err

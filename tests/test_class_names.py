@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mim_jax import UserError, data
-from mim_jax.data.class_names import are_numbers, numbers_in, renumber, shown
+from mim_jax.data.class_names import are_numbers, list_names, numbers_in, renumber
 from mim_jax.data.classes import Classes
 from mim_jax.data.sources import Source
 
@@ -68,7 +68,7 @@ def test_classes_without_names(capsys):
     assert "assuming the same order" in capsys.readouterr().err
     with pytest.raises(UserError, match="x has 3 classes, but the run was trained on 2"):
         numbers_in(("cat", "dog"), ("0", "1", "2"), "x")
-    assert shown([str(i) for i in range(10)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
+    assert list_names([str(i) for i in range(10)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
 
 
 def test_labels_outside_the_classes_stay_invalid():

@@ -59,7 +59,7 @@ def test_a_step_of_a_classifier(tuned_blocks, accumulate):
     block = 2 * tokens * 12 * width**2 + 2 * 2 * tokens * (n + 1) * width
     trained = 3 * depth * block + 2 * embed + 3 * head
     frozen = depth * block + embed + 2 * head
-    operations = flops.of_step(Start(run, config).trace_step().jaxpr)
+    operations = flops.step_flops(Start(run, config).trace_step().jaxpr)
     assert operations * run.mesh.size == (frozen if tuned_blocks == 0 else trained)
 
 

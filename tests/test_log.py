@@ -30,14 +30,14 @@ def test_actions_that_remain(every, step, expected):
 
 def test_the_time_that_is_left():
     pace = log.Pace(100, {"save": 10, "evaluate": 50})
-    assert pace.left(50, 2.0) == 100
+    assert pace.seconds_left(50, 2.0) == 100
     pace.seconds["save"] = [60.0]
-    assert pace.left(50, 2.0) == 100 + 5 * 60
+    assert pace.seconds_left(50, 2.0) == 100 + 5 * 60
     pace.seconds["save"] = [60.0, 2.0, 4.0]  # the first includes compilation
-    assert pace.left(50, 2.0) == 100 + 5 * 3
+    assert pace.seconds_left(50, 2.0) == 100 + 5 * 3
     with pace.action("evaluate"):
         time.sleep(0.05)
-    assert 0.05 < pace.left(50, 2.0) - 115 < 1
+    assert 0.05 < pace.seconds_left(50, 2.0) - 115 < 1
 
 
 def test_speed_by_chip_and_utilization(tmp_path, capsys):

@@ -9,7 +9,7 @@ from PIL import Image
 from mim_jax import UserError, attend, cli, main, pictures
 from mim_jax.convert import files
 from mim_jax.models.patches import patchify
-from mim_jax.objectives import whole_images
+from mim_jax.objectives import image_encoder
 from tests.images import pixels
 
 NAMES = ("mae_base", "beit_base", "dvae", "mae_base_finetune", "ade20k_beit_base")
@@ -133,7 +133,7 @@ def test_attention_of_a_run(runs, images):
             seen.append(images)
             return [images]
 
-    whole_images(Spy(), **statistics)({}, np.asarray(Image.open(images[0]).resize((64, 64)))[None])
+    image_encoder(Spy(), **statistics)({}, np.asarray(Image.open(images[0]).resize((64, 64)))[None])
     maps = attend.attention_maps(network.encoder, params["encoder"], seen[0])
     rows = attend.rows_of(np.asarray(maps), (4, 4), (0, 1))
     one = pictures.attend(runs / "mae_base", images[:1], queries=[(0, 1)], size=64, head=1)

@@ -22,7 +22,7 @@ import pytest
 from mim_jax import UserError, inspect
 from mim_jax.convert import __main__ as convert
 from mim_jax.convert import from_torch, pickles
-from mim_jax.convert.files import load_weights, story
+from mim_jax.convert.files import load_weights, summarize
 from mim_jax.convert.read import LEGACY, read
 
 
@@ -488,7 +488,7 @@ def test_an_average_is_preferred_and_named(checkpoint, entry, value, tmp_path):
     torch.save(saved, tmp_path / "w.pth")
     params, network, _ = load_weights(tmp_path / "w.pth", heads=3)
     assert params["encoder"]["cls_token"].max() == value
-    assert f"from its entry {entry}, encoder: " in story(params, network)
+    assert f"from its entry {entry}, encoder: " in summarize(params, network)
     assert len(network.left_out) == len(STATE)
 
 

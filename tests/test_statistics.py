@@ -72,7 +72,7 @@ def test_values_that_do_not_match_mean_and_std(tmp_path, values, mean_std):
     values = values.astype(np.float32) if values.dtype == np.float64 else values
     observed = observe(source_of(tmp_path, values), 3)
     problem = range_problem(observed, *mean_std)
-    assert "do not describe the images" in problem
+    assert "do not fit the images" in problem
     assert f"{observed.dtype} values from" in problem
     assert not range_problem(observed, observed.mean, observed.std)
 

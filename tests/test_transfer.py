@@ -196,7 +196,7 @@ def test_classes_of_a_head_are_matched_by_name(tmp_path, capsys):
             np.testing.assert_array_equal(head[name], np.asarray(x)[..., order])
     capsys.readouterr()
     other = start(HEAD, ["cat", "dog", "elk"])
-    assert "the classes are others, for example eel, elk" in capsys.readouterr().out
+    assert "the classes differ, for example eel, elk" in capsys.readouterr().out
     assert (other.params["head"]["kernel"] != source.params["head"]["kernel"]).any()
     assert equal(other.params["fc_norm"], source.params["fc_norm"])
     with pytest.raises(UserError, match=r"cannot evaluate: .* has no params|has no head/bias"):
@@ -255,10 +255,10 @@ def test_statistics_of_bands_are_compared_by_name(tmp_path, capsys):
 def test_bands_that_cannot_be_matched(tmp_path):
     folder, _ = run_of(tmp_path, of_bands(("red", "nir")))
     after = of_bands(("a", "b"))
-    with pytest.raises(UserError, match="is for the bands red, nir, and none of them is among"):
+    with pytest.raises(UserError, match="red, nir; none of them is among"):
         start_from(begin(after), "encoder", folder, after)
     encoders = (encoder_in(of_bands(bands)) for bands in (("nir", "red"), ("red", "nir")))
-    with pytest.raises(UserError, match="is for the bands red, nir, in this order"):
+    with pytest.raises(UserError, match="are red, nir, in this order"):
         compare(*encoders, folder)
 
 
@@ -266,11 +266,11 @@ def test_the_head_of_a_probe_is_copied_with_its_statistics(tmp_path):
     """A linear probe is whole, as it must be to be measured; what lacks anything is not."""
     probe = config_of("classify", pooling="cls", tuned_blocks=0.0, batch_norm=2, head_std=1.0)
     folder, source = run_of(tmp_path / "probe", probe)
-    begun = start_from(begin(probe), "encoder", folder, probe, HEAD, entire=True)
+    begun = start_from(begin(probe), "encoder", folder, probe, HEAD, strict=True)
     assert equal((begun.params, begun.buffers), (source.params, source.buffers))
     folder, _ = run_of(tmp_path / "mae", MAE)
     with pytest.raises(UserError, match="has no batch_statistics/head_norm/mean, which this"):
-        start_from(begin(probe), "encoder", folder, probe, HEAD, entire=True)
+        start_from(begin(probe), "encoder", folder, probe, HEAD, strict=True)
 
 
 @pytest.mark.parametrize("target", ["normalized_pixels", "tokens"])

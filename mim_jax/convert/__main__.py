@@ -12,7 +12,7 @@ import sys
 
 from mim_jax import cli
 from mim_jax.convert.check import TOLERANCE, differences
-from mim_jax.convert.files import license_note, load_weights, save_weights, story
+from mim_jax.convert.files import license_note, load_weights, save_weights, summarize
 from mim_jax.convert.fit import FAMILIES, encoder_only, resized
 from mim_jax.convert.hugging_face import EPS
 from mim_jax.convert.names import printable, shortened
@@ -56,7 +56,7 @@ def convert(options: argparse.Namespace) -> int:
     given = dict(heads=options.heads, decoder_heads=options.decoder_heads, size=options.image_size)
     given["encoder_only"] = options.encoder_only
     params, network, _ = load_weights(options.source, entry=options.entry, **given)
-    print(f"{printable(options.source)}: {story(params, network)}")
+    print(f"{printable(options.source)}: {summarize(params, network)}")
     if network.left_out:
         names = shortened(list(network.left_out), 3)
         print(f"left out: {len(network.left_out)} arrays, {names}")

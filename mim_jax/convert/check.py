@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax.convert.fit import fit
-from mim_jax.convert.network import Network, extra, kind_of, require_heads, whole
+from mim_jax.convert.network import Network, extra, full_module, kind_of, require_heads
 from mim_jax.convert.states import to_torch
 from mim_jax.masking import mask_by_noise
 from mim_jax.models.patches import take
@@ -53,7 +53,7 @@ def run(params: dict, network: Network, batch: dict[str, np.ndarray]) -> dict[st
     if network.decoder and "decoder" in params:
         require_heads(network.decoder)
     with jax.enable_x64(True):
-        module: Any = whole(params, network, "float64")
+        module: Any = full_module(params, network, "float64")
         encoder: Any = network.encoder.clone(dtype="float64")
         params = jax.tree.map(jnp.asarray, params)
         inner = {"params": params["encoder"]}

@@ -183,8 +183,8 @@ def keys_of(function: Callable) -> set[str]:
     return names - {"options", "parent", "name"}
 
 
-def story(params: dict, network: Network) -> str:
-    """Describes a network in one line."""
+def summarize(params: dict, network: Network) -> str:
+    """Summarizes a network in one line of text."""
     count = sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params))
     title = "ours" if network.layout == "mim_jax" else LAYOUTS[network.layout].title
     title += f" from its entry {printable(network.entry)}" if network.entry else ""

@@ -196,7 +196,7 @@ def square(count: int, what: str) -> tuple[int, int]:
     raise UserError(f"{count} {what} do not form a square grid: set --image-size=HEIGHT,WIDTH.")
 
 
-def whole(params: dict, network: Network, dtype: str = "float32") -> nn.Module:
+def full_module(params: dict, network: Network, dtype: str = "float32") -> nn.Module:
     """Returns the module of an encoder and its other parts: MAE, BEiT, Classifier, ... or ViT.
 
     An unknown number of heads is replaced by 1, which does not change shapes.
@@ -268,7 +268,7 @@ def expected(params: dict, network: Network) -> dict[str, tuple[int, ...]]:
     if network.kind == "segment":  # with the blocks after those that are decoded
         last = network.encoder.depth - 1
         network = network._replace(metadata=network.metadata | dict(layers=(last,) * 4))
-    module: Any = whole(params, network)
+    module: Any = full_module(params, network)
     inputs: tuple[jax.Array, ...] = ()
     options: dict[str, Any] = {}
     if network.kind == "mae":

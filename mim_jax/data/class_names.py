@@ -17,8 +17,8 @@ def are_numbers(names: Sequence[str]) -> bool:
     return all(name == str(number) for number, name in enumerate(names))
 
 
-def shown(names: Sequence[str]) -> str:
-    """Returns the first names, and the number of the others."""
+def list_names(names: Sequence[str]) -> str:
+    """Formats the first names, and the number of the others."""
     more = f" and {len(names) - FIRST:,} more" if len(names) > FIRST else ""
     return ", ".join(names[:FIRST]) + more
 
@@ -42,16 +42,17 @@ def numbers_in(known: Sequence[str], names: Sequence[str], where: str) -> np.nda
                 f"{where} has {len(names):,} classes, but the run was trained on {len(known):,}."
             )
         print(
-            f"warning: the classes of {where} are {shown(names)}, those of the run {shown(known)}: "
-            "assuming the same order",
+            f"warning: the classes of {where} are {list_names(names)}, those of the run "
+            f"{list_names(known)}: assuming the same order",
             file=sys.stderr,
         )
         return np.arange(len(names))
     numbers = {name: number for number, name in enumerate(known)}
     if unknown := [name for name in names if name not in numbers]:
         raise UserError(
-            f"{where} has other classes than those that the run was trained on: {shown(unknown)} "
-            f"{'is' if len(unknown) == 1 else 'are'} not among {shown(known)}."
+            f"{where} has other classes than those that the run was trained on: "
+            f"{list_names(unknown)} {'is' if len(unknown) == 1 else 'are'} not among "
+            f"{list_names(known)}."
         )
     return np.array([numbers[name] for name in names])
 
@@ -81,7 +82,9 @@ def renumber(source: Source, known: Sequence[str], where: str) -> Source:
         numbers = numbers_in(known, masks.names, where)
         if len(numbers) < len(known):
             missing = [name for name in known if name not in masks.names]
-            raise UserError(f"{where} lacks classes that the run was trained on: {shown(missing)}.")
+            raise UserError(
+                f"{where} lacks classes that the run was trained on: {list_names(missing)}."
+            )
         order = np.argsort(numbers)
         columns = {
             name: tuple(getattr(masks, name)[i] for i in order)

@@ -41,7 +41,7 @@ def name_of(images: int, classes: int) -> str:
     return f"{PREFIX}{images}/{classes}"
 
 
-def known(name: str) -> tuple[int, int]:
+def known_sizes(name: str) -> tuple[int, int]:
     """Returns the images and classes of a well-known data set, (0, 0) if it is none."""
     return next((sizes for part, sizes in KNOWN.items() if part in name), (0, 0))
 

@@ -24,7 +24,7 @@ EMOJI = Classes(
 )
 
 
-def of_emoji(source: Source) -> Source:
+def add_masks(source: Source) -> Source:
     """Returns the built-in emoji with masks derived from their colors."""
     count = len(source.examples)
     return source._replace(

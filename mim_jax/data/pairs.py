@@ -59,7 +59,7 @@ def open_masked(name: str, splits: Sequence[str], classes: str = "") -> list[Sou
     image, different sizes, a colored mask, a value without a class, or a file that is not an image.
     """
     if name == "emoji":
-        return [emoji_masks.of_emoji(source) for source in open_sources(name, splits)]
+        return [emoji_masks.add_masks(source) for source in open_sources(name, splits)]
     if not name.removeprefix("folder:") or not name.startswith("folder:"):
         raise UserError(
             f"data.name = {name!r} has no masks: set folder:PATH with images and masks, or emoji."
@@ -71,12 +71,12 @@ def open_masked(name: str, splits: Sequence[str], classes: str = "") -> list[Sou
     chosen = [[pairs[row] for row in select(rows, split, tree.root)] for split in splits]
     sizes = checked(tree, sorted({pair for pairs in chosen for pair in pairs}), known)
     return [
-        of_pairs(tree, pairs, split, known, sizes)
+        make_source(tree, pairs, split, known, sizes)
         for pairs, split in zip(chosen, splits, strict=True)
     ]
 
 
-def of_pairs(
+def make_source(
     tree: Tree, pairs: Sequence[Pair], split: str, classes: Classes, sizes: dict[Pair, tuple]
 ) -> Source:
     """Returns the source of some pairs; `sizes` has height and width of each."""

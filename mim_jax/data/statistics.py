@@ -135,13 +135,14 @@ def range_problem(values: Values, mean: Sequence[float], std: Sequence[float]) -
     if width.max() <= FACTOR and offset.max() <= FACTOR and not narrow:
         return ""
     return (
-        f"objective.mean = {tuple(mean)} and objective.std = {tuple(std)} do not describe the "
-        f"images, which have {values}, mean {shown(values.mean)} and std {shown(values.std)} in "
-        "that unit: set both to what `mim-jax statistics` computes."
+        f"objective.mean = {tuple(mean)} and objective.std = {tuple(std)} do not fit the images, "
+        f"which have {values}, mean {format_numbers(values.mean)} and std "
+        f"{format_numbers(values.std)} in that unit: set both to the output of "
+        "`mim-jax statistics`."
     )
 
 
-def shown(values: np.ndarray) -> str:
+def format_numbers(values: np.ndarray) -> str:
     """Formats a few numbers for a message."""
     return ", ".join(f"{x:.4g}" for x in values[:4]) + (", ..." if len(values) > 4 else "")
 

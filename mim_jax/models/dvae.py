@@ -145,7 +145,7 @@ class DalleDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, codes: jax.Array) -> jax.Array:
-        """codes (b, h, w, v), of each token a distribution -> values of pixels (b, H, W, ...)."""
+        """codes (b, h, w, v), a distribution per token -> pixel values (b, H, W, ...)."""
         gain = ((self.layers + 1) * self.blocks) ** -2
         x = Conv(self.codebook, 1, None, name="input")(codes)
         for group in range(self.layers + 1):
@@ -219,7 +219,7 @@ class SmallDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, codes: jax.Array) -> jax.Array:
-        """codes (b, h, w, v), of each token a distribution -> values of pixels (b, H, W, ...)."""
+        """codes (b, h, w, v), a distribution per token -> pixel values (b, H, W, ...)."""
         shape = codes.shape[-1], self.codebook
         codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
         codes = codes.astype(at_least_float32(codes.dtype))
@@ -336,16 +336,16 @@ def code_colors(vocabulary: int) -> np.ndarray:
 def dvae(
     *,
     kind: Annotated[
-        Literal["dalle", "small"], "OpenAI's network, or the one in BEiT's code"
+        Literal["dalle", "small"], "OpenAI's network, or that of BEiT's code"
     ] = "dalle",
     vocabulary: Annotated[int, POSITIVE, Smoke(64), "number of codes"] = 8192,
     width: Annotated[int, POSITIVE, Smoke(8), "channels of the first group"] = 256,
     layers: Annotated[int, NOT_NEGATIVE, "number of times that the resolution is halved"] = 3,
     blocks: Annotated[int, NOT_NEGATIVE, Smoke(1), "blocks per layer; 0: by kind"] = 0,
     stem: Annotated[
-        int, POSITIVE, "side of the squares of pixels that are moved into channels first"
+        int, POSITIVE, "side of the squares of pixels that are first moved into channels"
     ] = 1,
-    codebook: Annotated[int, NOT_NEGATIVE, Smoke(8), "width of a code; 0: by kind"] = 0,
+    codebook: Annotated[int, NOT_NEGATIVE, Smoke(8), "dimension of a code; 0: by kind"] = 0,
     channels: Annotated[int, POSITIVE, "channels of the images"] = 3,
     likelihood: Annotated[Likelihood, "likelihood of a pixel"] = "logit_laplace",
     dtype: Annotated[

@@ -33,7 +33,7 @@ SIZES = {
 
 
 class ViT(nn.Module):
-    """The Vision Transformer: a transformer over patches of an image (Dosovitskiy et al., 2020)."""
+    """The Vision Transformer: a transformer over image patches (Dosovitskiy et al., 2020)."""
 
     patch: tuple[int, int]
     width: int
@@ -43,12 +43,12 @@ class ViT(nn.Module):
         Literal["sincos", "learned", "none"], "absolute positions: fixed, learned or none"
     ] = "sincos"
     relative_bias: Annotated[
-        Literal["none", "shared", "own"], "relative position bias, of all blocks or of each"
+        Literal["none", "shared", "own"], "relative position bias: none, shared, or one per block"
     ] = "none"
-    layer_scale: Annotated[float, NOT_NEGATIVE, "initial LayerScale; 0: no LayerScale"] = 0.0
+    layer_scale: Annotated[float, NOT_NEGATIVE, "initial gain of LayerScale; 0: none"] = 0.0
     key_bias: Annotated[bool, "bias of the attention keys; BEiT has none"] = True
-    drop_path: Annotated[float, BELOW_ONE, "stochastic depth of the last block"] = 0.0
-    initializer: Annotated[Initializer, "the code whose initialization is used"] = "mae"
+    drop_path: Annotated[float, BELOW_ONE, "stochastic depth: drop rate of the last block"] = 0.0
+    initializer: Annotated[Initializer, "codebase whose initialization is used"] = "mae"
     stem: Annotated[
         Literal["none", "resnet50"], "network before the patch embedding (hybrid ViT)"
     ] = "none"
@@ -86,7 +86,7 @@ class ViT(nn.Module):
         Raises UserError if the arguments do not fit the network or the image size.
         """
         if visible is not None and self.relative_bias != "none":
-            raise UserError("model.relative_bias needs all patches: with MAE, set it to none.")
+            raise UserError("model.relative_bias needs all patches: set it to none for MAE.")
         grid, patches = self.grid(images), patchify(images, self.patch)
         if self.stem != "none":
             if visible is not None or masked is not None:

@@ -1,8 +1,8 @@
 """Training objectives, one per file. `objective.name` in a config is the name of the file.
 
 Each file defines `objective`, a function that returns an `Objective`. Its keyword arguments are the
-keys of the config's block `objective`. Its arguments `model`, `tokenizer` and `num_labels`, if
-there are any, get the networks and the number of classes.
+keys of the config's block `objective`, except that `recipe.build` supplies `model`, `tokenizer` and
+properties of the data such as `num_labels`.
 """
 
 import functools
@@ -34,19 +34,20 @@ class Objective(NamedTuple):
     Attributes:
         init: (rng, batch) -> params, buffers.
         loss: (params, buffers, batch, rng, step) -> total (), weight (), (metrics, buffers).
-            The sum of the losses and its weight; the step adds both over microbatches and devices
-            and divides once. Metrics are means with the same weight. The change of a buffer must
-            be a mean over rows.
-        evaluate: (params, buffers, batch, rng) -> {name: (b, ...)}, which the loop averages over
-            valid examples.
+            The sum of the losses and its weight; the step adds up both over microbatches and
+            devices, and divides once. Metrics are means with the same weight. The change of a
+            buffer must be a mean over rows.
+        evaluate: (params, buffers, batch, rng) -> {name: (b, ...)}; train.evaluate averages these
+            over valid examples.
         pictures: (params, buffers, batch, rng) -> {caption: images (b, H, W, c) in [0, 1]}.
         predict: (params, buffers, batch) -> logits of the classes (b, k); None if the objective
             does not classify images.
         summarize: {name: mean} -> {name: number or array}, after an evaluation.
-        needs: the buffers that must come from another run, named as keys of `init_from`.
+        needs: buffers that must come from another run, by their keys in `init_from`.
         warn: (step, metrics) -> a warning that names the key to change, or "".
         after: (params, buffers, step) -> buffers, called once per update with the updated
-            parameters, outside the gradient, on arrays sharded like the state. For moving averages.
+            parameters, outside the gradient, on arrays sharded like the state. Use it for moving
+            averages.
         head: prefixes of the parameters and buffers that are copied together with the encoder
             when a run starts from another run of the same objective.
         describe: (images: ShapeDtypeStruct of an image batch) -> text printed when a run starts.
@@ -66,9 +67,9 @@ class Objective(NamedTuple):
 
 
 def objective_of(methods: type) -> Callable[..., Objective]:
-    """Turns a class with methods named after Objective's fields into a function that returns one.
+    """Returns a function that takes the arguments of a class and returns an Objective.
 
-    The function takes the arguments of the class.
+    The class has methods and attributes named after the fields of Objective.
     """
 
     @functools.wraps(methods, updated=())
@@ -85,11 +86,11 @@ def per_example(rng: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, index)
 
 
-def whole_images(encoder: ViT, mean: tuple, std: tuple) -> Callable:
-    """Returns an encoder as a function (params, images (b, H, W, c)) -> tokens (b, 1 + n, d).
+def image_encoder(encoder: ViT, mean: tuple, std: tuple) -> Callable:
+    """Returns a function (params, images (b, H, W, c)) -> tokens (b, 1 + n, d).
 
-    No patch is hidden and no branch is dropped. Images are integers in their type's range or
-    floats in [0, 1]. Tokens are normalized if the parameters include a final norm.
+    It encodes all patches, without stochastic depth. Images are integers in their type's range or
+    floats in [0, 1]. The final norm is applied if the parameters include one.
     """
 
     def encode(params: dict, images: jax.Array) -> jax.Array:
@@ -110,7 +111,7 @@ def packaged() -> list[str]:
 
 
 def names() -> list[str]:
-    """Returns the names of the objectives in this package and of the external ones loaded."""
+    """Returns the names of the objectives in this package and of loaded external ones."""
     return sorted({*packaged(), *EXTERNAL})
 
 
@@ -125,7 +126,7 @@ def find(name: str) -> Callable:
     if name not in names():
         raise UserError(
             f"objective.name = {name!r} is unknown; choose one of {', '.join(names())}, a module "
-            "as my_package.my_objective, or a file next to the config."
+            "such as my_package.my_objective, or the name of a file next to the config."
         )
     module = EXTERNAL.get(name) or importlib.import_module(f"{__name__}.{name}")
     return module.objective
@@ -135,7 +136,8 @@ def load_external(name: str, folder: Path) -> None:
     """Imports an objective from outside the package, which executes its code.
 
     `name` is a module such as "my_package.my_objective", or "my_objective" for a file in `folder`.
-    Nothing happens if it is built in or there is no such file; `find` reports the latter.
+    If the objective is built in, or there is no such file, nothing is imported; `find` reports a
+    missing file.
 
     Raises:
         UserError: if the module cannot be imported or does not define `objective`.

@@ -1,7 +1,7 @@
 """BEiT (Bao et al., 2021): predict the visual tokens of masked patches.
 
-With pixels instead of tokens this is SimMIM (Xie et al., 2021). Ablations of BEiT's table 4 are
-combinations of the keys.
+With pixels instead of tokens this is SimMIM (Xie et al., 2021). The ablations of BEiT's table 4 are
+combinations of keys.
 
 Shapes: b images, n patches, m predicted patches, v vocabulary, (p, q) patch, c channels.
 """
@@ -73,12 +73,12 @@ class MaskedImageModeling:
     corruption: Annotated[
         tuple,
         SHARE,
-        "shares of masked patches that become a mask token, become another patch, stay",
+        "shares of masked patches that become the mask token, become another patch, stay unchanged",
     ] = (1.0, 0.0, 0.0)
     recover: Annotated[Literal["hidden", "all"], "patches in the loss: the masked ones, or all"] = (
         "hidden"
     )
-    target: Annotated[targets.Name, "what is predicted"] = "tokens"
+    target: Annotated[targets.Name, "prediction target"] = "tokens"
     error: Annotated[targets.Distance, "distance between pixels and their prediction"] = "squared"
     mean: Mean = MEAN
     std: Std = STD
@@ -118,19 +118,19 @@ class MaskedImageModeling:
         patches = take(patchify(images, encoder.patch), source)
         corrupted = unpatchify(patches, encoder.patch, images.shape[1])
         wanted = jnp.ones_like(hidden) if self.recover == "all" else hidden
-        # Masks differ in size: every image gets as many places, and the surplus weighs nothing.
+        # Masks differ in size: all images have the same number of places, padded with weight 0.
         count = wanted.shape[1] if self.recover == "all" else self.num_masked
         places = jnp.argsort(~wanted, axis=1)[:, :count]
         weight = jnp.take_along_axis(wanted, places, axis=1)
         return Masked(images, corrupted, mask_tokens, places, weight)
 
     def predict(self, params, buffers, batch, rng, drop_keys=None):
-        """Returns the masked batch, predictions (b, m, v) and the truth (b, n, ...)."""
+        """Returns the masked batch, predictions (b, m, v) and the targets (b, n, ...)."""
         masked = self.mask(batch, rng)
         predicted = self.network.apply(
             {"params": params}, masked.corrupted, masked.mask_tokens, masked.places, drop_keys
         )
-        return masked, predicted, self.truth.of(buffers, batch, masked.images)
+        return masked, predicted, self.truth.compute(buffers, batch, masked.images)
 
     def init(self, rng, batch):
         masked = self.mask(batch, rng)
@@ -149,7 +149,7 @@ class MaskedImageModeling:
         return total, count, (means, buffers)
 
     def evaluate(self, params, buffers, batch, rng):
-        """Returns sums over the masked patches of each image, and their number."""
+        """Returns sums over the masked patches of each image, and the number of these patches."""
         masked, predicted, truth = self.predict(params, buffers, batch, rng)
         weight, truth = masked.weight, take(truth, masked.places)
         losses = self.truth.loss(predicted, truth)

@@ -30,10 +30,10 @@ STATISTICS = "batch_statistics"  # holds BatchNorm's running averages
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization without gain and bias: PyTorch's BatchNorm1d(affine=False, eps=1e-6).
+    """Batch normalization without scale and bias: PyTorch's BatchNorm1d(affine=False, eps=1e-6).
 
-    Each `group` of consecutive rows has its own statistics, like the rows of a device in MAE's
-    code. Evaluation uses running averages of the mean and the unbiased variance.
+    Statistics are those of `group` consecutive rows, like the rows of a device in MAE's code.
+    Evaluation uses running averages of the mean and the unbiased variance.
     """
 
     group: int
@@ -114,24 +114,32 @@ class Classification:
     _: dataclasses.KW_ONLY
     pooling: Annotated[
         Literal["mean", "cls", "layers"],
-        "features of the head: mean of the patches after the last block, then a norm (fine-tuning);"
-        " the class token after the final norm; class token and mean of each block, a head for each"
-        " (BEiT's linear probe)",
+        "input of the head; mean: mean of the patches, then a norm (fine-tuning); cls: the class "
+        "token after the final norm; layers: class token and mean of each block, with a head for "
+        "each (BEiT's linear probe)",
     ] = "mean"
     batch_norm: Annotated[
-        int, NOT_NEGATIVE, PER_DEVICE, "normalize the head's input in groups of images; 0: do not"
+        int,
+        NOT_NEGATIVE,
+        PER_DEVICE,
+        "batch normalization of the head's input, over groups of images; 0: none",
     ] = 0
     head_std: Annotated[float, NOT_NEGATIVE, "initial standard deviation of the head"] = 2e-5
     tuned_blocks: Annotated[
         float,
         Range(-1),
-        "last blocks that are trained: 0 none (a linear probe), 0.5 the MLP of the last, -1 all",
+        "number of last blocks that are trained; 0: none (a linear probe), 0.5: the MLP of the "
+        "last, -1: all",
     ] = -1.0
     smoothing: Annotated[float, SHARE, "label smoothing"] = 0.0
-    mixup: Annotated[float, NOT_NEGATIVE, "beta of mixup; 0: none"] = 0.0
-    cutmix: Annotated[float, NOT_NEGATIVE, "beta of CutMix; 0: none"] = 0.0
+    mixup: Annotated[float, NOT_NEGATIVE, "mixup: parameter of the beta distribution; 0: none"] = (
+        0.0
+    )
+    cutmix: Annotated[
+        float, NOT_NEGATIVE, "CutMix: parameter of the beta distribution; 0: none"
+    ] = 0.0
     mixup_group: Annotated[
-        int, NOT_NEGATIVE, PER_DEVICE, "consecutive images that are mixed with the same share"
+        int, NOT_NEGATIVE, PER_DEVICE, "number of consecutive images mixed with the same share"
     ] = 128
     erasing: Annotated[float, SHARE, "probability of random erasing"] = 0.0
     mean: Mean = MEAN

@@ -1,10 +1,10 @@
 """The tokenizer (Ramesh et al., 2021, section 2.1): a discrete VAE, trained by Gumbel-softmax.
 
-The loss is the negative of a lower bound on the likelihood of an image (ELBO), with two terms.
-`reconstruction` is the negative log-likelihood of the pixels, given the tokens. `kl` is the
-divergence of the tokens' distribution from a uniform prior: ln v nats per token once they are
-certain. BEiT is the second stage of the same bound: with the tokens fixed it learns a better prior
-(Bao et al., 2021, section 2.4).
+The loss is the negative evidence lower bound (ELBO) of an image, with two terms. `reconstruction`
+is the negative log-likelihood of the pixels given the tokens. `kl` is the divergence of the tokens'
+distribution from a uniform prior: ln v nats per token if their distribution is one-hot. BEiT is the
+second stage of the same bound: with the tokens fixed, it learns a better prior (Bao et al., 2021,
+section 2.4).
 
 Shapes: b images, n tokens on a grid (h, w), v vocabulary, (p, q) patch, c channels.
 """
@@ -27,7 +27,7 @@ from mim_jax.objectives import objective_of, per_example
 
 
 def logit_laplace(x: jax.Array, painted: jax.Array) -> jax.Array:
-    """Returns ln f of x (..., c) in (0, 1) (appendix A.3); painted (..., 2c): mean, ln scale."""
+    """Returns ln f of x (..., c) in (0, 1), given painted (..., 2c): mean, ln scale (A.3)."""
     location, log_scale = jnp.split(painted, 2, axis=-1)
     distance = jnp.abs(jax.scipy.special.logit(x) - location) / jnp.exp(log_scale)
     return -jnp.log(2 * x * (1 - x)) - log_scale - distance
@@ -86,12 +86,12 @@ class Forward(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DiscreteVAE:
-    """A dVAE with the paper's schedules (appendix A.2), which are cosines of the step.
+    """A dVAE with the paper's cosine schedules (appendix A.2).
 
     The KL divergence is summed over the tokens of an image, as ln f is summed over its pixels. The
-    use of codes is measured in cells with more than one color. `balance` weighs the divergence of
-    this use from uniform, the part of the KL divergence that all images share (Hoffman & Johnson,
-    2016); it makes unused codes likely again.
+    use of codes is measured in cells with more than one color. `balance` is the weight of the
+    divergence of this use from uniform, which is the part of the KL divergence that all images
+    share (Hoffman & Johnson, 2016). It revives unused codes.
     """
 
     tokenizer: DVAE
@@ -100,7 +100,7 @@ class DiscreteVAE:
     min_temperature: Annotated[float, Range(0, above=True), "temperature at the end"] = 0.0625
     temperature_steps: Annotated[int, NOT_NEGATIVE, "steps until min_temperature"] = 150_000
     kl_weight: Annotated[float, NOT_NEGATIVE, "weight of the KL divergence"] = 6.6
-    kl_warmup_steps: Annotated[int, NOT_NEGATIVE, "steps in which kl_weight grows from 0"] = 5_000
+    kl_warmup_steps: Annotated[int, NOT_NEGATIVE, "steps over which kl_weight grows from 0"] = 5_000
     straight_through: Annotated[bool, "draw one-hot samples after soft_steps"] = False
     soft_steps: Annotated[int, NOT_NEGATIVE, "steps with soft samples"] = 0
     balance: Annotated[float, NOT_NEGATIVE, "weight of the penalty on uneven use of the codes"] = (
@@ -122,7 +122,7 @@ class DiscreteVAE:
     def init(self, rng, batch):
         images, v = unit(batch["image"]), self.vocabulary
         n = self.cells(images).shape[1]
-        # Statistics start uniform, so that a collapse becomes visible within the window.
+        # The running statistics start uniform, so that a collapse shows within the window.
         buffers = dict(
             usage=jnp.full(v, n / v),
             kl=math.log(v),
@@ -176,7 +176,7 @@ class DiscreteVAE:
         total = (penalties - x.likelihood) / values  # (b,)
 
         frozen, logits = jax.lax.stop_gradient((params, x.logits))
-        error_hard = jax.lax.cond(  # only a metric: computed in one step of ten
+        error_hard = jax.lax.cond(  # only a metric: computed every tenth step
             (step + 1) % 10 == 0,
             lambda: self.hard_error(frozen, x.images, logits).mean(),
             lambda: buffers["error_hard"],
@@ -212,7 +212,7 @@ class DiscreteVAE:
         )
 
     def summarize(self, means):
-        """Returns the means and the perplexity of the whole split, in all cells and not blank."""
+        """Returns the means, and perplexities over the split: of all cells, of those not blank."""
         codes, not_blank_codes = means.pop("codes"), means.pop("codes_not_blank")
         return means | dict(
             error_hard_to_cell_means=means["error_hard"] / means["error_cell_means"],

@@ -57,12 +57,12 @@ def objective(
     *,
     mask_ratio: Annotated[float, SHARE, "masking ratio: share of hidden patches"] = 0.75,
     sampling: Annotated[
-        Literal["random", "blockwise", "grid"], "which patches are hidden (table 1f)"
+        Literal["random", "blockwise", "grid"], "how hidden patches are sampled (table 1f)"
     ] = "random",
     mask_tokens: Annotated[
         Literal["decoder", "encoder"], "the network that gets mask tokens (table 1c)"
     ] = "decoder",
-    target: Annotated[targets.Name, "what is predicted (table 1d)"] = "normalized_pixels",
+    target: Annotated[targets.Name, "prediction target (table 1d)"] = "normalized_pixels",
     decoder_width: Annotated[int, POSITIVE, Smoke(32), "width of the decoder"] = 512,
     decoder_depth: Annotated[int, POSITIVE, Smoke(1), "number of decoder blocks"] = 8,
     decoder_heads: Annotated[int, POSITIVE, Smoke(2), "attention heads of the decoder"] = 16,
@@ -80,10 +80,10 @@ def objective(
         return images, *hide(rngs, model.grid(images), mask_ratio, sampling)
 
     def predict(params, buffers, batch, rng):
-        """Returns images, hidden (b, m), predictions (b, m, ...) and the truth (b, n, ...)."""
+        """Returns images, hidden (b, m), predictions (b, m, ...) and targets (b, n, ...)."""
         images, visible, hidden = prepare(batch, rng)
         predicted = network.apply({"params": params}, images, visible, hidden)
-        return images, hidden, predicted, target.of(buffers, batch, images)
+        return images, hidden, predicted, target.compute(buffers, batch, images)
 
     def init(rng, batch):
         rng_mask, rng_params = jax.random.split(rng)

@@ -61,7 +61,7 @@ class Segmenter(nn.Module):
         """Maps images (b, H, W, c) to logits (b, H, W, k), and to those of auxiliary decoders.
 
         Logits are float32 or better. With drop_keys (b,), branches of the encoder are dropped at
-        random, with head_keys (b,), channels before each classifier.
+        random; with head_keys (b,), channels before each classifier are.
         """
         size = images.shape[1:3]
         tokens = self.encoder(images, drop_keys=drop_keys, layers=self.layers)
@@ -93,12 +93,12 @@ class Segmenter(nn.Module):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segmentation:
-    """Classification of every pixel into one of the classes; pixels of other labels are ignored.
+    """Classification of every pixel; pixels whose label is not a class are ignored.
 
-    The decoder "upernet" is that of BEiT's and MAE's code (mmsegmentation's UPerHead on a feature
-    pyramid of four blocks, with an auxiliary decoder on the third). "setr_pup" is that of BEiT's
-    table 3 (Zheng et al., 2021: the last block is decoded, the others by auxiliary decoders).
-    "linear" probes dense features, best with `frozen`.
+    The decoder "upernet" is that of BEiT's and MAE's code: mmsegmentation's UPerHead on a feature
+    pyramid of four blocks, with an auxiliary decoder on the third. "setr_pup" is that of BEiT's
+    table 3 (Zheng et al., 2021): it decodes the last block, and auxiliary decoders the others.
+    "linear" is a linear classifier of each patch: with `frozen`, a probe of dense features.
     """
 
     head = ("head", "pyramid", "auxiliary", COLLECTION)
@@ -113,20 +113,20 @@ class Segmentation:
         tuple,
         NOT_NEGATIVE,
         Smoke(()),
-        "blocks, from 0, whose tokens are decoded; (): at a third, a half and two thirds of the "
-        "depth, and the last",
+        "blocks whose tokens are decoded, from 0; (): those at a third, a half and two thirds of "
+        "the depth, and the last",
     ] = ()
     channels: Annotated[
         int,
         NOT_NEGATIVE,
         Smoke(32),
-        "channels of the decoder; 0: the encoder's width, for SETR 256",
+        "channels of the decoder; 0: the encoder's width, or 256 for SETR",
     ] = 0
     batch_norm: Annotated[
         int,
         Range(2),
         PER_DEVICE,
-        "images that share statistics of batch normalization: batch_size for those of all devices",
+        "number of images that share statistics of batch normalization; batch_size: SyncBN",
     ] = 16
     dropout: Annotated[float, BELOW_ONE, "rate of dropped channels before the classifier"] = 0.1
     auxiliary_weight: Annotated[float, NOT_NEGATIVE, "weight of the auxiliary decoders' loss"] = 0.4
@@ -135,8 +135,7 @@ class Segmentation:
     ] = 256
     average: Annotated[
         Literal["all", "labeled"],
-        "the loss is the mean over all pixels, where ignored ones count as 0 (mmsegmentation), or "
-        "over those with a label",
+        "pixels over which the loss is averaged; all: ignored ones count as 0 (mmsegmentation)",
     ] = "all"
     frozen: Annotated[bool, "train only the decoder"] = False
     stride: Annotated[
@@ -146,7 +145,7 @@ class Segmentation:
         "step of sliding windows in evaluation, as a share of data.size",
     ] = 2 / 3
     scales: Annotated[
-        tuple, Range(0, above=True), FREE, "scales over which evaluation averages probabilities"
+        tuple, Range(0, above=True), FREE, "image scales over which evaluation averages"
     ] = (1.0,)
     mirror: Annotated[bool, FREE, "evaluation also averages over mirrored images"] = False
     mean: Mean = MEAN
@@ -157,7 +156,7 @@ class Segmentation:
         if max(layers) >= depth:
             raise UserError(f"objective.layers = {layers} must be blocks from 0 to {depth - 1}.")
         if self.decoder == "upernet" and len(layers) != 4:
-            raise UserError(f"objective.layers = {layers}: UPerNet takes four blocks.")
+            raise UserError(f"objective.layers = {layers} must be four blocks for UPerNet.")
         if not self.scales:
             raise UserError("objective.scales must have at least one scale, for example (1.0,).")
 
@@ -288,13 +287,13 @@ objective = objective_of(Segmentation)
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
-    """Returns four of `depth` blocks: those of BEiT's configs for 12 and for 24."""
+    """Returns four of `depth` blocks; for 12 and 24 they are those of BEiT's configs."""
     ends = (depth // 3, depth // 2, -(-2 * depth // 3), depth)
     return tuple(max(0, end - 1) for end in ends)
 
 
 def sizes_of(batch: dict, name: str) -> jax.Array:
-    """Height and width (b, 2) of the images or masks of a batch, without padding."""
+    """Returns height and width (b, 2) of the images or masks of a batch, without padding."""
     whole = jnp.broadcast_to(jnp.asarray(batch[name].shape[1:3]), (len(batch[name]), 2))
     return batch.get(f"{name}_size", whole)
 

@@ -226,7 +226,7 @@ def by_arithmetic(step: Step) -> Cost:
     """Returns the cost of a step by its FLOPs, its arrays and its parameters."""
     chip, devices = step.target.chip, step.run.mesh.size
     kinds = step.state_bytes
-    gradient = memory.of_step(step.traced.jaxpr)
+    gradient = memory.step_peak(step.traced.jaxpr)
     others = sum(size for name, size in kinds.items() if name not in ("parameters", "buffers"))
     peak = gradient + others
     known = sum(kinds.values()) + step.batch_bytes

@@ -42,7 +42,7 @@ def extra(equation: Any) -> float:
     return min(sizes) if equation.primitive.name == "cond" else max(sizes)
 
 
-def of_step(step: ClosedJaxpr) -> float:
+def step_peak(step: ClosedJaxpr) -> float:
     """Returns the bytes on each device of the gradient of a traced step: of its shard_map.
 
     That is what exists besides the state that only the optimizer uses.

@@ -54,7 +54,7 @@ class Step:
 
         Loops count as often as they run, and what rematerialization repeats counts, too.
         """
-        return flops.of_step(self.traced.jaxpr)
+        return flops.step_flops(self.traced.jaxpr)
 
     @functools.cached_property
     def model_flops(self) -> float:
@@ -144,7 +144,7 @@ def load(
         for name in schema.NETWORKS:
             if name in config and config[name].dtype == "auto":
                 config[name].dtype = "bfloat16"
-    sizes = (images, classes) if images else described.known(config.data.name)
+    sizes = (images, classes) if images else described.known_sizes(config.data.name)
     if sizes[0]:
         config.data.update(name=described.name_of(*sizes), labels="", data_dir="", classes="")
     for part, source in config.init_from.items():

@@ -14,7 +14,7 @@ from mim_jax import UserError, pictures, recipe, schema
 from mim_jax.checkpoint import peek
 from mim_jax.normalize import unit
 from mim_jax.recipe import Run
-from mim_jax.sharding import replicated, to_global, whole
+from mim_jax.sharding import all_gather, replicated, to_global
 from mim_jax.start import Start
 
 SHOWN = 4  # images whose attention maps are drawn
@@ -132,7 +132,7 @@ def predictions_of(path: str, run: Run, config: ConfigDict) -> Predictions | Non
         return None
     run.require_labels(config.data.evaluation_split)
     state = peek(path, Start(run, config).like)
-    params, buffers = whole((state.averaged, state.buffers), run.mesh)
+    params, buffers = all_gather((state.averaged, state.buffers), run.mesh)
     predict = jax.jit(run.objective.predict, out_shardings=replicated(run.mesh))
     k = run.data.num_labels
     confusion = np.zeros((k, k), np.int64)
