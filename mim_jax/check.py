@@ -3,10 +3,9 @@
     mim-jax check --config=configs/mae_base.py --workdir=runs/mae_base
     mim-jax check --config=configs/mae_base.py --all   # decodes every image
 
-Prints what follows from the recipe, decodes a sample of the images, performs two steps of the real
-model (on a CPU with fewer images), and draws WORKDIR/check.png, training images as the model gets
-them.
-Exit codes: 0 the run would start, 1 it would fail, 2 user error.
+Prints a summary of the recipe, decodes a sample of the images, takes two steps of the real model
+(on a CPU, with fewer images), and draws training images as the model receives them, in
+WORKDIR/check.png. Exit codes: 0 the run would start, 1 it would fail, 2 user error.
 """
 
 import copy
@@ -40,7 +39,7 @@ from mim_jax.start import Start, claim_workdir
 from mim_jax.train import TrainState, train
 
 SECONDS = 8  # seconds spent on decoding images of a split
-CPU_LIMIT = 5e8  # parameters x images of a step that takes some seconds on a CPU
+CPU_LIMIT = 5e8  # parameters x images of a step that takes a few seconds on a CPU
 PICTURES = 12
 INPUT_PICTURES = ("masked", "truth")  # captions of pictures that do not show a prediction
 
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(config: ConfigDict, path: str, everything: bool = False) -> int:
-    """Reports on a run. Returns 0 if it would start, 1 if not; raises UserError for mistakes."""
+    """Reports on a run. Returns 0 if it would start, otherwise 1."""
     run = recipe.build(config)
     run.require_labels(config.data.evaluation_split)
     start = Start(run, config)
@@ -74,7 +73,7 @@ def check(config: ConfigDict, path: str, everything: bool = False) -> int:
     say("values", values, *filter(None, [problem]))
     problems += filter(None, [problem])
     problems += check_disk(start.bytes, config.save.keep, path)
-    if has_checkpoints(path):  # the runs that it started from may no longer exist
+    if has_checkpoints(path):  # the runs named by init_from may no longer exist
         config.init_from.update({key: x and "random" for key, x in config.init_from.items()})
     problems += check_steps(config, run, start, workdir.open_path(path) / "check.png")
     say("the run would fail" if problems else "the run would start", *problems)
@@ -88,7 +87,7 @@ def say(title: str, *lines: str) -> None:
 
 
 def few(lines: Iterable[str], most: int = 10) -> list[str]:
-    """Returns the first of many lines, and the number of those left out."""
+    """Returns the first `most` lines, and a line with the number of the others."""
     lines = list(lines)
     return lines[:most] + ([f"... and {len(lines) - most:,} more"] if len(lines) > most else [])
 
@@ -157,7 +156,7 @@ def survey_images(source: Source, channels: int, dtype: str, seconds: float) -> 
 
 
 def summarize(survey: Survey, source: Source, size: tuple[int, int]) -> list[str]:
-    """Returns a survey as lines of text; images are to be resized to `size`."""
+    """Returns a survey as lines of text; `size` is that of the training images."""
     count, bad = len(survey.sizes), len(survey.bad)
     lines = [f"{len(source.examples):,}, of which {count + bad:,} were decoded; {bad:,} are bad"]
     lines += few(f"{name}: {reason}" for name, reason in survey.bad)
@@ -173,7 +172,7 @@ def summarize(survey: Survey, source: Source, size: tuple[int, int]) -> list[str
     if source.num_labels:
         counts = [survey.labels[label] for label in range(source.num_labels)]
         lines.append(
-            f"{source.num_labels:,} labels, of which {np.count_nonzero(counts):,} occur; the most "
+            f"{source.num_labels:,} labels, {np.count_nonzero(counts):,} of them found; the most "
             f"frequent on {max(counts) / count:.1%} of the images, the rarest on "
             f"{min(counts) / count:.1%}"
         )
@@ -195,7 +194,10 @@ def check_disk(state_bytes: int, keep: int, path: str) -> list[str]:
 
 
 def check_steps(config: ConfigDict, run: Run, start: Start, path: epath.Path) -> list[str]:
-    """Performs two steps, draws the model's input, lists idle parameters. Returns problems."""
+    """Takes two steps, draws the model's input, lists parameters without gradient.
+
+    Returns problems.
+    """
     full_batch = config.batch_size
     if jax.default_backend() == "cpu":
         needed, free = start.bytes + 8 * start.parameters, free_memory()
@@ -241,7 +243,7 @@ def check_steps(config: ConfigDict, run: Run, start: Start, path: epath.Path) ->
     )
     say("parameters without a gradient", *(few(idle) or ["none: all of them learn"]))
     draw(run, state, config, path)
-    say("pictures", f"{path}: training images as the model gets them")
+    say("pictures", f"{path}: training images as the model receives them")
     return [] if np.isfinite(losses).all() else ["the loss is not finite."]
 
 
@@ -252,9 +254,9 @@ def without_gradient(state: TrainState) -> list[str]:
 
 
 def reduce_batch(config: ConfigDict, run: Run, parameters: int) -> ConfigDict:
-    """Returns the config with a batch that a CPU processes in some seconds.
+    """Returns the config with a batch that a CPU processes in a few seconds.
 
-    The schedule keeps its steps and rates.
+    The steps and rates of the schedule do not change.
     """
     config, devices = copy.deepcopy(config), jax.device_count()
     most = max(
@@ -296,12 +298,15 @@ def draw(run: Run, state: TrainState, config: ConfigDict, path: Path) -> None:
     columns |= jax.jit(pictures)(
         state.params, state.buffers, to_global(batch, run.mesh), jax.random.key(config.seed)
     )
-    title = f"{config.objective.name}: training images as the model gets them"
+    title = f"{config.objective.name}: training images as the model receives them"
     draw_sheet(path, columns, title, legend=run.data.legend)
 
 
 def watch() -> optax.GradientTransformation:
-    """Changes no gradient; records in its state which parameters had a nonzero one."""
+    """Returns an optimizer that records which parameters had a nonzero gradient.
+
+    It does not change the gradients.
+    """
 
     def init(params):
         return jax.tree.map(lambda x: jnp.zeros((), bool), params)
@@ -313,7 +318,7 @@ def watch() -> optax.GradientTransformation:
 
 
 def free_memory() -> float:
-    """Returns the free bytes of this machine's memory, infinity if it is not Linux."""
+    """Returns the free bytes of this machine's memory, or infinity if it is not Linux."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -26,13 +26,13 @@ from mim_jax.bucket import BucketError, failures
 COMMANDS = {  # name: module with main(argv), what it does
     "train": ("main", "train a config, or continue a run"),
     "check": ("check", "check data, memory and disk of a run before it starts"),
-    "plan": ("plan.__main__", "predict memory and time of a run on TPUs that are not there"),
+    "plan": ("plan.__main__", "predict memory and time of a run on TPUs, without the hardware"),
     "evaluate": ("evaluate", "evaluate a run"),
     "embed": ("embed", "write the features of a data set"),
     "probe": ("probe_command", "probe the features of an encoder: k-NN, linear, rank"),
     "tokenize": ("tokenize", "write the visual tokens of a data set"),
-    "pictures": ("pictures", "draw the outputs of a checkpoint for images"),
-    "report": ("report.__main__", "write an HTML page about a run, or several"),
+    "pictures": ("pictures", "draw what a checkpoint computes for images"),
+    "report": ("report.__main__", "write an HTML page about one or more runs"),
     "runs": ("runs", "list the runs below a directory"),
     "prepare": ("data.prepare", "pack a folder of images, or prepare a data set of TFDS"),
     "statistics": ("data.statistics", "compute the mean and std of a data set"),
@@ -46,7 +46,7 @@ TRAINING_KEYS = (  # keys and blocks that other commands do not use
     *("steps", "epochs", "optimizer", "log", "evaluate", "pictures", "probe", "save"),
     *("divergence", "ema"),
 )
-owns_process = False  # whether the process was started for one command, see exit_with
+owns_process = False  # whether this process runs a single command, see exit_with
 NO_WRITE = (  # errors of a path that cannot be written
     *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG),
@@ -125,7 +125,7 @@ def workdir_of(options: argparse.Namespace) -> str:
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, unused: Collection[str] = ()
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parses arguments; returns the options, and --config.key=value as overrides "key=value".
+    """Returns the parsed options, and the arguments --config.key=value as overrides "key=value".
 
     With --help and --config, the keys of the config are listed too. Keys and blocks in `unused`
     are errors, because they would have no effect.
@@ -213,7 +213,7 @@ def report(error: UserError | BucketError) -> int:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt, or soon if the garbage collector calls JAX, which loses it."""
+    """Raises KeyboardInterrupt; later if the garbage collector runs JAX, which swallows it."""
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         if frame.f_code in callbacks:
@@ -226,7 +226,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 def exit_with(main: Callable[[], int]) -> NoReturn:
     """Runs the main function of a process and exits with its code.
 
-    A process that failed does not wait for the other processes, which may wait for it.
+    A process that fails does not wait for the others, because they may be waiting for it.
     """
     global owns_process
     owns_process = True

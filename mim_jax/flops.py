@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, and the peaks of chips.
 
-The utilization (MFU) of a chip is the operations that a step needs, per second, divided by the
-chip's peak. Only matrix products and convolutions count, with two operations per multiplication
-and addition, as in the PaLM paper (Chowdhery et al., 2022, appendix B).
+The utilization (MFU) of a chip is the number of operations per second that the model requires,
+divided by the chip's peak. Only matrix products and convolutions count, with two operations per
+multiply-add, as in the PaLM paper (Chowdhery et al., 2022, appendix B).
 """
 
 import math
@@ -52,7 +52,7 @@ def step_flops(step: ClosedJaxpr) -> float:
 def count(jaxpr: Jaxpr) -> float:
     """Returns the operations of matrix products and convolutions in a program.
 
-    The most expensive branch of a `cond` counts, and one iteration of a `while`.
+    Of a `cond` the most expensive branch counts, of a `while` one iteration.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -68,7 +68,7 @@ def count(jaxpr: Jaxpr) -> float:
             total += 2 * products * outputs / math.prod(settings["lhs_dilation"])
         elif name == "cond":
             total += max(count(branch.jaxpr) for branch in settings["branches"])
-        elif name != "pallas_call":  # the alternative of a kernel counts instead
+        elif name != "pallas_call":  # the plain implementation counts instead
             rounds = settings["length"] if name == "scan" else 1
             total += rounds * sum(count(inner) for inner in inside(settings))
     return total

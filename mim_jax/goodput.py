@@ -30,7 +30,7 @@ PREFIX = "goodput/"
 class Goodput:
     """A stopwatch that is always running for exactly one kind of work.
 
-    `seconds` are the totals {kind: seconds} of this process and of those before.
+    `seconds` are the totals {kind: seconds} of this process and of earlier ones.
 
     Args:
         age: seconds since the process started.
@@ -58,7 +58,7 @@ class Goodput:
             self.begin(outer)
 
     def add_earlier(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Adds the totals of the processes before, which the newest of the metrics records has."""
+        """Adds the totals of earlier processes, from the newest metrics record."""
         for kind, seconds in newest(records).items():
             self.seconds[kind] += seconds
 

@@ -1,7 +1,7 @@
 """Logging of a run: lines on the screen, metrics in metrics.jsonl, and events in events.jsonl.
 
 metrics.jsonl: one JSON object per record of training or of an evaluation.
-events.jsonl: one per start, warning and end: {"time", "step", "event", "text"}.
+events.jsonl: one JSON object per start, warning and end: {"time", "step", "event", "text"}.
 evaluation.json: the newest evaluation, with its arrays, such as results by class.
 """
 
@@ -50,7 +50,7 @@ class Pace:
         return steps // every - step // every + int(steps % every > 0 and step < steps)
 
     def seconds_left(self, step: int, per_step: float) -> float:
-        """Returns the remaining seconds of steps and of the actions measured so far."""
+        """Returns the remaining seconds of the run, from the steps and actions measured so far."""
         seconds = (self.steps - step) * per_step
         for name, durations in self.seconds.items():
             if typical := durations[1:] or durations:  # the first action includes compilation
@@ -61,7 +61,7 @@ class Pace:
 class Log:
     """Writes metrics by step to metrics.jsonl, and to TensorBoard, W&B and Trackio if enabled.
 
-    Only the first of several processes writes; the others measure the same times.
+    Only process 0 writes; the other processes measure the same times.
 
     Args:
         workdir: the run directory.
@@ -212,7 +212,7 @@ class Log:
         self.store()
 
     def store(self) -> None:
-        """Stores all records. In a bucket, they are otherwise stored within half a minute."""
+        """Stores all records now; otherwise records in a bucket are stored within half a minute."""
         for lines in (self.metrics, self.events, self.bad_files):
             lines.flush()
 
@@ -245,9 +245,9 @@ class Log:
             sink(step, values)
 
     def say(self, text: str) -> None:
-        """Prints text, in the first process only.
+        """Prints text, in process 0 only.
 
-        If the output is closed, as by `| head`, the run saves and stops as after SIGTERM.
+        If the output is closed, as by `| head`, the run saves and stops, as after SIGTERM.
         """
         if not self.writes:
             return
@@ -316,7 +316,7 @@ def optional(package: str, extra: str):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"log.{extra} needs {package}: pip install -e '.[{extra}]'.") from error
+        raise UserError(f"log.{extra} needs {package}: pip install 'mim-jax[{extra}]'.") from error
 
 
 def tensorboard_events(workdir: str, step: int):

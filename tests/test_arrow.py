@@ -207,5 +207,5 @@ def test_user_errors(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has no column of images; its columns are text"):
         make(tmp_path / "texts")
     monkeypatch.setattr(arrow, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs pyarrow: pip install -e '.\[arrow\]'"):
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'mim-jax\[arrow\]'"):
         make(tmp_path)

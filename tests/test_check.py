@@ -46,7 +46,7 @@ def test_a_run_that_would_start(tmp_path, capsys):
         "1,340, of which 1,340 were decoded; 0 are bad",
         "height x width: 64 x 64 to 64 x 64",
         "modes: RGB 100.0%",
-        "9 labels, of which 9 occur; the most frequent on 19.8% of the images, the rarest on 5.1%",
+        "9 labels, 9 of them found; the most frequent on 19.8% of the images, the rarest on 5.1%",
         "of 8 images (the run has 8)",
         "none: all of them learn",
     ):

@@ -226,7 +226,7 @@ assert prepare.main(["imagenet2012", where]) == 0  # already prepared
 
 def test_data_sets_that_cannot_be_prepared(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "find_spec", lambda name: None)
-    assert "pip install -e '.[prepare]'" in error_of(capsys, "imagenet2012")
+    assert "pip install 'mim-jax[prepare]'" in error_of(capsys, "imagenet2012")
     monkeypatch.setattr(prepare, "find_spec", lambda name: True)
     where = f"--data_dir={tmp_path}"
     assert "TFDS has no data set 'my_set'" in error_of(capsys, "my_set", where)
@@ -237,7 +237,7 @@ def test_data_sets_that_cannot_be_prepared(tmp_path, capsys, monkeypatch):
 def test_beam_writes_the_same_files(photos, tmp_path, command, capsys, monkeypatch):
     if importlib.util.find_spec("apache_beam") is None:
         arguments = (f"folder:{photos}", f"--to={tmp_path / 'packed'}", "--beam")
-        assert "pip install -e '.[beam]'" in error_of(capsys, *arguments)
+        assert "pip install 'mim-jax[beam]'" in error_of(capsys, *arguments)
         pytest.skip("needs Apache Beam")
     whole, to = tmp_path / "a" / "packed", tmp_path / "b" / "packed"
     pack.pack(photos, whole, shard_mb=0.02)

@@ -135,7 +135,7 @@ def test_a_run_that_was_killed(tmp_path):
     for path in folder.glob("*.jsonl"):
         os.utime(path, (1e9, 1e9))
     text, page = written(folder)
-    assert "The process ended without a word" in text
+    assert "The process ended unexpectedly" in text
     assert len(page.of("img")) == 1
 
 

@@ -49,7 +49,7 @@ class Table:
 
     def __init__(self, root: str, labels: str = ""):
         if find_spec("pyarrow") is None:
-            raise UserError("data.name=hf:PATH needs pyarrow: pip install -e '.[arrow]'.")
+            raise UserError("data.name=hf:PATH needs pyarrow: pip install 'mim-jax[arrow]'.")
         if "://" in str(root):
             raise UserError(f"{root} must be local or mounted: mount the bucket with gcsfuse.")
         self.root = os.path.abspath(os.path.expanduser(root))

@@ -12,12 +12,12 @@ Large images, such as whole slides and orthophotos, are cut into tiles with --ti
 read by rows, whatever their size. Tiles of 8 bits with 1 or 3 channels are stored as PNG, all
 others as .npy.
 
-Preparing a set of TFDS needs TensorFlow once: pip install -e '.[prepare]'. --manual_dir holds the
-archives that were downloaded by hand: ImageNet's two tars, or CIFAR's archive on a machine without
-network. Read the set with --config.data.name=imagenet2012 --config.data.data_dir=/data/tfds.
+Preparing a set of TFDS needs TensorFlow once: pip install 'mim-jax[prepare]'. --manual_dir holds
+archives downloaded by hand: ImageNet's two tars, or CIFAR's archive on a machine without network.
+Read the set with --config.data.name=imagenet2012 --config.data.data_dir=/data/tfds.
 
-With --beam (pip install -e '.[beam]'), Apache Beam writes the shards; its own options follow, for
-example --runner=FlinkRunner. All its workers must see the same folders.
+With --beam (pip install 'mim-jax[beam]'), Apache Beam writes the shards; its own options follow,
+for example --runner=FlinkRunner. All its workers must have access to the same folders.
 
 Exit codes: 0 done, 2 user error, reported in one sentence.
 """
@@ -90,7 +90,7 @@ class Beam:
 
     def __init__(self, options: Sequence[str]):
         if find_spec("apache_beam") is None:
-            raise UserError("--beam needs Apache Beam: pip install -e '.[beam]'.")
+            raise UserError("--beam needs Apache Beam: pip install 'mim-jax[beam]'.")
         from apache_beam.options.pipeline_options import PipelineOptions
 
         self.options = PipelineOptions(options)
@@ -114,7 +114,7 @@ def prepare(
 ) -> None:
     """Prepares a TFDS data set. Raises UserError if it is unknown or its files are missing."""
     if find_spec("tensorflow") is None:
-        raise UserError("preparing a TFDS set needs TensorFlow: pip install -e '.[prepare]'.")
+        raise UserError("preparing a TFDS set needs TensorFlow: pip install 'mim-jax[prepare]'.")
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:

@@ -129,7 +129,9 @@ class View:
 
     def __post_init__(self):
         if self.resizer == "simd" and not find_spec("cykooz_resizer"):
-            raise UserError("data.resizer = 'simd' needs cykooz-resizer: pip install -e '.[simd]'.")
+            raise UserError(
+                "data.resizer = 'simd' needs cykooz-resizer: pip install 'mim-jax[simd]'."
+            )
 
     @property
     def channels(self) -> int:

@@ -33,7 +33,7 @@ from mim_jax.models.windows import (
 from mim_jax.normalize import MEAN, STD, Mean, Std, denormalize, normalize
 from mim_jax.objectives import objective_of, per_example
 
-ROWS = 64  # rows of pixels that are counted at once, to bound memory
+ROWS = 64  # rows of pixels that are compared at a time, to bound memory
 
 Decoder = Literal["upernet", "setr_pup", "setr_naive", "linear"]
 

@@ -1,1 +1,1 @@
-"""Planning of a run on devices that are not there: memory, time and communication of its step."""
+"""Predicts memory, time and communication of a run's step on devices that need not be present."""

@@ -1,13 +1,14 @@
-"""Plans a run on a TPU slice, CPUs or GPUs that need not be there: does it fit, how long it takes.
+"""Predicts whether a run fits on a TPU slice, CPUs or GPUs, and how long it takes.
 
     mim-jax plan --config=mae_large --target=v5e:4x4
     mim-jax plan --config=mae_base --config=beit_base --target=v5e:8x8 --markdown
-    mim-jax plan --config=mae_base --target=h100:8       # by arithmetic alone
+    mim-jax plan --config=mae_base --target=h100:8       # an estimate, nothing is compiled
 
-For TPUs (v4, v5e, v5p, v6e; extra [tpu]) and CPUs the run's own step is compiled ahead of time, at
-full size; a ViT-L takes some minutes of one core, and is kept in --config.compile_cache. Times are
-the predictions of the TPU's compiler. If the step does not fit into the memory, keys are searched
-with which it does. Images are not needed for well-known data sets, or with --images and --classes.
+The devices need not be present. For TPUs (v4, v5e, v5p, v6e; extra [tpu]) and CPUs the run's own
+step is compiled ahead of time, at full size; this takes some minutes on one core for a ViT-L, and
+results are cached in --config.compile_cache. Times are predictions of the TPU's compiler. If the
+step does not fit into memory, the command searches for keys that make it fit. The data set need not
+be present if it is well known, or with --images and --classes.
 Exit codes: 0 the step fits, 1 it does not, 2 user error.
 """
 
@@ -38,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_config(parser, several=True)
     parser.add_argument("--target", default="v5e:4x4", help=FORM)
     parser.add_argument("--images", type=int, default=0, help="size of the training split")
-    parser.add_argument("--classes", type=int, default=0, help="its classes, with --images")
+    parser.add_argument("--classes", type=int, default=0, help="number of classes, with --images")
     parser.add_argument(
-        "--no-search", action="store_true", help="search no keys if it does not fit"
+        "--no-search", action="store_true", help="do not search for keys that make the step fit"
     )
     parser.add_argument("--parts", action="store_true", help="also list the time by part")
     output = parser.add_mutually_exclusive_group()
@@ -83,7 +84,7 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def describe_search(fitting: Fitting | None, parts: bool) -> Iterator[str]:
-    """Yields the lines that describe what a search for keys has found."""
+    """Yields the lines that describe the result of a search for keys."""
     if fitting is None:
         yield "none of the combinations of accumulation, rematerialization and fsdp fits"
         return
@@ -96,7 +97,7 @@ def describe(cost: Cost, parts: bool) -> Iterator[str]:
     step, chip = cost.step, cost.step.target.chip
     name = f"{step.target.name}, {len(step.target.devices)} devices"
     if cost.how == "arithmetic":
-        yield f"{name}: by arithmetic, nothing is compiled for it"
+        yield f"{name}: estimated by arithmetic, not compiled"
     limit = f" of {chip.memory / GIB:.2f}" if math.isfinite(chip.memory) else ""
     yield f"{name}: {'fits' if cost.fits else 'does not fit'}, {cost.peak / GIB:.2f}{limit} GiB"
     kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in cost.memory.items())
@@ -105,16 +106,16 @@ def describe(cost: Cost, parts: bool) -> Iterator[str]:
     if cost.flops:
         yield (
             f"TFLOP per step and device: {cost.flops / 1e12:.3f}, "
-            f"{cost.flops / model:.2f} x those of the model, {model / 1e12:.3f}"
+            f"{cost.flops / model:.2f} times those of the model, {model / 1e12:.3f}"
         )
     for kind, entry in cost.collectives.items():
-        expected = f", in theory {entry['theory_bytes'] / 1e9:.3f}" if entry["theory_bytes"] else ""
+        expected = f", minimum {entry['theory_bytes'] / 1e9:.3f}" if entry["theory_bytes"] else ""
         waiting = 1e3 * entry["waiting_seconds"]
-        alone = f", {waiting:.1f} ms that nothing overlaps" if waiting else ""
+        alone = f", {waiting:.1f} ms without overlap" if waiting else ""
         yield f"{kind}: {entry['count']}, {entry['bytes'] / 1e9:.3f} GB{expected}{alone}"
     if cost.seconds is None:
         if cost.fits:
-            yield "no time is predicted: the compiler for CPUs has no estimates"
+            yield "no time is predicted, because the compiler for CPUs has no estimates"
         return
     yield from times(cost, parts)
 
@@ -126,7 +127,7 @@ def times(cost: Cost, parts: bool) -> Iterator[str]:
         for (part, kind), share in cost.parts.items():
             if share > 0.001 * computing:
                 yield f"{part:10} {kind:13} {1e3 * share:7.2f} ms {share / computing:6.1%}"
-    kernels = f", of which attention kernels {1e3 * cost.kernels:.1f}" if cost.kernels else ""
+    kernels = f" (attention kernels {1e3 * cost.kernels:.1f})" if cost.kernels else ""
     yield (
         f"ms per step: {1e3 * seconds:.1f} = computing {1e3 * computing:.1f}{kernels}, and waiting "
         f"for collectives {1e3 * cost.waiting:.1f}"
@@ -140,7 +141,7 @@ def times(cost: Cost, parts: bool) -> Iterator[str]:
 
 
 def table_row(path: str, cost: Cost, fitting: Fitting | None) -> str:
-    """Returns a row of the table: of the step as configured, or with the keys that make it fit."""
+    """Returns a row of the table: the step as configured, or with the keys that make it fit."""
     keys, shown = fitting or Fitting({}, cost)
     changes = ", ".join(f"{key}={value}" for key, value in keys.items())
     cells = [Path(path).stem, shown.step.target.name, changes, "yes" if shown.fits else "no"]
@@ -169,7 +170,7 @@ def suggestion(fitting: Fitting | None) -> dict[str, Any] | None:
 
 
 def as_json(cost: Cost) -> dict[str, Any]:
-    """Returns a cost for JSON. Sizes and times are those of one device; null is unknown."""
+    """Returns a cost as a JSON object. Sizes and times are per device; unknown ones are null."""
     step, days, count = cost.step, cost.days, len(cost.step.target.devices)
     return dict(
         target=step.target.name,

@@ -1,4 +1,4 @@
-"""Results of the compiler, kept in files: compiling a large step takes minutes."""
+"""A cache of the compiler's results in files, because compiling a large step takes minutes."""
 
 import contextlib
 import gzip
@@ -13,7 +13,7 @@ PACKAGES = ("jax", "jaxlib", "libtpu")  # a change of their version changes comp
 
 
 def file_of(folder: str, key: Sequence[str]) -> Path | None:
-    """Returns the file of a result that depends on the texts of a key, None without a folder."""
+    """Returns the file of the result for a key, or None without a folder."""
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
     return Path(folder).expanduser() / "plan" / f"{name}.gz" if folder else None
 
@@ -28,14 +28,14 @@ def versions() -> list[str]:
 
 
 def read(file: Path | None) -> bytes:
-    """Returns the content of a file, b"" if it is missing or damaged."""
+    """Returns the content of a file, or b"" if it is missing or damaged."""
     with contextlib.suppress(OSError, EOFError, zlib.error):
         return gzip.decompress(file.read_bytes()) if file else b""
     return b""
 
 
 def write(file: Path | None, content: bytes) -> None:
-    """Writes a file completely or not at all. A folder that cannot be written is no error."""
+    """Writes a file atomically. A folder that cannot be written is not an error."""
     if not file:
         return
     with contextlib.suppress(OSError):

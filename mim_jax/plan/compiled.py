@@ -21,7 +21,7 @@ class Instruction(NamedTuple):
     opcode: str
     operands: list[str]
     line: str
-    times: int  # how often it runs
+    times: int  # number of runs per step
 
     @property
     def is_kernel(self) -> bool:
@@ -36,7 +36,7 @@ class Instruction(NamedTuple):
 
     @property
     def cycles(self) -> int:
-        """The cycles of a TPU that the compiler expects it to take each time."""
+        """The TPU cycles that the compiler estimates for one run."""
         if self.opcode in NOTHING:
             return 0
         estimate = re.search(r'"estimated_cycles":"(\d+)"', self.line)
@@ -44,25 +44,26 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """A collective of a compiled program: it moves `bytes` in whole arrays, `times` in a step.
+    """A collective of a compiled program.
 
-    Whole arrays are the results of an all-gather and the operands of a reduce-scatter.
+    `bytes` is the size of the unsharded arrays that it moves: the results of an all-gather, the
+    operands of a reduce-scatter.
     """
 
     kind: str
     dtype: str
     bytes: int
     group: int  # devices that it combines
-    times: int  # how often it runs
+    times: int  # number of runs per step
     overlaps: bool  # whether other work can run meanwhile
-    rings: int  # axes of a slice that it uses at a time
+    rings: int  # number of axes of a slice that it uses at the same time
 
 
 def instructions(text: str) -> dict[str, Instruction]:
-    """Returns by name the operations of a compiled program that run, with how often they do.
+    """Returns {name: instruction} of the operations of a compiled program that run.
 
-    Loops of unknown length count once, such as those that draw random numbers by rejection; so does
-    the first branch of a conditional. Operations inside a fusion are not listed.
+    Loops of unknown length count once, such as those that draw random numbers by rejection. Of a
+    conditional, only the first branch counts. Operations inside a fusion are not listed.
     """
     computations, entry = read(text)
 
@@ -92,10 +93,10 @@ def read(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def trip_count(row: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """Returns how often the body of a loop runs, 1 for other operations, 0 if it is unknown.
+    """Returns the number of iterations of a loop, 1 for other operations, 0 if it is unknown.
 
-    The compiler for TPUs does not always note it, but then the condition shows it: the counter of a
-    `scan`, which starts at 0, is less than a constant.
+    If the TPU compiler does not record it, it is read in the condition of the loop: the counter of
+    a `scan`, which starts at 0, is less than a constant.
     """
     if row.opcode != "while":
         return 1
@@ -119,7 +120,7 @@ def unknown_loops(text: str) -> list[str]:
 
 
 def bytes_in_memory(shape: str) -> int:
-    """Returns the bytes of arrays that do not lie on the chip, in memory space S(1)."""
+    """Returns the bytes of arrays in HBM, that is, not in the on-chip memory space S(1)."""
     return sum(
         size_of(bits, sides)
         for _, bits, sides, layout in re.findall(ARRAYS, shape)
@@ -128,7 +129,7 @@ def bytes_in_memory(shape: str) -> int:
 
 
 def size_of(bits: str, sides: str) -> int:
-    """Returns the bytes of an array, from the bits of its type and its sides "8,128"."""
+    """Returns the bytes of an array, given the bits of its type and its shape "8,128"."""
     count = math.prod(int(side) for side in sides.split(",") if side)
     return max(int(bits or 8) // 8, 1) * count
 
@@ -136,8 +137,9 @@ def size_of(bits: str, sides: str) -> int:
 def collectives_of(text: str) -> list[Collective]:
     """Returns the collectives of a compiled program.
 
-    On TPUs, a gather that runs beside other work is in several fusions with the same chain_id, and
-    an all-reduce of which a chip keeps its part may be in a computation all-reduce-scatter.
+    On TPUs, a gather that overlaps with other work is in several fusions with the same chain_id,
+    and an all-reduce of which each chip keeps only a part may be in a computation named
+    all-reduce-scatter.
     """
     times, rows = repetitions(text), []
     seen: set[str] = set()
@@ -145,7 +147,7 @@ def collectives_of(text: str) -> list[Collective]:
     for line in text.splitlines():
         if header := re.match(COMPUTATION, line):
             computation = header[2]
-        # What begins without waiting is counted where it is done.
+        # An asynchronous collective is counted at its -done instruction.
         match = re.search(rf" = (.*?) ({COLLECTIVES})(-done)?\(", line)
         chain = re.search(r'chain_id="(\d+)"', line)
         if not match or (chain and chain[0] in seen):
@@ -172,7 +174,7 @@ def collectives_of(text: str) -> list[Collective]:
 
 
 def repetitions(text: str) -> dict[str, int]:
-    """Returns how often each computation runs that the entry computation reaches."""
+    """Returns {name: number of runs} of the computations that the entry computation reaches."""
     computations, entry = read(text)
     times: collections.Counter[str] = collections.Counter()
 
@@ -188,12 +190,12 @@ def repetitions(text: str) -> dict[str, int]:
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Returns {kind and type: (count, bytes of the whole arrays)} of a compiled program."""
+    """Returns {kind and type: (count, bytes of the unsharded arrays)} of a compiled program."""
     return total(collectives_of(text), lambda row: f"{row.kind} {row.dtype}")
 
 
 def total(rows: Iterable[Collective], name_of) -> dict[str, tuple[int, int]]:
-    """Returns {name: (count, bytes)} of collectives, in all of their repetitions."""
+    """Returns {name: (count, bytes)} of collectives, including all repetitions."""
     moved: dict[str, tuple[int, int]] = {}
     for row in rows:
         count, size = moved.get(name_of(row), (0, 0))
@@ -202,9 +204,9 @@ def total(rows: Iterable[Collective], name_of) -> dict[str, tuple[int, int]]:
 
 
 def group_size(line: str) -> int:
-    """Returns how many devices a collective combines, in each of the compiler's three notations.
+    """Returns the number of devices that a collective combines, 1 if it names no groups.
 
-    Without groups it is 1.
+    The compiler has three notations for groups.
     """
     if mesh := re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", line):  # jax 0.12
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))

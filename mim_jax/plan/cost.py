@@ -1,14 +1,15 @@
 """The predicted cost of a training step: memory, time and communication per device.
 
-For TPUs all is read in the compiled program: the cycles that the compiler expects each operation to
-take, the schedules of attention's kernels, and what collectives move. A kernel counts as the longer
-of its schedule and its bytes at the memory's bandwidth. Collectives that can run beside other work
-take no time, others their bytes over the links. The predictions are for comparing programs: single
-matrix products are predicted 11 to 14 % slower than by their FLOPs (42 % on a v6e), large
-elementwise sums 3 times slower than by their bytes.
+For TPUs, everything is read from the compiled program: the cycles that the compiler expects each
+operation to take, the schedules of the attention kernels, and the bytes of collectives. A kernel
+takes its scheduled time, or the time to move its bytes at the memory's bandwidth if that is longer.
+Collectives that overlap with other work take no time; others take their bytes divided by the
+bandwidth of the links. Use the predictions to compare programs: they are 11 to 14 % slower than the
+FLOPs of single matrix products suggest (42 % on a v6e), and 3 times slower than the bytes of large
+elementwise sums.
 
-For CPUs, compilers predict no time. For GPUs it is arithmetic alone: FLOPs at the share of the peak
-that one measured run reached.
+For CPUs, no time is predicted. For GPUs, it is the FLOPs at the share of the peak that one measured
+run reached.
 """
 
 import collections
@@ -45,7 +46,7 @@ WORK = {  # by the names of the operations that an instruction comes from
 
 
 class Cost(NamedTuple):
-    """The cost of a step per device. `computing` is None if no time is predicted."""
+    """The cost of a step on each device."""
 
     step: Step
     how: str  # "compiler" or "arithmetic"
@@ -53,8 +54,8 @@ class Cost(NamedTuple):
     peak: float  # bytes of memory
     memory: dict[str, float]  # bytes by kind
     flops: float  # as the compiler counts them, loops as often as they run
-    computing: float | None  # seconds
-    waiting: float  # seconds of collectives that nothing runs beside
+    computing: float | None  # seconds; None: not predicted
+    waiting: float  # seconds of collectives that do not overlap with computing
     collectives: dict[str, dict[str, Any]]  # by kind: count, bytes, theory, seconds
     parts: dict[tuple[str, str], float]  # seconds by part of the network and kind of work
     kernels: float = 0.0  # seconds of attention's kernels
@@ -142,7 +143,7 @@ def with_times(cost: Cost, text: str) -> Cost:
 def seconds_of(
     row: Instruction, program: dict[str, Instruction], kernels: dict[Kernel, int], chip: Chip
 ) -> float:
-    """Returns the predicted time of an operation, as often as it runs."""
+    """Returns the predicted time of all runs of an operation."""
     if not row.is_kernel:
         return row.times * row.cycles / chip.clock
     operands = [program[name].shape for name in row.operands if name in program]
@@ -168,7 +169,7 @@ def work_of(row: Instruction) -> tuple[str, str]:
 
 
 def seconds_of_collective(row: Collective, chip: Chip) -> float:
-    """Returns the time of a collective, as often as it runs, by the bandwidth of the links.
+    """Returns the time of all runs of a collective, by the bandwidth of the links.
 
     Rings use the links in both directions.
     """
@@ -180,7 +181,7 @@ def seconds_of_collective(row: Collective, chip: Chip) -> float:
 
 
 def summary(rows: list[Collective], step: Step) -> dict[str, dict[str, Any]]:
-    """Returns collectives by kind, next to theory."""
+    """Returns the count, bytes and time of collectives by kind, and the minimum of bytes."""
     expected = theory(step)
     table: dict[str, dict[str, Any]] = {}
     for kind, (count, size) in sorted(total(rows, lambda row: row.kind).items()):
@@ -197,11 +198,11 @@ def summary(rows: list[Collective], step: Step) -> dict[str, dict[str, Any]]:
 
 
 def theory(step: Step) -> dict[str, int]:
-    """Returns the bytes that a step must move by collectives, by kind.
+    """Returns the minimum of bytes that a step must move by collectives, by kind.
 
-    Split parameters are gathered once, in the type in which they are used, and buffers in their
-    own; gradients are scattered once, in float32, across the lines of a slice and then along them;
-    the rest of the gradient, and the parts of copies, are added up.
+    Sharded parameters are gathered once, in the dtype in which they are used, and buffers in their
+    own. Their gradients are reduce-scattered once, in float32, across the lines of a slice and then
+    along them. Other gradients, and those of several copies of the state, are all-reduced.
     """
     mesh, parameters = step.run.mesh, step.start.parameters
     if mesh.size == 1:

@@ -56,9 +56,9 @@ FORM = "TPU slices such as v5e:4x4 or v5p:2x2x4, cpu:8, or GPUs such as h100:8"
 class Target(NamedTuple):
     """The devices that a run is planned for."""
 
-    name: str  # as v5e:4x4
+    name: str  # such as v5e:4x4
     chip: Chip
-    devices: list  # those of GPUs are CPUs, which stand in for them
+    devices: list  # CPU devices take the place of GPUs
     compiled: bool  # whether the step is compiled for it
 
 
@@ -68,7 +68,7 @@ def target_of(name: str) -> Target:
     Raises UserError if there is no such target, or no compiler for it.
     """
     kind, _, size = name.partition(":")
-    jax.config.update("jax_platforms", "cpu")  # no accelerator is looked for, or kept from others
+    jax.config.update("jax_platforms", "cpu")  # so that no accelerator is searched or occupied
     if kind in TPUS:
         return Target(name, TPUS[kind], tpus(name, kind, size), compiled=True)
     if kind not in ("cpu", *GPUS) or not size.isdecimal() or int(size) < 1:
@@ -92,8 +92,8 @@ def tpus(name: str, kind: str, size: str) -> list:
     accelerator = {"v5e": "v5litepod"}.get(kind, kind)
     count *= 2 if kind in ("v4", "v5p") else 1  # cores, in the names of these
     os.environ |= dict(
-        TPU_SKIP_MDS_QUERY="1",  # no metadata server of a cloud is asked
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several plans can be made at a time
+        TPU_SKIP_MDS_QUERY="1",  # do not query the metadata server of a cloud
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several processes can plan at the same time
         TPU_ACCELERATOR_TYPE=f"{accelerator}-{count}",
         TPU_WORKER_HOSTNAMES="localhost",
     )
@@ -116,7 +116,7 @@ def cpus(count: int) -> list:
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise UserError(
-            f"{count} devices are needed, but JAX was started with {len(devices)}: plan for them in"
-            " a process of its own."
+            f"{count} devices are needed, but JAX was started with {len(devices)}: run the plan in "
+            "a separate process."
         )
     return devices[:count]

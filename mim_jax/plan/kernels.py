@@ -1,7 +1,7 @@
-"""Predicted times of attention's Pallas kernels for TPUs, by the schedules of their instructions.
+"""Predicted times of the Pallas attention kernels for TPUs, from their instruction schedules.
 
-The compiler has no estimate for them in a program. It dumps its schedules if it is told so before
-it is loaded, so the kernels are compiled once more alone, in a process of their own.
+Compiled programs contain no estimate for kernels. The compiler dumps schedules only if that is
+requested before it is loaded, so the kernels are compiled again, in a separate process.
 """
 
 import glob
@@ -37,7 +37,7 @@ class Kernel(NamedTuple):
 
 
 def kernel_of(instruction: Instruction, program: dict[str, Instruction]) -> Kernel:
-    """Returns which kernel of attention_tpu an operation is, by its shapes."""
+    """Returns the kernel of attention_tpu that an operation calls, identified by its shapes."""
 
     def shapes(text):
         return [tuple(map(int, sides.split(","))) for _, _, sides, _ in re.findall(ARRAYS, text)]
@@ -51,14 +51,14 @@ def kernel_of(instruction: Instruction, program: dict[str, Instruction]) -> Kern
 
 
 def cycles_of(kernels: set[Kernel], target: str, cache: str) -> dict[Kernel, int]:
-    """Returns how many cycles each kernel is scheduled for: those of a grid step times its steps.
+    """Returns the scheduled cycles of each kernel: those of a grid step, times its grid steps.
 
     Args:
         kernels: the kernels.
-        target: the TPU slice, as v5e:4x4.
-        cache: folder that keeps the results, or "".
+        target: the TPU slice, such as v5e:4x4.
+        cache: folder in which results are cached, or "".
 
-    Raises UserError if the compiler does not say.
+    Raises UserError if the compiler dumps no schedule.
     """
     code = Path(attention_tpu.__file__).read_bytes()
     files = {x: file_of(cache, [target, *versions(), str(x), code.hex()]) for x in kernels}
@@ -71,7 +71,7 @@ def cycles_of(kernels: set[Kernel], target: str, cache: str) -> dict[Kernel, int
 
 
 def compiled(kernels: set[Kernel], target: str) -> dict[Kernel, int]:
-    """Returns the cycles of kernels, which it compiles."""
+    """Compiles kernels and returns their cycles."""
     if not kernels:
         return {}
     ordered = sorted(kernels)
@@ -96,16 +96,16 @@ def compiled(kernels: set[Kernel], target: str) -> dict[Kernel, int]:
 
 
 def steps_of(kernel: Kernel) -> int:
-    """Returns how many steps the grid of a kernel has."""
+    """Returns the number of steps of a kernel's grid."""
     qkv: Any = jax.ShapeDtypeStruct((kernel.images, kernel.tokens, 1), jnp.bfloat16)
     return kernel.images // attention_tpu.rows_of(qkv)
 
 
 def main(argv: list[str]) -> int:
-    """Compiles kernels, and prints the bundles of a grid step of each from its dumped schedule.
+    """Compiles kernels and prints the bundles of a grid step of each, from its dumped schedule.
 
-    Arguments are the target, the folder of the dump, and each kernel as numbers "1,64,50,...".
-    Schedules of single operations are of one custom call; `TLP` is the program around them.
+    Arguments are the target, the folder of the dump, and each kernel as numbers "1,64,50,...". The
+    dump has one schedule per custom call; `TLP` is the program around them.
     """
     target, folder, *kernels = argv
     for words in kernels:
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
 
 
 def compile_kernel(kernel: Kernel, device) -> None:
-    """Compiles a kernel alone."""
+    """Compiles a single kernel."""
     backward, b, n, heads, width, last, biased = kernel
     qkv = jax.ShapeDtypeStruct((b, n, 3 * heads * width), jnp.bfloat16)
     y = jax.ShapeDtypeStruct((b, last, heads * width), jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The memory of a traced step by arithmetic, for devices that the step is not compiled for."""
+"""Estimates the memory of a traced step, for devices that the step is not compiled for."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from mim_jax.flops import inside
 
-BLOCKS = ("shard_map", "scan", "while", "cond")  # what runs on its own arrays, not fused
+BLOCKS = ("shard_map", "scan", "while", "cond")  # not fused with other operations
 
 
 def peak(jaxpr: Jaxpr) -> float:
-    """Returns the bytes of the arrays of a program that exist at the same time, at most.
+    """Returns the largest number of bytes of a program's arrays that exist at the same time.
 
-    Operations run in their order, and an array exists until its last use. Of the alternatives of a
-    `cond`, that with the smallest peak counts: of attention, a kernel that stores no weights.
+    Operations run in order, and an array exists until its last use. The branch of a `cond` with the
+    smallest peak counts: for attention, it is a kernel that does not store the weights.
     """
     last: dict[Any, int] = {}
     for i, equation in enumerate(jaxpr.eqns):
@@ -34,7 +34,7 @@ def peak(jaxpr: Jaxpr) -> float:
 
 
 def extra(equation: Any) -> float:
-    """Returns the bytes that the programs inside an operation take besides its operands."""
+    """Returns the bytes that the programs inside an operation need in addition to its operands."""
     inner = inside(equation.params)
     if not inner or equation.primitive.name == "pallas_call":
         return 0.0
@@ -43,9 +43,9 @@ def extra(equation: Any) -> float:
 
 
 def step_peak(step: ClosedJaxpr) -> float:
-    """Returns the bytes on each device of the gradient of a traced step: of its shard_map.
+    """Returns the peak bytes per device of a traced step's gradient computation, its shard_map.
 
-    That is what exists besides the state that only the optimizer uses.
+    It does not include the part of the state that only the optimizer uses.
     """
     bodies = [
         each

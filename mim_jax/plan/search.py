@@ -1,4 +1,4 @@
-"""Search for keys with which a step fits into the memory of a target."""
+"""Searches for config keys with which a step fits into the memory of a target."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,9 +9,9 @@ from mim_jax import UserError, schema
 from mim_jax.plan.cost import Cost
 from mim_jax.plan.step import Step
 
-REMATERIALIZED = 0.3  # of the activations are left by full rematerialization, about
-MARGIN = 1.25  # estimates above this multiple of the memory are not tried
-TRIES = 6  # steps that are compiled
+REMATERIALIZED = 0.3  # approximate share of activations that full rematerialization keeps
+MARGIN = 1.25  # candidates with estimates above this multiple of the memory are skipped
+TRIES = 6  # largest number of steps to compile
 
 
 class Fitting(NamedTuple):
@@ -22,9 +22,9 @@ class Fitting(NamedTuple):
 
 
 def search(first: Cost, measure: Callable[[Step], Cost]) -> Fitting | None:
-    """Returns the cheapest keys with which a step fits, None if there are none.
+    """Returns the cheapest keys with which a step fits, or None if there are none.
 
-    Steps are estimated from those that were compiled, and left out if they are far too large.
+    Candidates that are far too large, by an estimate from the steps compiled so far, are skipped.
 
     Args:
         first: the cost of the step as configured, which does not fit.
@@ -81,9 +81,9 @@ def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
 
 
 def estimate(known: Cost, step: Step) -> float:
-    """Returns about how many bytes a step takes on a device, given the cost of another step.
+    """Estimates the bytes that a step takes on a device, given the cost of another step.
 
-    Activations are proportional to the images that a device processes at a time.
+    Activations are proportional to the number of images that a device processes at a time.
     """
 
     def remat(step: Step) -> float:

@@ -1,4 +1,4 @@
-"""The step of a run on a target, traced, and compiled once: results are kept in a folder."""
+"""The step of a run on a target: tracing and compiling it, with cached results."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
 
 
 class Compiled(NamedTuple):
-    """What the compiler says about a step. If the step does not fit, it is the peak alone."""
+    """The compiler's results for a step. If the step does not fit, only `peak` is known."""
 
     fits: bool
     peak: float  # bytes of memory on a device
@@ -50,20 +50,20 @@ class Step:
 
     @functools.cached_property
     def flops(self) -> float:
-        """The operations of matrix products and convolutions on a device, as the step is written.
+        """The FLOPs of matrix products and convolutions on a device.
 
-        Loops count as often as they run, and what rematerialization repeats counts, too.
+        All iterations of loops count, and so do operations repeated by rematerialization.
         """
         return flops.step_flops(self.traced.jaxpr)
 
     @functools.cached_property
     def model_flops(self) -> float:
-        """The same without what rematerialization repeats."""
+        """The same without the operations repeated by rematerialization."""
         return self.flops if self.remat == "none" else model_flops(self.run, self.config)
 
     @property
     def remat(self) -> str:
-        """What the encoder rematerializes, "none" if there is no encoder."""
+        """The encoder's rematerialization policy, "none" if there is no encoder."""
         return self.run.model.remat if self.run.model else "none"
 
     @property
@@ -108,9 +108,9 @@ class Step:
         return [x for x in jax.tree.leaves(tree) if tuple(split(x, self.run.mesh))]
 
     def compile(self) -> Compiled:
-        """Compiles the step, or takes the result of an earlier time, if the program is the same.
+        """Compiles the step, or returns the cached result for the same program.
 
-        Raises UserError if the compiler refuses the step for another reason than its memory.
+        Raises UserError if compilation fails for a reason other than memory.
         """
         lowered = self.traced.lower()
         key = [self.target.name, *cache.versions(), lowered.as_text()]
@@ -136,8 +136,8 @@ def load(
 ) -> ConfigDict:
     """Returns the config of a run on a target.
 
-    The data need not be there if they are well known, or if `images` of the training split (and
-    `classes`) are given. Networks compute in bfloat16 on GPUs, as CPUs stand in for them.
+    The data set need not be present if it is well known, or if the number of training `images` (and
+    of `classes`) is given. The networks' dtype is set to bfloat16 for GPUs, which CPUs represent.
     """
     config = schema.load(path, overrides, trust_code=trust_code)
     if not target.compiled:
@@ -161,7 +161,7 @@ def compile_lowered(lowered: jax.stages.Lowered, dump: bool = False) -> Compiled
             its programs, such as those that use the SparseCores of a v5p or v6e.
 
     Raises:
-        UserError: if the compiler refuses it for another reason than its memory.
+        UserError: if compilation fails for a reason other than memory.
     """
     start = time.perf_counter()
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
@@ -192,7 +192,7 @@ def compile_lowered(lowered: jax.stages.Lowered, dump: bool = False) -> Compiled
 
 
 def needed(message: str) -> float:
-    """Returns how many bytes a step needs, by the compiler's message that it does not fit, or 0."""
+    """Returns the bytes that a step needs, from the compiler's out-of-memory message, or 0."""
     size = r"([\d.]+)([KMGT])"
     match = re.search(rf"Used {size} of", message)
     match = match or re.search(rf"memory required[^(]*\({size}\)", message)

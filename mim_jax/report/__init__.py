@@ -1,1 +1,1 @@
-"""An HTML page about a run, or about several to compare them."""
+"""An HTML page about a run, or about several runs to compare them."""

@@ -1,13 +1,12 @@
-"""Writes one HTML page about a run, or about several to compare them.
+"""Writes an HTML page about a run, or about several runs to compare them.
 
     mim-jax report runs/mae_emoji
     mim-jax report runs/a runs/b --to=compare.html
 
 The page is self-contained: it loads no other files. Sections that are computed from the newest
 checkpoint (attention, tokens, predictions) need the run's data; --files-only leaves them out. A
-report can also be written for a run that is still running or was killed. Extra: [report].
-
-Exit codes: 0 done, 2 user error.
+report can also be written for a run that is still running or was killed. Requires the extra
+[report]. Exit codes: 0 done, 2 user error.
 """
 
 import base64
@@ -34,7 +33,9 @@ TEMPLATES = epath.Path(__file__).parent / "templates"
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = cli.parser_of("report", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, local or a bucket")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run directory, local or in a bucket"
+    )
     parser.add_argument("--to", default="", help="the HTML file; default: RUN/report.html")
     parser.add_argument(
         "--files-only", action="store_true", help="compute nothing from the checkpoint"
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fitted(runs: Sequence[RecordedRun], findings: Sequence[Findings]) -> str:
-    """Returns the page, with as many pictures as the size limit allows."""
+    """Returns the page, with fewer pictures if it would exceed the size limit."""
     frames = FRAMES
     while len((page := render(runs, findings, frames)).encode()) > LARGEST and frames:
         frames //= 2

@@ -24,9 +24,9 @@ TITLES = {  # titles and meanings of the metrics that are shown first
     "reconstruction": ("Reconstruction", "negative log-likelihood of the pixels, per value"),
     "kl": ("KL divergence", "nats per token; ln of the vocabulary once tokens are certain"),
     "entropy": ("Entropy of a token", "nats; 0 once tokens are certain"),
-    "lr": ("Learning rate", "after warm-up and decay"),
+    "lr": ("Learning rate", "with warm-up and decay"),
     "grad_norm": ("Gradient norm", "before clipping; peaks mark unstable steps"),
-    "images_per_second": ("Speed", "images per second, over all chips"),
+    "images_per_second": ("Speed", "images per second, all chips together"),
     "mfu": ("Utilization", "share of the chips' peak (MFU)"),
     "input_wait": ("Input wait", "share of the time spent waiting for data"),
     "device_memory_gib": ("Device memory", "peak in GiB"),
@@ -51,7 +51,7 @@ class Chart(NamedTuple):
 
 
 def charts(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
-    """Returns a chart of each metric that any run has, known ones first."""
+    """Returns a chart of each metric that any of the runs has, those in TITLES first."""
     recorded = {name: None for run in runs for record in run.metrics for name in record}
     metrics = dict.fromkeys(name.removeprefix(EVALUATION) for name in recorded)
     order = [name for name in TITLES if name in metrics]
@@ -81,13 +81,13 @@ def charts(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
 
 
 def spelled(metric: str) -> str:
-    """Returns the name of a metric as words."""
+    """Returns the name of a metric in words."""
     words = metric.replace("_", " ")
     return words[:1].upper() + words[1:]
 
 
 def references(metric: str, runs: Sequence[RecordedRun]) -> list[Reference]:
-    """Returns reference values of a metric: the chance level, limits, and what others published."""
+    """Returns reference values of a metric: chance level, limits and published values."""
     published = json.loads(PUBLISHED.read_text())
     marks = set()
     for run in runs:
@@ -101,7 +101,7 @@ def references(metric: str, runs: Sequence[RecordedRun]) -> list[Reference]:
         if metric in ("accuracy", "probe_knn", "probe_linear") and classes:
             marks.add(Reference(1 / classes, f"chance: 1 of {classes}"))
         if metric == "loss" and objective.get("target") == "normalized_pixels":
-            marks.add(Reference(1.0, "each patch in its mean color"))
+            marks.add(Reference(1.0, "predicting each patch's mean color"))
         if metric == "loss" and objective.get("target") == "tokens" and vocabulary:
             marks.add(Reference(math.log(vocabulary), "all tokens equally likely"))
         if metric == "perplexity" and vocabulary:

@@ -58,7 +58,7 @@ def problems(run: RecordedRun) -> list[tuple[str, str]]:
     rows = []
     if run.status == "stale":
         rows.append(
-            (f"step {run.step:,}", "The process ended without a word. Run the same command again.")
+            (f"step {run.step:,}", "The process ended unexpectedly. Run the same command again.")
         )
     usual = ("start", "stopped", "done")
     faults = [event for event in run.events if event["event"] not in usual]

@@ -38,14 +38,14 @@ class Predictions(NamedTuple):
     """The classes that a classifier predicts."""
 
     confusion: np.ndarray  # (k, k) numbers of images by label and prediction
-    hardest: list[Hard]  # the least likely label first
+    hardest: list[Hard]  # by increasing probability of the label
 
 
 class Codebook(NamedTuple):
     """The use of a tokenizer's codes."""
 
     counts: np.ndarray  # (v,) of each code
-    columns: pictures.Columns  # images, their tokens, and what is decoded from them
+    columns: pictures.Columns  # images, their tokens, and the decoded images
 
     @property
     def used(self) -> int:
@@ -71,7 +71,7 @@ class Findings(NamedTuple):
 def examine(path: str, trust_code: bool = False) -> Findings:
     """Examines the newest checkpoint of a run.
 
-    Errors do not end a report: their messages are listed in `missing`.
+    Errors do not stop a report: their messages are listed in `missing`.
     """
     results: dict[str, Any] = {}
     missing = []
@@ -101,7 +101,7 @@ def first_images(run: Run, count: int) -> np.ndarray:
 
 
 def attention_of(path: str, run: Run, images: np.ndarray) -> pictures.Columns | None:
-    """Draws the attention of the class token and of the patch in the middle."""
+    """Draws attention maps of the class token and of the central patch."""
     if run.model is None:
         return None
     if run.model.stem != "none":

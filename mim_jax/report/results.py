@@ -1,4 +1,4 @@
-"""Results of a report that are listed by token or class: codes in use, confusions, IoU."""
+"""Results by token or class for a report: codes in use, confusions, IoU."""
 
 import json
 from collections.abc import Sequence
