@@ -68,9 +68,9 @@ def sample(
         rngs: (b,), one key per image.
         grid: rows and columns of patches.
         count: number of patches to mask.
-        sampling: `random`; `blockwise`, blocks of at least `min_block` patches (BEiT), which often
-            masks a few patches less than `count`; `span`, runs along rows; `grid`, all but one of
-            every 2 x 2 patches; `none`.
+        sampling: `random`; `blockwise`, rectangles of at least `min_block` patches (BEiT), which
+            often masks slightly fewer than `count`; `span`, runs along rows; `grid`, three of every
+            2 x 2 patches; `none`.
         min_block: smallest number of patches in a block.
         unit: side of the squares of patches that `random` masks (SimMIM).
 
@@ -83,8 +83,8 @@ def sample(
     rows, columns = grid
     if not 0 < count < rows * columns:
         raise UserError(
-            f"objective.num_masked = {count} of {rows} x {columns} patches: at least one must be "
-            "visible and one masked."
+            f"objective.num_masked = {count} of {rows} x {columns} patches: at least one patch "
+            "must be visible and one masked."
         )
     options = dict(blockwise=dict(min_block=min_block), random=dict(unit=unit)).get(sampling, {})
     draw = functools.partial(SAMPLERS[sampling], grid=grid, count=count, **options)
@@ -187,8 +187,8 @@ def corrupt(rngs: jax.Array, masks: jax.Array, shares: tuple) -> tuple[jax.Array
             image, and stay unchanged.
 
     Returns:
-        Whether the mask token is used at each position (b, n), and the index of the patch that is
-        used there otherwise (b, n).
+        Flags (b, n), true where the mask token is used, and indices (b, n) of the patches used
+        elsewhere.
 
     Raises:
         UserError: if the shares do not add up to 1.

@@ -1,7 +1,7 @@
 """The device mesh, the rule that shards arrays over it, and the reduction of gradients.
 
 A mesh has two axes. The rows of a batch are split over both. The devices along `fsdp` share one
-copy of the state, each keeping a part (FSDP, ZeRO 3); along `data` the copies are repeated.
+copy of the state, each holding a part (FSDP, ZeRO 3); along `data` the state is replicated.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def coordinates(device: jax.Device) -> tuple[int, ...]:
 def line_length(mesh: Mesh) -> int:
     """Returns the number of consecutive devices along `fsdp` that are on one line of a TPU slice.
 
-    For other devices, or if lines do not divide the axis, it is the length of the axis.
+    For other devices, or if the lines do not divide the axis evenly, it is the length of the axis.
     """
     first, *others = (coordinates(device) for device in mesh.devices[0])
     count, directions = 1, set()
@@ -72,8 +72,8 @@ def line_length(mesh: Mesh) -> int:
 def scatter(x: jax.Array, side: int, count: int, line: int) -> jax.Array:
     """Reduce-scatters x along axis `side` over the `count` devices along `fsdp`.
 
-    If the devices are on several lines, it is done across lines and then along them: the TPU
-    compiler turns a single scatter over 16 chips on two axes into an all-reduce of the whole array.
+    If the devices are on several lines, x is scattered across the lines and then along them: the
+    TPU compiler turns a single scatter over 16 chips on two axes into an all-reduce of the array.
     """
     options = dict(scatter_dimension=side, tiled=True)
     if line == count:
@@ -86,17 +86,20 @@ def scatter(x: jax.Array, side: int, count: int, line: int) -> jax.Array:
 
 
 def by_row(mesh: Mesh) -> NamedSharding:
-    """The sharding of batches: each device holds its rows."""
+    """Returns the sharding of batches, by rows."""
     return NamedSharding(mesh, P(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that is copied to every device."""
+    """Returns the sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, P())
 
 
 def split(x: jax.Array | jax.ShapeDtypeStruct, mesh: Mesh) -> P:
-    """The sharding rule of the state: split matrices along the first axis that `fsdp` divides."""
+    """Returns the sharding of an array of the state.
+
+    Matrices are split along the first axis that `fsdp` divides; other arrays are replicated.
+    """
     sides = [i for i, side in enumerate(x.shape) if side % mesh.shape["fsdp"] == 0]
     if mesh.shape["fsdp"] == 1 or not sides or sum(side > 1 for side in x.shape) < 2:
         return P()
@@ -112,12 +115,12 @@ def over_devices(gradient: Callable, mesh: Mesh, accumulate: int) -> Callable:
     """Returns `gradient` computed over the rows of all devices.
 
     `gradient` is a function (params, buffers, rows) -> grads, (sums, changed buffers). Each device
-    gathers parameters and buffers and processes its own rows, in `accumulate` parts; then gradients
-    and sums are added, and changed buffers averaged, over devices once. Arguments and gradients are
-    sharded by the rule of `split`.
+    gathers parameters and buffers and processes its own rows, in `accumulate` parts. Then gradients
+    and sums are added up, and changed buffers averaged, over devices, once. Arguments and gradients
+    are sharded by the rule of `split`.
 
     Without an explicit `shard_map`, XLA gathers activations and adds up gradients after every part.
-    With it, XLA gathers each parameter once per step, in the dtype in which it is used (on TPUs).
+    With it, XLA gathers each parameter once per step, on TPUs in the dtype in which it is used.
     Gathering again in the backward pass, by a checkpoint policy, took 1.8 times the memory (ViT-H
     with 8 blocks, v5e).
     """
@@ -161,8 +164,8 @@ def over_devices(gradient: Callable, mesh: Mesh, accumulate: int) -> Callable:
 def in_parts(gradient: Callable, parts: int) -> Callable:
     """Returns `gradient` computed in parts of the rows, one after another.
 
-    Changed buffers are averaged over parts, as over devices: a buffer whose change is a mean over
-    rows does not depend on the number of parts.
+    Changed buffers are averaged over parts, as over devices, so a buffer whose change is a mean
+    over rows does not depend on the number of parts.
     """
     if parts == 1:
         return gradient
@@ -185,6 +188,6 @@ def all_gather(tree, mesh: Mesh):
 
 
 def to_global(batch: dict, mesh: Mesh) -> dict:
-    """Turns this process's rows of a batch (host arrays) into global arrays over all devices."""
+    """Returns a batch as global arrays over all devices, given this process's rows on the host."""
     sharding = by_row(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -16,14 +16,14 @@ from mim_jax.models import attention_gpu, attention_tpu, cpu
 def attention(
     qkv: jax.Array, heads: int, bias: jax.Array | None = None, last: int | None = None
 ) -> jax.Array:
-    """qkv (b, n, 3 h d), bias (h, n, n) -> (b, m, h d), of all queries or of the `last` m.
+    """qkv (b, n, 3 h d), bias (h, n, n) -> (b, m, h d), for all queries or the `last` m.
 
     The features of qkv are queries, keys and values, each head by head. The softmax is in float32
-    or better. Which implementation is compiled depends on the platform that it is compiled for:
+    or better. The platform that the program is compiled for selects the implementation:
 
     - TPUs in bfloat16: kernels on the fused qkv (attention_tpu.py);
     - NVIDIA GPUs in half precision and without a bias: cuDNN (attention_gpu.py);
-    - CPUs: `plain`, with a softmax of their own (cpu.py);
+    - CPUs: `plain`, with a faster softmax (cpu.py);
     - all others: `plain`.
     """
     last = last or qkv.shape[1]

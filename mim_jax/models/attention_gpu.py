@@ -26,8 +26,7 @@ def supports(qkv: jax.Array, heads: int) -> bool:
 def has_cudnn() -> bool:
     """Returns whether JAX runs on NVIDIA GPUs that cuDNN's attention supports: Ampere and later.
 
-    Tracing already requires cuDNN, so a process without a GPU cannot compile for one. Processes
-    with a GPU can still compile for a CPU.
+    Tracing already requires cuDNN, so only a process with a GPU can compile for GPUs.
     """
     if "cuda" not in jax.extend.backend.get_backend().platform_version:
         return False
@@ -35,9 +34,9 @@ def has_cudnn() -> bool:
 
 
 def attention(qkv: jax.Array, *, heads: int, last: int) -> jax.Array:
-    """qkv (b, n, 3 h d) -> (b, m, h d), of the `last` m queries.
+    """qkv (b, n, 3 h d) -> (b, m, h d), for the `last` m queries.
 
-    cuDNN requires even lengths. Odd ones are padded by a query, whose result is dropped, and by a
+    cuDNN requires even lengths. Odd ones are padded with a query, whose result is dropped, and a
     key, which is masked.
     """
     q, k, v = einops.rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=heads)

@@ -1,14 +1,14 @@
-"""Attention by Pallas kernels for TPUs, over queries, keys and values in one array.
+"""Attention as Pallas kernels for TPUs, on an array of fused queries, keys and values.
 
-XLA needs the heads as an axis of their own: on a TPU these are copies of qkv in which heads of 32
-or 64 features are padded to 128. The kernels split the heads inside, in memory that is on the chip.
-A step of the grid computes all heads of one or two images, transposed: features or keys along
-sublanes, queries along lanes. Heads are then slices of sublanes, which cost nothing, and a softmax
-over keys adds up whole registers. Heads are taken in groups, stage by stage, so that the products
-of one can be computed beside the softmax of another.
+XLA's attention needs a separate axis of heads. On a TPU this copies qkv and pads heads of 32 or 64
+features to 128. The kernels split the heads in on-chip memory instead. A step of the grid computes
+all heads of one or two images, transposed: features or keys along sublanes, queries along lanes.
+Slicing heads along sublanes then costs nothing, and a softmax over keys adds up whole registers.
+Heads are processed in groups, stage by stage, so that the matrix products of one head overlap with
+the softmax of another.
 
-The forward pass keeps the logarithm of each softmax's sum (b, h, m), so that the backward pass has
-no sums over keys to compute again (as in FlashAttention, Dao et al., 2022).
+The forward pass saves the logarithm of each softmax's sum (b, h, m), so that the backward pass does
+not recompute sums over keys (as in FlashAttention, Dao et al., 2022).
 
 Shapes: b images, n tokens, m of them as queries, h heads, d width of a head.
 """
@@ -21,27 +21,27 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LOG2E = math.log2(math.e)  # exponentials are of base 2: one multiplication less per weight
+LOG2E = math.log2(math.e)  # exponentials have base 2, which saves a multiplication per weight
 GROUP = 4  # heads whose stages are interleaved
-SHORT = 64  # tokens of an image up to which a step takes two images
-MEMORY = 64 * 2**20  # bytes on the chip that kernels may take: v5e and later have that
+SHORT = 64  # largest number of tokens for which a step takes two images
+MEMORY = 64 * 2**20  # bytes of on-chip memory that kernels may use: v5e and later have that
 
 
 def supports(qkv: jax.Array, heads: int, bias: jax.Array | None) -> bool:
-    """Returns whether the kernels are for qkv (b, n, 3 h d) with bias (h, n, n).
+    """Returns whether the kernels support qkv (b, n, 3 h d) with bias (h, n, n).
 
-    They are for bfloat16, heads of a multiple of 8 features, and sequences of which whole images
-    fit into the memory on the chip.
+    They support bfloat16, heads whose width is a multiple of 8, and sequences that fit into the
+    on-chip memory.
     """
     width = qkv.shape[-1] // 3 // heads
     return qkv.dtype == jnp.bfloat16 and width % 8 == 0 and memory(qkv, heads, bias) <= MEMORY
 
 
 def memory(qkv: jax.Array, heads: int, bias: jax.Array | None) -> int:
-    """Returns how many bytes on the chip the backward pass takes, roughly.
+    """Returns approximately how many bytes of on-chip memory the backward pass takes.
 
-    These are its blocks (two of each, as one is moved while the other is used), the same
-    transposed, the weights of a few heads, and the bias and its gradient.
+    These are its blocks (two of each, because one is copied while the other is used), their
+    transposes, the weights of a few heads, and the bias and its gradient.
     """
     n, features = qkv.shape[1], qkv.shape[2] // 3
     blocks = 8 * rows_of(qkv) * n * features * qkv.dtype.itemsize
@@ -50,7 +50,7 @@ def memory(qkv: jax.Array, heads: int, bias: jax.Array | None) -> int:
 
 
 def rows_of(qkv: jax.Array) -> int:
-    """Returns how many images a step of the grid takes."""
+    """Returns the number of images in a step of the grid."""
     return 2 if qkv.shape[1] <= SHORT and len(qkv) % 2 == 0 else 1
 
 
@@ -58,7 +58,7 @@ def rows_of(qkv: jax.Array) -> int:
 def attention(
     qkv: jax.Array, bias: jax.Array | None, heads: int, last: int, interpret: bool = False
 ) -> jax.Array:
-    """qkv (b, n, 3 h d), bias (h, n, n) -> (b, m, h d), of the `last` m queries.
+    """qkv (b, n, 3 h d), bias (h, n, n) -> (b, m, h d), for the `last` m queries.
 
     With `interpret`, the kernels run on any device, for tests.
     """
@@ -87,7 +87,7 @@ def attention_forward(qkv, bias, heads, last, interpret):
 def attention_backward(heads, last, interpret, saved, gradient):
     qkv, bias, y, sums = saved
     biases = [] if bias is None else [by_key(bias, last)]
-    for_qkv, *for_bias = call(
+    dqkv, *dbias = call(
         backward_kernel,
         [qkv, gradient, y, sums],
         biases,
@@ -99,24 +99,24 @@ def attention_backward(heads, last, interpret, saved, gradient):
         interpret=interpret,
     )
     if bias is None:
-        return for_qkv, None
-    of_queries = for_bias[0].swapaxes(1, 2).astype(bias.dtype)  # (h, m, n)
-    return for_qkv, jnp.pad(of_queries, ((0, 0), (qkv.shape[1] - last, 0), (0, 0)))
+        return dqkv, None
+    dbias_by_query = dbias[0].swapaxes(1, 2).astype(bias.dtype)  # (h, m, n)
+    return dqkv, jnp.pad(dbias_by_query, ((0, 0), (qkv.shape[1] - last, 0), (0, 0)))
 
 
 attention.defvjp(attention_forward, attention_backward)
 
 
 def by_key(bias: jax.Array, last: int) -> jax.Array:
-    """bias (h, n, n) -> (h, n, m) by key and query, to be added to exponents of base 2."""
+    """bias (h, n, n) -> (h, n, m) by key and query, scaled for exponentials of base 2."""
     return bias[:, -last:].swapaxes(1, 2).astype(jnp.float32) * LOG2E
 
 
 def call(kernel, inputs, shared_inputs, outputs, shared_outputs, heads, last, products, interpret):
     """Runs a kernel over the images of inputs (b, ...) and outputs (b, ...).
 
-    Shared arrays (h, n, m) are the same in all steps, and outputs among them stay on the chip until
-    the last. `products` is how many the kernel takes for each head, for its estimated cost.
+    Shared arrays (h, n, m) are the same in all steps; shared outputs stay on the chip until the
+    last step. `products` is the number of matrix products per head, for the estimated cost.
     """
     (b, n, features), rows = inputs[0].shape, rows_of(inputs[0])
 
@@ -144,13 +144,13 @@ def call(kernel, inputs, shared_inputs, outputs, shared_outputs, heads, last, pr
 
 
 def product(a: jax.Array, b: jax.Array, side_a: int, side_b: int) -> jax.Array:
-    """Returns the product of two matrices over these sides, in float32."""
+    """Contracts two matrices over the axes `side_a` and `side_b`, in float32."""
     sides = (((side_a,), (side_b,)), ((), ()))
     return jax.lax.dot_general(a, b, sides, preferred_element_type=jnp.float32)
 
 
 def groups(rows: int, heads: int) -> list[list[tuple[int, int]]]:
-    """Returns all (image, head) of a step, in groups."""
+    """Returns the pairs (image, head) of a step, in groups."""
     pairs = [(row, head) for row in range(rows) for head in range(heads)]
     return [pairs[i : i + GROUP] for i in range(0, len(pairs), GROUP)]
 
@@ -165,7 +165,7 @@ def transpose_parts(qkv: jax.Array, heads: int, last: int) -> list[list[jax.Arra
 
 
 def exponents(q, k, bias_ref, head: int) -> jax.Array:
-    """Returns the logits (n, m) of a head as exponents of base 2."""
+    """Returns the logits (n, m) of a head, scaled for exponentials of base 2."""
     logits = product(k, q, 0, 0) * (len(q) ** -0.5 * LOG2E)
     return logits + bias_ref[0][head] if bias_ref else logits
 
@@ -177,17 +177,17 @@ def forward_kernel(qkv_ref, *refs, heads, last):
     parts = [transpose_parts(qkv_ref[row], heads, last) for row in range(rows)]
     results = [[] for _ in range(rows)]
     for group in groups(rows, heads):
-        of_group = [[part[head] for part in parts[row]] for row, head in group]
+        inputs = [[part[head] for part in parts[row]] for row, head in group]
         logits = [
             exponents(q, k, bias_ref, head)
-            for (q, k, _), (_, head) in zip(of_group, group, strict=True)
+            for (q, k, _), (_, head) in zip(inputs, group, strict=True)
         ]
         largest = [x.max(0, keepdims=True) for x in logits]
         weights = [jnp.exp2(x - top) for x, top in zip(logits, largest, strict=True)]
         sums = [x.sum(0, keepdims=True) for x in weights]
         products = [
             product(v, x.astype(v.dtype), 1, 0)
-            for (_, _, v), x in zip(of_group, weights, strict=True)
+            for (_, _, v), x in zip(inputs, weights, strict=True)
         ]
         for i, (row, head) in enumerate(group):
             results[row].append((products[i] * (1 / sums[i])).astype(y_ref.dtype))  # (d, m)
@@ -197,50 +197,50 @@ def forward_kernel(qkv_ref, *refs, heads, last):
 
 
 def backward_kernel(qkv_ref, gradient_ref, y_ref, sums_ref, *refs, heads, last):
-    """Refs: as of the forward kernel; then bias (h, n, m) or none, and the gradients of both."""
+    """Refs: those of the forward kernel; then bias (h, n, m) or none, and both gradients."""
     if len(refs) == 3:
-        bias_ref, (for_qkv_ref, for_bias_ref) = refs[:1], refs[1:]
+        bias_ref, (dqkv_ref, dbias_ref) = refs[:1], refs[1:]
 
         @pl.when(pl.program_id(0) == 0)
         def _():
-            for_bias_ref[...] = jnp.zeros_like(for_bias_ref)
+            dbias_ref[...] = jnp.zeros_like(dbias_ref)
 
     else:
-        bias_ref, (for_qkv_ref,), for_bias_ref = (), refs, None
+        bias_ref, (dqkv_ref,), dbias_ref = (), refs, None
     (rows, n, _), d = qkv_ref.shape, y_ref.shape[2] // heads
     parts = [transpose_parts(qkv_ref[row], heads, last) for row in range(rows)]
     gradients, outputs = ([ref[row].T for row in range(rows)] for ref in (gradient_ref, y_ref))
     results = [([], [], []) for _ in range(rows)]
     for group in groups(rows, heads):
-        of_group = [[part[head] for part in parts[row]] for row, head in group]
-        of_y = [gradients[row][head * d : (head + 1) * d] for row, head in group]
+        inputs = [[part[head] for part in parts[row]] for row, head in group]
+        dy = [gradients[row][head * d : (head + 1) * d] for row, head in group]
         weights = [
             jnp.exp2(exponents(q, k, bias_ref, head) - sums_ref[row, head : head + 1, :])
-            for (q, k, _), (row, head) in zip(of_group, group, strict=True)
+            for (q, k, _), (row, head) in zip(inputs, group, strict=True)
         ]
-        of_weights = [product(v, g, 0, 0) for (_, _, v), g in zip(of_group, of_y, strict=True)]
-        means = [  # of these gradients by the weights: sums over d are shorter than over n
+        dweights = [product(v, g, 0, 0) for (_, _, v), g in zip(inputs, dy, strict=True)]
+        means = [  # of dweights, weighted by weights: equal to sums over d, shorter than over n
             (
                 g.astype(jnp.float32) * outputs[row][head * d : (head + 1) * d].astype(jnp.float32)
             ).sum(0, keepdims=True)
-            for g, (row, head) in zip(of_y, group, strict=True)
+            for g, (row, head) in zip(dy, group, strict=True)
         ]
-        of_logits = [x * (y - mean) for x, y, mean in zip(weights, of_weights, means, strict=True)]
+        dlogits = [x * (y - mean) for x, y, mean in zip(weights, dweights, means, strict=True)]
         for i, (row, head) in enumerate(group):
-            q, k, v = of_group[i]
-            if for_bias_ref is not None:
-                for_bias_ref[head] += of_logits[i]
-            narrow = of_logits[i].astype(v.dtype)
+            q, k, v = inputs[i]
+            if dbias_ref is not None:
+                dbias_ref[head] += dlogits[i]
+            narrow = dlogits[i].astype(v.dtype)
             scale = d**-0.5
-            for_q, for_k, for_v = (
+            dq, dk, dv = (
                 product(k, narrow, 1, 0) * scale,  # (d, m)
                 product(q, narrow, 1, 1) * scale,  # (d, n)
-                product(of_y[i], weights[i].astype(v.dtype), 1, 1),  # (d, n)
+                product(dy[i], weights[i].astype(v.dtype), 1, 1),  # (d, n)
             )
             if last < n:
-                for_q = jnp.concatenate([jnp.zeros((d, n - last), for_q.dtype), for_q], axis=1)
-            for result, x in zip(results[row], (for_q, for_k, for_v), strict=True):
+                dq = jnp.concatenate([jnp.zeros((d, n - last), dq.dtype), dq], axis=1)
+            for result, x in zip(results[row], (dq, dk, dv), strict=True):
                 result.append(x.astype(v.dtype))
     for row in range(rows):
-        for_q, for_k, for_v = results[row]
-        for_qkv_ref[row] = jnp.concatenate(for_q + for_k + for_v).T
+        dq, dk, dv = results[row]
+        dqkv_ref[row] = jnp.concatenate(dq + dk + dv).T

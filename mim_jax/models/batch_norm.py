@@ -16,11 +16,11 @@ HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # mmcv's kaimin
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization (Ioffe & Szegedy, 2015) with statistics of `group` consecutive images.
+    """Batch normalization (Ioffe & Szegedy, 2015) over groups of consecutive images.
 
-    Groups replace the devices of the original code, so that the result is the same on any mesh.
-    `group` must divide the images of a device, or be the whole batch, whose statistics are then
-    averaged over devices (SyncBN). The running statistics for evaluation are as in PyTorch:
+    Groups take the place of devices in the original code, so that the result is the same on any
+    mesh. `group` must divide the number of images on a device, or be the batch size; statistics are
+    then averaged over devices (SyncBN). The running statistics for evaluation are as in PyTorch:
     momentum 0.1 and the unbiased variance.
     """
 
@@ -79,7 +79,7 @@ class BatchNorm(nn.Module):
 
 
 def device_axes() -> dict[str, int]:
-    """Returns {name: devices} of the mesh axes over which shard_map splits the caller's rows."""
+    """Returns {name: size} of the mesh axes over which shard_map splits the caller's rows."""
     mesh = jax.sharding.get_abstract_mesh()
     return {name: mesh.shape[name] for name in mesh.manual_axes if mesh.shape[name] > 1}
 

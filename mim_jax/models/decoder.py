@@ -24,8 +24,8 @@ class Decoder(nn.Module):
     def __call__(self, latent, order, *, grid: tuple[int, int], values: int, last: int):
         """latent (b, 1 + k, d), order (b, n) -> predictions of the last patches (b, last, values).
 
-        Tokens are not moved back to image order; instead each gets the position embedding of its
-        patch, because attention does not depend on the order of tokens.
+        Tokens are not moved back to image order, because attention does not depend on their order.
+        Each token gets the position embedding of its patch.
 
         Args:
             latent: (b, 1 + k, d), the class token and the encoded patches.

@@ -25,9 +25,9 @@ from mim_jax.models.layers import add_bias, at_least_float32
 class Conv(nn.Module):
     """A convolution that keeps the resolution, or changes it by a factor of `stride`.
 
-    Without a dtype it computes in at least float32: a product is then three bfloat16 products on a
-    TPU, and one TF32 product on a GPU. The default initialization is OpenAI's: zero biases, and
-    kernels that keep the variance.
+    Without a dtype it computes in at least float32, with three bfloat16 products for each float32
+    one on a TPU, and TF32 products on a GPU. The default initialization is OpenAI's: zero biases,
+    and kernels that preserve the variance.
     """
 
     width: int
@@ -84,10 +84,11 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """A residual block of four convolutions after ReLUs, with a quarter of the width inside.
+    """A residual block of four convolutions, each after a ReLU, with a quarter of the width inside.
 
-    The residual stream, and the convolution that widens it, are in float32 or better: rounding
-    them to bfloat16 would change tokens. The branch, which the gain scales down, is in `dtype`.
+    The residual stream and the convolution that widens it are in float32 or better, because
+    rounding them to bfloat16 would change tokens. The branch, which the gain scales down, is in
+    `dtype`.
     """
 
     width: int
@@ -184,7 +185,8 @@ class SmallBlock(nn.Module):
 class SmallEncoder(nn.Module):
     """Convolutions of stride two, each followed by residual blocks.
 
-    They compute in at least float32 regardless of `dtype`, because no branch is scaled down.
+    They compute in at least float32 regardless of `dtype`, because their branches are not scaled
+    down.
     """
 
     vocabulary: int

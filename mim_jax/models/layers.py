@@ -41,7 +41,7 @@ def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def product_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns x (..., d) transposed times y (..., e), summed over all rows in float32 or better.
 
-    On a TPU, leading axes stay as they are: to merge them would be a copy.
+    On a TPU, leading axes are not merged, which would copy the array.
     """
     rows, dtype = tuple(range(x.ndim - 1)), at_least_float32(x.dtype)
     plain = functools.partial(
@@ -91,8 +91,8 @@ add_bias.defvjp(
 class Dense(nn.Module):
     """A linear layer that computes in `dtype`, and returns float32 or better if it is `wide`.
 
-    Heads are wide, because losses need float32, and so are the layers at the start of a residual
-    stream. A bias that is assembled from several parameters is passed to a layer without its own.
+    Heads are wide, because losses need float32, and so are layers at the start of a residual
+    stream. A bias assembled from several parameters can be passed to a layer without its own.
     """
 
     features: int
@@ -116,7 +116,7 @@ class Dense(nn.Module):
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: str) -> jax.Array:
     """Normalizes x (..., d) over its last axis, in float32 or better; returns `dtype`.
 
-    The backward pass keeps x and the statistics of each row, but not the normalized rows: x is in
+    The forward pass saves x and the statistics of each row, but not the normalized rows: x is in
     memory anyway, as part of the residual stream.
     """
     return layer_norm_forward(x, scale, bias, dtype)[0]
@@ -162,9 +162,10 @@ class LayerNorm(nn.Module):
 def gelu(x: jax.Array) -> jax.Array:
     """Returns x times the normal distribution function of x (the exact GELU).
 
-    The backward pass keeps the slope instead of x, so that it is a single product. Slopes lie in
-    (-0.13, 1.13): in bfloat16 they are stored as fixed-point numbers of 16 bits, which is 100
-    times as exact as bfloat16 and avoids one more rounding than in PyTorch's autocast.
+    The forward pass saves the slope instead of x, so that the backward pass is a single product.
+    Slopes lie in (-0.13, 1.13). For bfloat16 they are saved as 16-bit fixed-point numbers, which
+    are 100 times as accurate as bfloat16: the gradient is rounded once less than in PyTorch's
+    autocast.
     """
     return gelu_forward(x)[0]
 

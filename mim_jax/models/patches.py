@@ -1,4 +1,4 @@
-"""Images as sequences of patches: cutting, selecting, positions, and assembling.
+"""Images as sequences of patches: cutting, assembling, selecting, and position embeddings.
 
 Shapes: b images, n patches, m selected patches, d width, (p, q) patch, c channels.
 """

@@ -30,7 +30,7 @@ def fit(
 
     Absolute positions and relative position bias are resized from the grid `before` to the grid
     `after`. A shared bias is copied to blocks that have their own. If positions were `fixed`,
-    learned ones start with their values. All other arrays keep their shapes.
+    learned ones are initialized with their values. All other arrays keep their shapes.
 
     Raises:
         UserError: if an array must be resized and one of the grids is unknown (None).
@@ -69,8 +69,9 @@ def resize_positions(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray
 def resize_relative(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray:
     """Resizes a table of relative position bias (r, h) as BEiT's code does.
 
-    The old distances are spread over the new range as a geometric series, dense for small ones,
-    and interpolated with a bicubic spline. The last three rows, of the class token, are kept.
+    The old distances are spread over the new range as a geometric series, which is dense for small
+    distances, and interpolated with a bicubic spline. The last three rows, for the class token, are
+    kept.
     """
     axes = [spread(*sides) for sides in zip(before, after, strict=True)]
     places, targets = zip(*axes, strict=True)
@@ -89,7 +90,7 @@ def resize_relative(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray:
 
 
 def spread(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns coordinates of the old distances, -(before - 1) to before - 1, and of the new ones.
+    """Returns coordinates of the old distances -(before - 1), ..., before - 1 and of the new ones.
 
     A single old distance gets two coordinates.
     """

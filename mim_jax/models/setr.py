@@ -1,4 +1,4 @@
-"""Decoders of one feature map for segmentation: SETR (Zheng et al., 2021), and a linear one.
+"""Segmentation decoders of a single feature map: SETR (Zheng et al., 2021), and a linear one.
 
 Shapes: b images, h rows of patches, w columns, d width, k classes.
 """
@@ -15,15 +15,15 @@ from mim_jax.models.upernet import Classes, resize
 class SETR(nn.Module):
     """A norm, convolutions that are each followed by bilinear upsampling, and a pixel classifier.
 
-    Four convolutions with a factor of 2 make SETR-PUP (progressive upsampling), one 1 x 1
-    convolution with a factor of 4 makes SETR-Naive (mmsegmentation's SETRUPHead).
+    Four convolutions with factor 2 are SETR-PUP (progressive upsampling); one 1 x 1 convolution
+    with factor 4 is SETR-Naive (mmsegmentation's SETRUPHead).
     """
 
     num_classes: int
     channels: int
     group: int
     convolutions: int = 4
-    scale: int = 2  # how much each convolution's output is enlarged
+    scale: int = 2  # factor by which each convolution's output is enlarged
     kernel: int = 3
     dropout: float = 0.0
     dtype: str = "float32"

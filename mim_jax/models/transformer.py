@@ -74,7 +74,7 @@ class Block(nn.Module):
 
         x = x.astype(at_least_float32(x.dtype))
         qkv_bias = None
-        if not self.key_bias:  # a bias of the keys would cancel in the softmax
+        if not self.key_bias:  # a key bias has no effect on the softmax
             zeros = nn.initializers.zeros
             q, v = self.param("q_bias", zeros, (width,)), self.param("v_bias", zeros, (width,))
             qkv_bias = jnp.concatenate([q, jnp.zeros_like(q), v])
@@ -88,7 +88,7 @@ class Block(nn.Module):
         return add(x, ends(width, name="fc2")(y), 1)
 
     def init_of_ends(self, *args):
-        """Initializes the last kernel of a branch, which BEiT scales down with depth."""
+        """Initializes the last kernel of a branch, which BEiT scales down by depth."""
         scale = (2 * (self.index + 1)) ** -0.5 if self.initializer.startswith("beit") else 1.0
         return scale * INITS[self.initializer](*args)
 
@@ -108,8 +108,7 @@ def transform(
 ) -> Any:  # an array, or a tuple with `layers`
     """Applies the blocks `block_0`, `block_1`, ... and the final `norm` of the calling module.
 
-    A loop instead of `scan` keeps one name per block, and `scan` took 1.7 times the memory (ViT-L
-    on TPU v5e).
+    A Python loop keeps one name per block; `scan` took 1.7 times the memory (ViT-L on TPU v5e).
 
     Args:
         x: tokens (b, n, d).

@@ -56,10 +56,10 @@ class Classes(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Feature maps of four scales, computed from four blocks of a ViT, which have one scale.
+    """Computes feature maps at four scales from four blocks of a ViT, which have the same scale.
 
-    The first is enlarged four times, the second two times, by learned deconvolutions, the third is
-    kept, the fourth is halved by max pooling (BEiT, semantic_segmentation/backbone/beit.py).
+    Transposed convolutions enlarge the first map by 4 and the second by 2; the third is kept, and
+    max pooling halves the fourth (BEiT, semantic_segmentation/backbone/beit.py).
     """
 
     group: int
@@ -76,7 +76,7 @@ class FeaturePyramid(nn.Module):
         return [first, second, third, nn.max_pool(fourth, (2, 2), (2, 2))]
 
     def double(self, x: jax.Array, name: str) -> jax.Array:
-        """Doubles x (b, h, w, d) -> (b, 2h, 2w, d), with one matrix per new pixel of four."""
+        """Doubles x (b, h, w, d) -> (b, 2h, 2w, d), with a matrix for each of four new pixels."""
         width = x.shape[-1]
         bound = (4 * width) ** -0.5  # PyTorch's default of a deconvolution, for its bias too
 
@@ -97,9 +97,9 @@ class FeaturePyramid(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """Pyramid pooling of the coarsest map, a feature pyramid network, and a classifier of pixels.
+    """Pyramid pooling of the coarsest map, a feature pyramid network, and a pixel classifier.
 
-    As mmsegmentation's UPerHead, with which BEiT and MAE segment ADE20K.
+    This is mmsegmentation's UPerHead, with which BEiT and MAE segment ADE20K.
     """
 
     num_classes: int

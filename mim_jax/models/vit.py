@@ -60,7 +60,7 @@ class ViT(nn.Module):
     ] = "none"
 
     def grid(self, images: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, int]:
-        """Rows and columns of patches of images (b, H, W, c)."""
+        """Returns the rows and columns of patches of images (b, H, W, c)."""
         return images.shape[1] // self.patch[0], images.shape[2] // self.patch[1]
 
     @nn.compact
@@ -93,7 +93,7 @@ class ViT(nn.Module):
                 raise UserError("model.stem mixes visible and hidden patches: set it to none.")
             features = Stem(self.dtype, name="stem")(images)
             patches = features.reshape(*patches.shape[:2], -1)
-        if visible is not None:  # before the embedding, so that hidden patches cost nothing
+        if visible is not None:  # before the embedding, which then skips hidden patches
             patches = take(patches, visible)
         bound = patches.shape[-1] ** -0.5  # PyTorch's default, which MAE keeps
         uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
@@ -120,12 +120,12 @@ class ViT(nn.Module):
         return transform(x, self.depth, bias=bias, keep=keep, layers=layers, **options)
 
     def token(self, name: str, count: int = 1) -> jax.Array:
-        """Learned vectors (1, count, d)."""
+        """Returns learned vectors (1, count, d)."""
         draw = INITS["timm" if self.initializer == "mae" else self.initializer]
         return self.param(name, draw, (1, count, self.width))
 
     def position_table(self, grid: tuple[int, int]) -> jax.Array:
-        """Absolute positions (1, 1 + n, d), that of the class token first (zero if fixed)."""
+        """Returns positions (1, 1 + n, d), the class token's first (zero for fixed ones)."""
         fixed = jnp.pad(jnp.asarray(sincos2d(grid, self.width)), ((0, 0), (1, 0), (0, 0)))
         if self.positions == "sincos":
             return fixed
@@ -145,8 +145,8 @@ def vit(
 ) -> ViT:
     """Builds a ViT from the name of its size, or from width, depth and heads.
 
-    `options` are other fields of `ViT`. Raises UserError if the size is not determined, or a stem
-    does not fit the patches.
+    `options` are other fields of `ViT`. Raises UserError if the size is not determined, or if a
+    stem does not fit the patch size.
     """
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     if options.get("stem", "none") != "none" and patch != (STRIDE, STRIDE):

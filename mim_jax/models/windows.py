@@ -28,8 +28,9 @@ def sliding_logits(
 ) -> jax.Array:
     """Averages the logits of windows: images (b, H, W, c), sizes (b, 2) -> (b, H, W, k).
 
-    Windows start every `stride` pixels; the last ones end at the end of the image (mmsegmentation's
-    slide_inference). Logits of padding are arbitrary. Images smaller than the window are padded.
+    Windows start every `stride` pixels; the last ones end at the border of the image, as in
+    mmsegmentation's slide_inference. Logits of padding are arbitrary. Images smaller than the
+    window are padded.
     """
     images = at_least(images, window)
     shape = images.shape[1:3]
