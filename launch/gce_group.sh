@@ -7,7 +7,7 @@
 #     PROJECT=... launch/gce_group.sh --delete    # ends the run, and the costs of the slice
 #
 # The program is copied to the bucket, and every host installs and starts it when it boots. A run
-# that failed or was stopped by a signal (exit codes 1, 130 and 143) is started again; one that is
+# that failed or was stopped by a signal (exit codes 1, 130, 134 and 143) is started again; one that is
 # done (0) or has a mistake in its arguments (2) is not. NAME, IMAGE_FAMILY and TEMPLATE_FLAGS (of
 # `gcloud compute instance-templates create`, as "--provisioning-model=SPOT
 # --instance-termination-action=STOP") are optional. --dry-run as the first argument prints the

@@ -7,7 +7,7 @@
 #
 # IMAGE is built from launch/Dockerfile. The bucket is mounted at /bucket. A preempted run has two
 # minutes to save; it is restarted after it stopped by a signal (exit codes 130 and 143) or lost
-# another process (1), but not after a mistake in its arguments (2).
+# another process (1 and 134), but not after a mistake in its arguments (2).
 # NAME, TOPOLOGY and SLICES are optional. --dry-run as the first argument prints the command.
 set -euo pipefail
 : "${CLUSTER:?the name of the cluster}" "${LOCATION:?its zone or region}" "${PROJECT:?the project}"
@@ -21,5 +21,5 @@ if [ -n "${TOPOLOGY:-}" ]; then options+=("--topology=$TOPOLOGY"); fi
     --project="$PROJECT" --cluster="$CLUSTER" --location="$LOCATION" \
     --name="${NAME:-mim-jax}" --image="$IMAGE" --compute-type="$COMPUTE" \
     --num-slices="${SLICES:-1}" --mount="gs://$BUCKET:/bucket:rw" \
-    --grace-period=2m --restarts=100 --restart-on-exit-codes=1,130,143 \
+    --grace-period=2m --restarts=100 --restart-on-exit-codes=1,130,134,143 \
     "${options[@]}" --command="$command"

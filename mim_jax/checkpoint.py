@@ -153,6 +153,12 @@ class Checkpoints:
         if self.lock:
             self.lock.close()
 
+    def abandon(self) -> None:
+        """Releases the folder without waiting for a save in progress, which stays incomplete."""
+        self.closed = True
+        if self.lock:
+            self.lock.close()
+
 
 def folder_of(workdir: str) -> epath.Path:
     """Returns the folder of a run's checkpoints."""

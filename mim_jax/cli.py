@@ -192,7 +192,7 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+        if not is_loss_of_process(error):
             raise
         reason = str(error).splitlines()[0]
         print(
@@ -201,6 +201,14 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def is_loss_of_process(error: Exception) -> bool:
+    """Returns whether an error was raised because another process of a run was lost."""
+    import jax  # late, so that --help is fast
+
+    is_of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    return is_of_jax and jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in str(error)
 
 
 def report(error: UserError | BucketError) -> int:

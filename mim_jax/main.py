@@ -139,6 +139,8 @@ def train_config(
             return training.train_to_end(trace)
     except Exception as error:
         training.log.event("failed", training.log.last_step, str(error) or type(error).__name__)
+        if cli.is_loss_of_process(error):  # a save in progress would wait for it
+            checkpoints.abandon()
         with contextlib.suppress(OSError):  # so that it does not hide the first error
             checkpoints.close()  # after the save in progress
         raise
