@@ -15,7 +15,7 @@ from mim_jax import cli, goodput, workdir
 from mim_jax.convert.files import license_note, load_weights, summarize
 from mim_jax.convert.names import printable
 
-HIDDEN = ("config", "parts", "trajectory")  # too long for the list of entries
+HIDDEN = ("config", "parts", "trajectory")  # entries that are too long to print
 
 
 def main(argv: list[str] | None = None) -> int:

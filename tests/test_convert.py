@@ -760,7 +760,7 @@ def test_segmentation_refused(settings, to, words):
     ("change", "words"),
     [
         (dict(pool_scales=[1, 2, 4, 8]), r"pool_scales = \[1, 2, 4, 8\] must be \[1, 2, 3, 6\]"),
-        (dict(out_indices=[1, 3, 4, 5]), "decode the embeddings of patches"),
+        (dict(out_indices=[1, 3, 4, 5]), "select the patch embeddings"),
     ],
 )
 def test_an_incompatible_decoder_is_refused(change, words, tmp_path):

@@ -251,7 +251,7 @@ def test_shards_are_not_labels(tmp_path, names):
         plant(tmp_path / "tree" / f"shard_{shard}", samples(shard, labels=False))
     assert len(Folder(tmp_path / "set").names) == 12
     for root in (tmp_path / "set", tmp_path / "tree"):
-        with pytest.raises(UserError, match=r"lie in no folders that could be labels"):
+        with pytest.raises(UserError, match=r"are not in folders that could be labels"):
             Folder(root, "folder")
     tar(tmp_path / "set/00009.tar", {"cat/1.jpg": jpeg(), "dog/1.jpg": jpeg()})
     assert Folder(tmp_path / "set", "folder").label_names == ["cat", "dog"]
@@ -423,7 +423,7 @@ def test_names_in_tables_are_sorted(tmp_path, images):
         ("a.png,\nb.png,1\n", "the line 'a.png,' has no label"),
         ("path,label\na.png,nan\nb.png,1\n", "the line 'a.png,nan' has no label"),
         ("a.png,1\n", "1 of 2 images of split 'all' have no label, .* 'b.png'"),
-        ("a.png,0\nb.png,1700000000000\n", "the largest is 1700000000000, but there are 2"),
+        ("a.png,0\nb.png,1700000000000\n", "the largest is 1700000000000, but there are only 2"),
         ("a.png,cat\nb.png,dog\na.png,dog\n", "'a.png' has two labels, 'cat' and 'dog'"),
         ("a.png,1,x\nb.png,2,y\n", "has 3 columns and no line that names them"),
         ("a.png,-1\nb.png,0\n", "the label -1 is negative"),

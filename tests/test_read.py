@@ -273,8 +273,8 @@ HOSTILE = {
         "of unknown form",
     ),
     "beyond its storage": (checkpoint((text("w"), tensor((9,)))), "beyond its storage"),
-    "shared dicts": (checkpoint((text("w"), SHARED_DICTS)), "nested too deep"),
-    "deep dicts": (checkpoint((text("w"), DEEP_DICTS)), "nested too deep"),
+    "shared dicts": (checkpoint((text("w"), SHARED_DICTS)), "nested too deeply or"),
+    "deep dicts": (checkpoint((text("w"), DEEP_DICTS)), "nested too deeply or"),
     "shared tuples as a key": (checkpoint((SHARED_TUPLES, text("x"))), "contains no weights"),
     "a memo of 2**27": (checkpoint((text("w"), b"Nr\x00\x00\x00\x08")), "contains no weights"),
     "a text of 2**62 bytes": (
@@ -513,7 +513,7 @@ def test_unexpected_arrays_are_the_reason(size):
         state = vit_state(tokens=5 + count) | {name: np.zeros((1, count, 12))}
         with pytest.raises(UserError, match=f"decoder: 1 unexpected: {name}\\.$"):
             from_torch(state, size=size, heads=3)
-    with pytest.raises(UserError, match="4 positions, without one for the class token"):
+    with pytest.raises(UserError, match="4 positions, but none for the class token"):
         from_torch(vit_state(tokens=4), heads=3)
 
 

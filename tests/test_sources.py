@@ -172,7 +172,7 @@ def test_the_fingerprint_depends_on_the_images_and_not_on_their_place(tree, tmp_
         ),
         ({"a.png": 1}, dict(split="dev"), "has no split 'dev'; it has train, validation, all"),
         ({"a.png": 1}, dict(evaluation_split="validation"), "split 'validation' of .* is empty"),
-        ({"a.png": 1}, dict(labels="folder"), "lie in no folders that could be labels"),
+        ({"a.png": 1}, dict(labels="folder"), "are not in folders that could be labels"),
         ({"a.png": 1}, dict(labels="no.csv"), "data.labels = 'no.csv' cannot be read"),
         ({"a.png": 1}, dict(channels=2), "data.channels = 2, but the images of folder:.* have 3"),
         (

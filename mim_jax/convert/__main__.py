@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--encoder-only", action="store_true", help="leave out the decoder and the head"
     )
-    parser.add_argument("--entry", default="", help="the network to use, if the file has several")
+    parser.add_argument("--entry", default="", help="entry of the file, if it has several networks")
     parser.add_argument(
         "--image-size", type=size, default=None, help="384 or 256,384; positions are interpolated"
     )
@@ -63,7 +63,7 @@ def convert(options: argparse.Namespace) -> int:
     if options.encoder_only:
         params, network = encoder_only(params, network)
     if options.image_size and network.kind != "dvae":
-        if network.grid is None:  # no array depends on it
+        if network.grid is None:  # no array depends on the grid
             (height, width), (p, q) = options.image_size, network.encoder.patch
             network = network._replace(grid=(height // p, width // q))
         elif options.image_size != network.size:
@@ -84,7 +84,7 @@ def check(params: dict, network: Network, to: str) -> int:
     """Compares the network with PyTorch's, and prints the differences. Returns the exit code."""
     if to == "mim_jax":
         to = network.layout if network.layout != "mim_jax" else "timm"
-        to = "hf" if to.startswith("hf_") else to  # without its decoder it is another model
+        to = "hf" if to.startswith("hf_") else to  # a different model without its decoder
     title, largest = differences(params, network, to)
     print(f"mim_jax and {title} in float64, largest difference / largest value:")
     for name, value in largest.items():

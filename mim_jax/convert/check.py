@@ -27,10 +27,9 @@ def example(network: Network) -> dict[str, np.ndarray]:
 
 
 def differences(params: dict, network: Network, to: str) -> tuple[str, dict[str, float]]:
-    """Compares our network with PyTorch's in a family of layouts.
+    """Returns the name of PyTorch's model, and the relative difference of each output.
 
-    Returns the name of PyTorch's model, and for each output the largest absolute difference
-    divided by the largest absolute value.
+    It is the largest absolute difference divided by the largest absolute value.
     """
     with extra():
         from mim_jax.convert.torch_models import outputs
@@ -40,7 +39,7 @@ def differences(params: dict, network: Network, to: str) -> tuple[str, dict[str,
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     layout, fitted = fit(params, network, to)
     title, theirs = outputs(to_torch(fitted, network, layout=layout), network, layout, batch)
-    # Our network runs unchanged, also if the layout folds a normalization or drops the key bias.
+    # Our network runs unchanged, even if the layout folds a normalization or drops the key bias.
     ours = run(params if "head" in fitted else fitted, network, batch)
     return title, {
         name: float(np.abs(ours[name] - x).max() / np.abs(x).max()) for name, x in theirs.items()
@@ -48,7 +47,7 @@ def differences(params: dict, network: Network, to: str) -> tuple[str, dict[str,
 
 
 def run(params: dict, network: Network, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the outputs of our network in float64, by name, patches in the order of the image."""
+    """Returns the outputs of our network in float64, by name, with patches in image order."""
     require_heads(network.encoder)
     if network.decoder and "decoder" in params:
         require_heads(network.decoder)

@@ -48,8 +48,8 @@ def load_weights(path: str | Path, **options: Any) -> tuple[dict, Network, dict[
 
     Args:
         path: the source, or the name of a model in the local cache of the Hugging Face Hub.
-        options: those of `from_torch`, which take precedence over those in the source. False values
-            are ignored, and `encoder_only` has no effect on a run.
+        options: arguments of `from_torch`, which take precedence over those in the source. False
+            values are ignored, and `encoder_only` has no effect on a run.
 
     Returns:
         Our parameters, their network, and the other entries of the source.
@@ -146,7 +146,7 @@ def load_run(path: str | Path, **options: Any) -> tuple[dict, Network, dict]:
 def network_of_run(
     params: dict, config: dict, *, heads: int = 0, decoder_heads: int = 0, size: Any = None
 ) -> Network:
-    """Returns the network of a run's parameters by its config, which also has the image `size`."""
+    """Returns the network of a run's parameters, given its config and the image `size`."""
     objective, data = config["objective"], config["data"]
     metadata = {name: objective[name] for name in OBJECTIVE_KEYS if name in objective}
     metadata["crop_fraction"] = data.get("crop_fraction", 0.875)
@@ -169,7 +169,7 @@ def network_of_run(
 
 
 def build(function: Callable, settings: dict, **options: Any) -> Any:
-    """Calls `vit` or `dvae` with those settings of a config that it accepts, in float32."""
+    """Calls `vit` or `dvae`, in float32, with the settings of a config that it accepts."""
     names = keys_of(function)
     settings = {name: value for name, value in settings.items() if name in names}
     settings |= {name: value for name, value in options.items() if value}
@@ -224,7 +224,7 @@ def kind_of_dvae(tokenizer: DVAE) -> str:
 
 
 def license_note(path: str | Path) -> str:
-    """Returns the note on the license of MAE's released weights, "" for others."""
+    """Returns a note on the license of MAE's released weights, "" for other weights."""
     path = Path(path)
     named = re.search(r"mae_(pretrain|finetuned|visualize)_vit|vit-mae-", str(path.absolute()))
     if not named and path.is_file():
@@ -243,7 +243,7 @@ def save_weights(path: str | Path, params: dict, network: Network, to: str) -> s
         to: a family of layouts, or mim_jax.
 
     Raises:
-        UserError: if the family cannot hold the network, or for another path.
+        UserError: if the family cannot hold the network, or if the path has another suffix.
     """
     if to == "mim_jax":
         return save_run(path, params, network)

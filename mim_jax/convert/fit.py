@@ -1,4 +1,4 @@
-"""Chooses a layout for a network, and changes the network where the layout requires it."""
+"""Chooses a layout for a network, and changes parameters where the layout requires it."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ FAMILIES = ("mae", "beit", "timm", "hf")
 
 
 def fit(params: dict, network: Network, to: str) -> tuple[str, dict]:
-    """Returns the layout of a family that holds a network, and the parameters that it holds.
+    """Returns a layout of a family that can hold a network, and the parameters for it.
 
     Args:
         params: the parameters of the network.
@@ -52,7 +52,7 @@ def fit(params: dict, network: Network, to: str) -> tuple[str, dict]:
 
 
 def obstacle(params: dict, network: Network, to: str) -> str:
-    """Returns the reason why no layout of a family holds an encoder and its head, or ""."""
+    """Returns the reason why no layout of a family can hold an encoder and its head, or ""."""
     encoder, kind, key_bias = network.encoder, network.kind, network.encoder.key_bias
     stem, scaled, relative = encoder.stem != "none", encoder.layer_scale > 0, encoder.relative_bias
     segments = kind == "segment"
@@ -91,7 +91,7 @@ def obstacle(params: dict, network: Network, to: str) -> str:
         (to == "hf" and not square, "Hugging Face's images are square: use --to=timm"),
         (
             vit and "fc_norm" in params,
-            "Hugging Face's ViT classifies the class token, this network the mean of the patches: "
+            "Hugging Face's ViT pools the class token, but this network the mean of the patches: "
             "use --to=timm or --to=mae",
         ),
         (vit and scaled, "Hugging Face's ViT has no LayerScale: use --to=timm"),
@@ -152,7 +152,7 @@ def fit_dvae(params: dict, tokenizer: DVAE, to: str) -> tuple[str, dict]:
 
 
 def encoder_only(params: dict, network: Network) -> tuple[dict, Network]:
-    """Returns the encoder without its mask token, as for tasks after pretraining."""
+    """Returns the encoder without its mask token, for tasks after pretraining."""
     network.encoder  # noqa: B018 - raises UserError for a dVAE
     encoder = {name: x for name, x in params["encoder"].items() if name != "mask_token"}
     params = {"encoder": encoder} | {k: params[k] for k in ("fc_norm",) if k in params}

@@ -130,7 +130,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def number(name: str, value: Any, least: float = 1, most: float = 2**20) -> Any:
-    """Returns a number of a config, an integer if `least` is. Raises UserError for other values."""
+    """Returns `value` if it is a number in the range, and an integer if `least` is an integer.
+
+    Raises UserError for other values.
+    """
     kind = "a whole number" if isinstance(least, int) else "a number"
     types = int if isinstance(least, int) else int | float
     if not isinstance(value, types) or isinstance(value, bool) or not least <= value <= most:
@@ -141,14 +144,14 @@ def number(name: str, value: Any, least: float = 1, most: float = 2**20) -> Any:
 
 
 def numbers(name: str, value: Any) -> list[float]:
-    """Returns a list of numbers of a config. Raises UserError for other values."""
+    """Returns `value` if it is a list of numbers. Raises UserError for other values."""
     if not isinstance(value, list):
         raise UserError(f"{name} = {printable(value)} must be a list of numbers.")
     return [number(name, x, least=-1e6, most=1e6) for x in value]
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
-    """Returns two sizes of a config, given as one or two. Raises UserError for other values."""
+    """Returns two sizes, given as one number or two. Raises UserError for other values."""
     sizes = value if isinstance(value, list) else [value, value]
     if len(sizes) != 2:
         raise UserError(f"{name} = {printable(value)} must be one whole number, or two.")
@@ -194,9 +197,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if entries.get("hidden_act", "gelu") != "gelu":
         activation = printable(entries["hidden_act"])
-        raise UserError(
-            f"{printable(folder)}/config.json: hidden_act = {activation}, must be gelu."
-        )
+        raise UserError(f"{printable(folder)}/config.json: hidden_act = {activation} must be gelu.")
     size, patch = (pair(name, entries[name]) for name in ("image_size", "patch_size"))
     metadata = {ours: images[theirs] for ours, theirs in STATISTICS.items() if images.get(theirs)}
     metadata["layer_norm_eps"] = entries.get("layer_norm_eps", 1e-12)
@@ -235,8 +236,8 @@ def decoded_layers(folder: Path, entries: dict[str, Any]) -> list[int]:
     layers = [number("out_indices", index, least=0) - shift for index in indices]
     if min(layers) < 0:
         raise UserError(
-            f"{printable(folder)}/config.json: out_indices = {indices} decode the embeddings of "
-            f"patches: they must be at least {shift}."
+            f"{printable(folder)}/config.json: out_indices = {indices} select the patch "
+            f"embeddings, before any block: they must be at least {shift}."
         )
     return layers
 

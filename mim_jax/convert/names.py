@@ -33,7 +33,7 @@ def unwrap(names: Iterable[str]) -> dict[str, str]:
 
 
 def spelled(name: str) -> str:
-    """Returns a name in the spelling of the tables."""
+    """Returns a name as the tables spell it."""
     for pattern, usual in SPELLINGS.items():
         name = re.sub(pattern, usual, name)
     return name
@@ -47,8 +47,8 @@ def find(names: Collection[str], entry: str = "") -> tuple[str, str, str]:
         entry: the entry to take, for example "model", if there are several networks.
 
     Returns the prefix of its names ("model."), its layout ("" if there is no network), and the
-    entry if a choice was made. An average of weights is preferred to the weights. Raises UserError
-    if no network is preferred among several, or if the entry has none.
+    entry if there were several. An average of weights is preferred to the weights. Raises UserError
+    if there are several networks without a preference, or if the entry has none.
     """
     networks = prefixes(names)
     if entry:
@@ -96,7 +96,7 @@ def shortened(names: list[str], limit: int = 6) -> str:
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """Returns text without control characters or invalid UTF-8, which are escaped, and shortened.
+    """Returns text with control characters and invalid UTF-8 escaped, shortened to `limit`.
 
     Names in untrusted files may contain anything.
     """

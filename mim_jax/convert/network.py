@@ -1,4 +1,4 @@
-"""The modules that parameters belong to, built from the shapes of the parameters.
+"""Builds the modules that parameters belong to, from the shapes of the parameters.
 
 Shapes: (p, q) patch, c channels, d width, h heads, n patches, v values.
 """
@@ -31,7 +31,7 @@ DECODER_HEADS = {512: 16}  # the official MAE
 
 
 class Network(NamedTuple):
-    """The modules that parameters belong to, and properties of their images and origin."""
+    """The modules that parameters belong to, with properties of their images and their origin."""
 
     model: ViT | DVAE  # a ViT with 0 heads if their number is unknown
     kind: str  # mae, beit, classify, segment, encoder, dvae
@@ -154,7 +154,7 @@ def describe_dvae(shapes: dict[str, tuple]) -> DVAE:
 
 
 def check_grid(grid: tuple[int, int], learned: tuple | None, table: tuple | None) -> None:
-    """Raises UserError unless positions, absolute (1, 1 + n, d) or relative (r, h), are for a grid.
+    """Raises UserError unless absolute (1, 1 + n, d) or relative (r, h) positions fit a grid.
 
     Also limits the number of patches, because tables grow with it.
     """
@@ -182,17 +182,17 @@ def kind_of(params: dict) -> str:
 
 
 def depth_of(params: dict) -> int:
-    """Returns the number of blocks. If one is missing, the last one is unexpected."""
+    """Returns the number of blocks; if one is missing, the last one counts as unexpected."""
     return sum(name.startswith("block_") for name in params)
 
 
 def square(count: int, what: str) -> tuple[int, int]:
-    """Returns the square grid of `count` patches. Raises UserError if there is none."""
+    """Returns the square grid of `count` patches. Raises UserError if it is not a square."""
     side = math.isqrt(max(count, 0))
     if side**2 == count:
         return side, side
     if what == "positions" and math.isqrt(count + 1) ** 2 == count + 1:
-        raise UserError(f"there are {count + 1} positions, without one for the class token.")
+        raise UserError(f"there are {count + 1} positions, but none for the class token.")
     raise UserError(f"{count} {what} do not form a square grid: set --image-size=HEIGHT,WIDTH.")
 
 
@@ -265,7 +265,7 @@ def expected(params: dict, network: Network) -> dict[str, tuple[int, ...]]:
     (p, q), (rows, columns) = network.encoder.patch, network.grid or (2, 2)
     n = rows * columns
     images = jax.ShapeDtypeStruct((1, rows * p, columns * q, network.channels), jnp.float32)
-    if network.kind == "segment":  # with the blocks after those that are decoded
+    if network.kind == "segment":  # include blocks after the decoded ones
         last = network.encoder.depth - 1
         network = network._replace(metadata=network.metadata | dict(layers=(last,) * 4))
     module: Any = full_module(params, network)

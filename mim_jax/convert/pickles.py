@@ -1,9 +1,9 @@
 """Reads PyTorch's pickles with bounded work, and without executing code.
 
-A pickle is a program: it may call any function, and a few hundred bytes of it can make Python's
-unpickler allocate gigabytes or run for years. This interpreter allows a fixed list of names. Each
-is replaced by a container, a tensor or an inert object. Every opcode does a constant amount of
-work, so time and memory are bounded by the number of opcodes, which is limited too.
+A pickle is a program: it can call any function, and a few hundred bytes can make Python's unpickler
+allocate gigabytes or run for years. This interpreter accepts a fixed list of names and replaces
+each by a container, a tensor or an inert object. Every opcode does a constant amount of work, so
+the limit on the number of opcodes bounds time and memory.
 """
 
 import math
@@ -98,12 +98,12 @@ def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> T
 
 
 def first(*values: Any) -> Any:
-    """Returns the first argument: a copy of a container, or what a wrapper contains."""
+    """Returns the first argument, as a copy of a container or the content of a wrapper."""
     return values[0] if values else None
 
 
 def mapping(pairs: Any = ()) -> dict:
-    """Returns a dict of pairs, or the dict given: OrderedDict and Counter."""
+    """Replaces OrderedDict and Counter: returns a dict of the pairs, or the dict itself."""
     if isinstance(pairs, dict):
         return pairs
     mapping: dict = {}
@@ -193,7 +193,7 @@ class Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
-        self.work = 0  # items that calls have read
+        self.work = 0  # number of items that calls have read
 
     def call(self, function: Any, values: Any) -> Any:
         """Calls the replacement of a function or class with a tuple of arguments."""
@@ -313,7 +313,7 @@ def tensors(tree: Any) -> dict[str, Tensor]:
         items = [item for part in parts_of(node) for item in part.items()]
         nodes, characters = nodes + 1 + len(items), characters + len(prefix)
         if nodes > MAX_NODES or depth > MAX_DEPTH or characters > MAX_CHARACTERS:
-            raise RefusedError("its containers are nested too deep, or too often")
+            raise RefusedError("its containers are nested too deeply or have too many entries")
         for name, value in reversed(items):
             if isinstance(value, dict | Tensor | Inert) and isinstance(name, str | int):
                 stack.append((f"{prefix}.{name}" if prefix else str(name), depth + 1, value))

@@ -23,15 +23,15 @@ from mim_jax.convert.pickles import RefusedError, Tensor
 
 LEGACY = 0x1950A86A20F9469CFC6C  # the first pickle of torch.save before 1.6
 MAX_PICKLE = 2**26  # bytes
-FREE = 2**26  # bytes that a file of any size may use
-PER_BYTE = 4  # additional bytes per byte of its size: shared weights are read twice
+FREE = 2**26  # bytes that may be allocated for a file of any size
+PER_BYTE = 4  # further bytes per byte of the file, because shared weights are read twice
 SAFETENSORS = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
     **{"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "C64": np.complex64},
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "BOOL": np.bool_},
     **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
 }
-OTHERS = {  # formats that are mistaken for weights, by their first bytes
+OTHERS = {  # other formats by their first bytes
     b"\x89HDF": "an HDF5 file, for example of Keras",
     b"\x93NUMPY": "a single NumPy array",
     b"GGUF": "a GGUF file",
@@ -88,7 +88,7 @@ def read_file(path: str | Path, entry: str = "", whole: bool = False) -> Content
         entry: the entry to read, if there are several networks.
         whole: whether to read all arrays, for a file that is one of several.
 
-    Raises UserError for other files, for damaged ones, and for those that ask for a call.
+    Raises UserError for other files, damaged files, and pickles that call functions.
     """
     name = printable(path)
     try:

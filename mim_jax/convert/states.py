@@ -201,7 +201,7 @@ def rules(layout: str, back: bool) -> list[tuple[re.Pattern, str]]:
 
 
 def rename(name: str, layout: str, back: bool = False) -> str | None:
-    """Returns our name for a layout's name, or `back` the reverse; None if there is none."""
+    """Returns our name for a layout's name, or with `back` the reverse; None if there is none."""
     for pattern, replacement in rules(layout, back):
         if match := pattern.fullmatch(name):
             return match.expand(replacement)
@@ -209,7 +209,7 @@ def rename(name: str, layout: str, back: bool = False) -> str | None:
 
 
 def fused(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Concatenates Hugging Face's query, key and value; like BEiT's code without a key bias."""
+    """Concatenates Hugging Face's query, key and value arrays. BEiT has no key bias."""
     fused: dict[str, np.ndarray] = {}
     parts: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name, value in state.items():
@@ -243,7 +243,7 @@ def split(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def our_value(path: str, name: str, value: np.ndarray) -> np.ndarray:
-    """Transposes a linear layer or a convolution; that of patches becomes a matrix."""
+    """Transposes kernels of linear layers and convolutions; the patch embedding's to a matrix."""
     try:
         if path == EMBED:
             value = einops.rearrange(value, "d c p q -> (p q c) d")
@@ -264,7 +264,7 @@ def their_value(path: str, value: np.ndarray, network: Network) -> np.ndarray:
 
 
 def turned(path: str, value: np.ndarray, network: Network) -> np.ndarray:
-    """Returns a view of one of our arrays with the axes of their layout."""
+    """Returns a view of one of our arrays with the axes of another library."""
     if path == EMBED:
         p, q = network.encoder.patch if network.encoder.stem == "none" else (1, 1)
         value = einops.rearrange(value, "(p q c) d -> d c p q", p=p, q=q)
@@ -278,7 +278,7 @@ def turned(path: str, value: np.ndarray, network: Network) -> np.ndarray:
 
 
 def grid_of(flat: dict, patch: tuple[int, int], size: tuple[int, int] | None) -> tuple | None:
-    """Returns the grid of images of `size`, None if a table of positions has another."""
+    """Returns the grid of images of `size`, or None if a table of positions has another grid."""
     if size is None:
         return None
     rows, columns = (side // p for side, p in zip(size, patch, strict=True))
@@ -296,14 +296,14 @@ def grid_of(flat: dict, patch: tuple[int, int], size: tuple[int, int] | None) ->
 def without_fixed(flat: dict, grid: tuple[int, int] | None) -> tuple[dict, tuple | None]:
     """Drops tables of sine-cosine positions, which mim_jax computes. Returns arrays and grid.
 
-    A table with other values was learned: an encoder keeps it, MAE's decoder cannot have one.
+    A table with other values was learned: the encoder keeps it; in MAE's decoder it is an error.
     """
     for part in ("encoder", "decoder"):
         table = flat.get(f"{part}/positions")
         if table is None:
             continue
         if table.ndim != 3:
-            raise UserError(f"positions have the shape {table.shape}, must be (1, 1 + n, d).")
+            raise UserError(f"positions of shape {table.shape} must have shape (1, 1 + n, d).")
         grid = grid or square(table.shape[1] - 1, "positions")
         if far_from_fixed(table, grid) <= FIXED:
             flat = {path: value for path, value in flat.items() if path != f"{part}/positions"}
@@ -316,7 +316,7 @@ def without_fixed(flat: dict, grid: tuple[int, int] | None) -> tuple[dict, tuple
 
 
 def far_from_fixed(table: np.ndarray, grid: tuple[int, int], shift: int = 0) -> float:
-    """Returns the largest difference of a table (1, 1 + n, d) from MAE's, rotated by `shift`."""
+    """Returns the largest difference between a table (1, 1 + n, d) and MAE's rolled by `shift`."""
     usual = table.shape[2] % 4 == 0 and table.shape[1] == 1 + grid[0] * grid[1]
     return np.abs(table - np.roll(sines(grid, table.shape[2]), shift, 2)).max() if usual else np.inf
 
@@ -334,7 +334,7 @@ def sines(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 def fixed(params: dict, network: Network, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """Returns tables of positions that mim_jax computes and others store, by our names."""
+    """Returns the tables of fixed positions, which other libraries store, by our names."""
     tables = {}
     if network.encoder.positions == "sincos":
         tables["encoder/positions"] = network.encoder.width

@@ -22,8 +22,8 @@ def outputs(
 ) -> tuple[str, dict[str, np.ndarray]]:
     """Returns the name of PyTorch's model, and its outputs in float64 by name.
 
-    Models of transformers, and of timm if it is installed, run in these libraries. The official
-    code of the others does not run on a current PyTorch, so they are written in plain PyTorch.
+    Models of transformers, and of timm if it is installed, run in these libraries. The other models
+    are written in plain PyTorch, because their official code does not run on current versions.
 
     Args:
         batch: `image` (b, H, W, c), `masked` (b, n), and `noise` (b, n), by which MAE hides

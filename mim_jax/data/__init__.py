@@ -29,8 +29,8 @@ Photographic = Literal["bilinear", "bicubic", "lanczos"]
 class Data:
     """A data set of a run: batches for training and for evaluation.
 
-    Batches are dicts of NumPy arrays (b, ...) with the data set's fields. Iterators yield this
-    process's rows. `on_bad(name, reason)` is called for each file that cannot be used.
+    Batches are dicts of NumPy arrays (b, ...) with the data set's fields. Iterators yield the rows
+    of this process. `on_bad(name, reason)` is called for each file that cannot be used.
     """
 
     train: Source
@@ -52,7 +52,7 @@ class Data:
 
     @property
     def fingerprint(self) -> dict:
-        """A description of the training split that changes with its examples."""
+        """A description of the training split, which changes if its examples change."""
         return self.train.fingerprint
 
     @property
@@ -67,7 +67,7 @@ class Data:
 
     @property
     def legend(self) -> dict[str, tuple[int, int, int]]:
-        """Colors of the classes of pixels by their names."""
+        """The classes of pixels: {name: color}."""
         return dict(zip(self.segmentation_classes, self.segmentation_colors, strict=True))
 
     @property
@@ -96,16 +96,16 @@ class Data:
         return self.segmentation_classes or tuple(self.train.class_names)
 
     def require_one_size(self) -> None:
-        """Raises UserError if evaluation images have several sizes, as those with masks have."""
+        """Raises UserError if evaluation images differ in size, as images with masks do."""
         if self.segmentation_classes:
             raise UserError(
-                "images with masks are evaluated in their own sizes, but features need one: use a "
-                "config of another objective for the same images."
+                "images with masks are evaluated at their own sizes, but features need a single "
+                "size: use a config of another objective for the same images."
             )
 
     @property
     def evaluation_labeled(self) -> bool:
-        """Whether the evaluation split has labels; -1, as in ImageNet's test split, is none."""
+        """Whether the evaluation split has labels, other than -1 as in ImageNet's test split."""
         try:
             return self.num_labels > 0 and bool(self.evaluation.examples[0]["label"] >= 0)
         except BadImageError:  # counted with the bad files later
@@ -144,10 +144,10 @@ class Data:
         of_training: bool = False,
         on_bad: Callable | None = None,
     ) -> Iterator[dict]:
-        """Yields each of the first `limit` examples (0: all) once, and padding.
+        """Yields batches with each of the first `limit` examples (0: all) once, and padding.
 
-        Examples are of the evaluation split, or with `of_training` of the training split. They are
-        in order unless their views have several shapes; all examples of a batch have one.
+        Examples come from the evaluation split, or with `of_training` from the training split. They
+        are in order, unless their views differ in shape: then each batch has views of one shape.
         """
         source = self.train if of_training else self.evaluation
         count = min(limit or len(source.examples), len(source.examples))
@@ -211,7 +211,7 @@ def make(
     ],
     size: Annotated[int | tuple, POSITIVE, "side of the images in pixels, or (height, width)"],
     tokenizer_size: Annotated[
-        int | tuple, NOT_NEGATIVE, "the same for the tokenizer's images; 0: none"
+        int | tuple, NOT_NEGATIVE, "the same for the tokenizer's images; 0: no such images"
     ] = 0,
     split: Annotated[
         str, Smoke("train"), "training split, or a part such as train[:1000]"
@@ -219,12 +219,12 @@ def make(
     evaluation_split: Annotated[
         str, FREE, Smoke("validation"), "split for evaluations"
     ] = "validation",
-    data_dir: Annotated[str, FREE, Smoke(""), "where TFDS prepared the data set"] = "",
+    data_dir: Annotated[str, FREE, Smoke(""), "folder in which TFDS prepared the data set"] = "",
     labels: Annotated[
         str,
         FREE,
         Smoke(""),
-        "folder, cls, json:KEY or a CSV file, or a column of hf:PATH; '': none",
+        "source of labels: folder, cls, json:KEY, a CSV file, or a column of hf:PATH; '': none",
     ] = "",
     classes: Annotated[
         str, FREE, Smoke(""), "CSV file of the classes in masks; '': the one in the folder"
@@ -238,11 +238,11 @@ def make(
         Photographic, FREE, "interpolation of evaluation images"
     ] = "bicubic",
     max_bad_fraction: Annotated[
-        float, SHARE, FREE, "share of images that may be unusable before a run stops"
+        float, SHARE, FREE, "share of unusable images above which a run stops"
     ] = 0.05,
-    threads: Annotated[int, NOT_NEGATIVE, FREE, "threads that decode; 0: one per core"] = 0,
+    threads: Annotated[int, NOT_NEGATIVE, FREE, "number of decoding threads; 0: one per core"] = 0,
     workers: Annotated[
-        int, NOT_NEGATIVE, FREE, "processes that decode, each with threads; 0: none"
+        int, NOT_NEGATIVE, FREE, "number of decoding processes, each with threads; 0: none"
     ] = 0,
     labeled: bool = False,
     segmented: bool = False,
@@ -257,16 +257,16 @@ def make(
     evaluation.
 
     Args:
-        labeled: whether labels that are not classes are an error.
+        labeled: whether labels outside the classes are an error.
         segmented: whether every image has a mask, see pairs.py.
-        class_names: names into which labels are indices; (): those of the data set.
+        class_names: names that labels are indices into; (): those of the data set.
         process: index of this process.
         processes: number of processes that share the batches.
         views: arguments of the views that `views_of(segmented)` returns.
 
     Raises:
         UserError: if the data set cannot be opened. Iterators of batches raise it if more than
-            `max_bad_fraction` of a split cannot be used, or for labels that are not classes.
+            `max_bad_fraction` of a split cannot be used, or for labels outside the classes.
     """
     splits = (split, evaluation_split)
     if segmented:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 DTYPES = ("uint8", "uint16", "float32")  # types of decoded pixels; all others become one of these
-# Pixels or values of an array. Larger images are decoded one at a time, and those of 8 bits at half
-# their size; Pillow refuses more than 2.7 times as many.
+# Pixels of an image, or values of an array. Larger images are decoded one at a time, and 8-bit ones
+# at half their size; Pillow refuses images of more than 2.7 times as many pixels.
 LARGE = 2**26
 LARGEST = 2**29  # bytes of the largest array that is read
 BLOCK = 2**22  # values that are converted at once, to bound memory
@@ -25,8 +25,8 @@ class Pixels(NamedTuple):
     """An array in a file, not yet read.
 
     Attributes:
-        axes: "YX", "YXC" or "CYX" in the order of `shape`, or "" if it is unknown which of
-            three axes holds the channels.
+        axes: "YX", "YXC" or "CYX" in the order of `shape`, or "" if it is unknown which of three
+            axes is that of the channels.
         finish: a function applied to the array (h, w, c) that `read` returns.
         rgb: whether the file declares the channels as red, green and blue (and alpha).
         alpha: whether the file declares the last channel as opacity.
@@ -41,7 +41,7 @@ class Pixels(NamedTuple):
     alpha: bool = False
 
     def load(self, channels: int) -> np.ndarray:
-        """Reads the array (h, w, c). `channels` decides where the file does not name its axes."""
+        """Reads the array (h, w, c). `channels` identifies the axes if the file does not."""
         axes = named_axes(self.shape, self.axes, channels)
         array = self.read()
         if axes == "YX":
@@ -50,7 +50,7 @@ class Pixels(NamedTuple):
 
 
 def named_axes(shape: tuple[int, ...], axes: str, channels: int) -> str:
-    """Returns the axes of an array: those in its file, or found by an axis of length `channels`.
+    """Returns the axes of an array: those in its file, or guessed by an axis of length `channels`.
 
     A gray image may also be used with 3 channels. Raises BadImageError if the axes are ambiguous.
     """
@@ -94,7 +94,7 @@ def decoded_type(dtype: np.dtype) -> str:
 def in_type(array: np.ndarray, dtype: str) -> np.ndarray:
     """Converts pixels of any type to one of DTYPES.
 
-    Integers keep their share of the type's range. Raises BadImageError for values that are not
+    Integers are scaled by the ranges of the types. Raises BadImageError for values that are not
     finite, for floats in a set of integers, whose range is unknown, and for the reverse.
     """
     stored = decoded_type(array.dtype)

@@ -75,7 +75,10 @@ class Table:
         return names, {v: numbers[str(v)] for v in values if v is not None}
 
     def splits(self) -> dict[str, np.ndarray]:
-        """Returns the rows of each split, counted over all files; `test` may be `validation`."""
+        """Returns the rows of each split, counted over all files.
+
+        If there is no `validation`, `test` takes its place.
+        """
         splits, start = {}, 0
         for split, paths in self.files.items():
             count = sum(self.counts[path] for path in paths)

@@ -8,8 +8,8 @@ from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, decode
 from mim_jax.data.sources import Source
 
-# Examples to try after a bad one: neighbors, then ones farther away, because a whole file of
-# examples may be damaged. If none of them can be used, the source itself is broken.
+# Offsets of the examples to try after a bad one: neighbors, then distant ones, because a whole file
+# of examples may be damaged. If none of them can be used, the source itself is broken.
 OFFSETS = (*range(16), *(16 << power for power in range(20)))
 
 
@@ -27,13 +27,11 @@ def usable(view: Callable[[dict], dict], examples: Sequence[dict], i: int) -> di
             reason = str(error)
         else:
             return example | {"bad": np.int64(i if offset else -1)}
-    raise UserError(
-        f"none of {len(OFFSETS)} images can be used in place of a bad one; the last one: {reason}."
-    )
+    raise UserError(f"none of {len(OFFSETS)} images can replace a bad one; the last one: {reason}.")
 
 
 class BadFiles:
-    """Counts the bad files of a source; too many of them are a UserError.
+    """Counts the bad files of a source, and raises UserError if there are too many.
 
     Args:
         most: the largest allowed share of the source's examples.
@@ -65,4 +63,4 @@ class BadFiles:
             decode(self.source.examples[i]["image"], self.channels, self.dtype)
         except BadImageError as error:
             return str(error)
-        return "it could not be read at first, but can be read now"
+        return "it could not be read at first, but it can now"

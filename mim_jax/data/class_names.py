@@ -9,7 +9,7 @@ import numpy as np
 from mim_jax import UserError
 from mim_jax.data.sources import Source
 
-FIRST = 8  # names that are shown
+FIRST = 8  # number of names that are listed
 
 
 def are_numbers(names: Sequence[str]) -> bool:
@@ -26,8 +26,8 @@ def list_names(names: Sequence[str]) -> str:
 def numbers_in(known: Sequence[str], names: Sequence[str], where: str) -> np.ndarray:
     """Returns the number of each of `names` among the `known` names (len(names),).
 
-    There may be fewer names than known ones. If either set consists of numbers only, both must have
-    the same number of classes, which are assumed to be in the same order.
+    There may be fewer names than known ones. If either set has only numbers, both must have the
+    same number of classes, which are assumed to be in the same order.
 
     Args:
         known: the names in the order of their numbers.
@@ -58,7 +58,7 @@ def numbers_in(known: Sequence[str], names: Sequence[str], where: str) -> np.nda
 
 
 class Renumbered:
-    """Examples whose labels are replaced by means of a table."""
+    """Examples whose labels are mapped by a table."""
 
     def __init__(self, examples: Any, numbers: np.ndarray):
         self.examples, self.numbers = examples, numbers.astype(np.int32)
@@ -69,7 +69,7 @@ class Renumbered:
     def __getitem__(self, i: int) -> dict:
         example = self.examples[i]
         label = example["label"]
-        in_table = 0 <= label < len(self.numbers)  # others are reported where they are used
+        in_table = 0 <= label < len(self.numbers)  # others are reported when they are used
         return example | {"label": self.numbers[label] if in_table else np.int32(-1)}
 
 

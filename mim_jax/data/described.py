@@ -1,4 +1,4 @@
-"""Data sets that are described by their sizes alone, to plan a run where its images are not."""
+"""Data sets without images, described by their sizes, to plan a run without its data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +33,7 @@ class Absent(Sequence):
         return self.length
 
     def __getitem__(self, i: Any):
-        raise UserError(f"data.name starts with {PREFIX}: that is for `mim-jax plan` alone.")
+        raise UserError(f"data.name starts with {PREFIX}, which only `mim-jax plan` supports.")
 
 
 def name_of(images: int, classes: int) -> str:
@@ -42,7 +42,7 @@ def name_of(images: int, classes: int) -> str:
 
 
 def known_sizes(name: str) -> tuple[int, int]:
-    """Returns the images and classes of a well-known data set, (0, 0) if it is none."""
+    """Returns the number of images and classes of a well-known data set, otherwise (0, 0)."""
     return next((sizes for part, sizes in KNOWN.items() if part in name), (0, 0))
 
 
@@ -51,7 +51,8 @@ def open_described(
 ) -> list[Source]:
     """Opens "sizes:IMAGES/CLASSES": sources without images, all splits of the same size.
 
-    With `segmented`, the classes are those of pixels. Raises UserError if the sizes are no numbers.
+    With `segmented`, the classes are those of pixels. Raises UserError if the sizes are not
+    numbers.
     """
     images, _, classes = name.removeprefix(PREFIX).partition("/")
     if not images.isdecimal() or not classes.isdecimal() or int(images) < 1:

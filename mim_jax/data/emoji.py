@@ -4,7 +4,7 @@
     python -m mim_jax.data.emoji --package=package
 
 rebuilds the shipped folder `builtin/emoji/1.0.0`, byte for byte with the same library versions.
-The images are drawings. They suffice for trial runs without a download, not to compare methods.
+The images are drawings: enough for trial runs without a download, but not to compare methods.
 
 An emoji is in `validation` (566 images) if crc32(code) % 10 < 3, where `code` is its code points,
 as in "1F469-200D-1F373"; all others are in `train` (1340 images). Skin-tone variants and the

@@ -12,7 +12,7 @@ class Field(NamedTuple):
     """An array of a batch."""
 
     name: str
-    source: str  # key of the example that it is made from, "" for none
+    source: str  # key of the example that it is computed from, "" for none
     shape: tuple[int, ...]  # per example: (height, width, channels) of an image, () of a number,
     # (height, width) of a mask
     dtype: str

@@ -1,9 +1,10 @@
 """A tree of images, or tar files of them, as a source: its splits and its labels.
 
 Folders called train, validation and test are the splits, in any case and in other common spellings
-(see layout.py); `test` stands in for a missing `validation`. In any other tree, `validation` is a
-twentieth of all images, drawn by their names, and `train` the rest. As in TFDS, a split may be a
-slice or a sum: `train[:1000]`, `train[10%:]`, `train+validation`, `all`. The order is random.
+(see layout.py); if there is no `validation`, `test` takes its place. In any other tree,
+`validation` is a twentieth of all images, chosen by a hash of their names, and `train` the rest. As
+in TFDS, a split may be a slice or a sum: `train[:1000]`, `train[10%:]`, `train+validation`, `all`.
+The order is pseudorandom.
 """
 
 import hashlib
@@ -30,10 +31,10 @@ class Folder:
 
     Args:
         root: a folder or a tar file, on a disk or in a bucket.
-        labels: the source of the labels. "": no labels; "folder": the first folder below the
-            split's; "cls": a file .cls next to each image, as in WebDataset; "json:KEY": the value
-            of KEY in a file .json next to each image; otherwise the path of a CSV file with one
-            line per image, its path and its label.
+        labels: the source of the labels. "": no labels; "folder": the first folder below that of
+            the split; "cls": a .cls file next to each image, as in WebDataset; "json:KEY": the
+            value of KEY in a .json file next to each image; otherwise the path of a CSV file with
+            one line per image, its path and its label.
         large: include TIFFs that are too large to be decoded whole.
 
     Attributes:
@@ -73,7 +74,7 @@ class Folder:
             self.set_labels(labels, (self.root, given))
 
     def all_splits(self) -> dict[str, np.ndarray]:
-        """Returns the splits that are folders, and the replacements of missing ones."""
+        """Returns the rows of each split; a missing `validation` is replaced."""
         rows: dict[str, list[int]] = {}
         images = [row for row, folder in enumerate(self.folder_of) if folder != NO_FOLDER]
         for row in images if self.layout.splits else ():
@@ -92,7 +93,7 @@ class Folder:
         return splits
 
     def distinct_splits(self) -> dict[str, "Examples"]:
-        """Returns the examples of each split with images, `validation` only if it is not `test`."""
+        """Returns the examples of each split, without `validation` if it is the same as `test`."""
         splits = {split: self.examples(split) for split, rows in self.splits.items() if len(rows)}
         if "test" in splits and splits["validation"].digest() == splits["test"].digest():
             del splits["validation"]
@@ -144,7 +145,7 @@ class Folder:
         self.labels = np.array([numbers.get(text, -1) for text in texts], np.int32)
 
     def known_labels(self, texts: Sequence[str]) -> set[str]:
-        """Returns the labels that images of the train folder have, or of all folders without it."""
+        """Returns the labels of the images in `train`, or of all images if there is no `train`."""
         splits = self.layout.splits
         if "train" not in splits:
             return set(texts) - {""}
@@ -163,8 +164,8 @@ class Folder:
             )
         if not any(self.layout.labels):
             raise UserError(
-                f"data.labels = 'folder', but the images of {self.root} lie in no folders that "
-                "could be labels (splits and numbered shards are none): set data.labels to '', "
+                f"data.labels = 'folder', but the images of {self.root} are not in folders that "
+                "could be labels (other than splits and numbered shards): set data.labels to '', "
                 "'cls', 'json:KEY' or the path of a CSV file."
             )
         labels = self.layout.labels

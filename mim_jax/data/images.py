@@ -18,9 +18,9 @@ Images = Sequence[str | Path | Image.Image | np.ndarray]  # files, or arrays (H,
 
 
 def batch_of(images: Images, data: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns a batch of whole images: the short side is resized, and the center is taken.
+    """Returns a batch of images: their short side is resized, then the center is cropped.
 
-    `data` is the block `data` of a config, with their size and channels.
+    `data` is the block `data` of a config, with the size and the number of channels.
     """
     channels = data.get("channels", 3)
     fields = fields_of(

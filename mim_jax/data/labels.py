@@ -131,7 +131,7 @@ def finder(names: Iterable[str], roots: Sequence[str], folder: str) -> Callable[
 
 
 def is_header(lines: Sequence[list[str]], at: int, image_of: Callable) -> bool:
-    """Returns whether the first line names columns rather than an image that is missing."""
+    """Returns whether the first line is a header, not a line of an image that is missing."""
     cell = lines[0][at] if at < len(lines[0]) else ""
     if image_of(cell) is not None:
         return False
@@ -190,7 +190,7 @@ def number_labels(where: str, texts: Iterable[str]) -> tuple[list[str], dict[str
     if largest > max(MANY_LABELS, 10 * len(numbers)):
         raise UserError(
             f"{where}: labels that are numbers are class indices; the largest is {largest}, but "
-            f"there are {len(numbers)}: use 0, 1, 2, ... or names."
+            f"there are only {len(numbers)} of them: use 0, 1, 2, ... or names."
         )
     return [str(number) for number in range(largest + 1)], numbers
 

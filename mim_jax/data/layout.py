@@ -138,7 +138,7 @@ def name_of_split(word: str, folder: str, words: Sequence[str]) -> str:
 
 
 def repeated(parts: Sequence[tuple[str, ...]], words: Sequence[str], level: int) -> dict[str, int]:
-    """Returns {word: 1 where all folders of that split have another one named as it below}."""
+    """Returns {word: 1 if all folders of that split contain another one of the same name}."""
     skip = dict.fromkeys(words, 1)
     for part, word in zip(parts, words, strict=True):
         if len(part) < level + 2 or not word or split_of(part[level + 1]) != word:
@@ -147,7 +147,7 @@ def repeated(parts: Sequence[tuple[str, ...]], words: Sequence[str], level: int)
 
 
 def shared(parts: Sequence[tuple[str, ...]], starts: Sequence[int]) -> int:
-    """Counts the folders, from a depth on, that are the same for all paths and hold other folders.
+    """Returns the number of folders, from a depth on, that all paths share and that hold folders.
 
     Paths that end at that depth do not count.
     """

@@ -55,7 +55,7 @@ class Manifest(NamedTuple):
     """The images under a root, in a pseudorandom order that added images do not change.
 
     A name is a path from the root. Members of a tar are named as if the tar were unpacked in place:
-    into a folder of its name, if they are in no folder or if the tar is named as a split.
+    into a folder of its name, if they are in no folder or if the tar is named like a split.
     """
 
     root: str
@@ -122,7 +122,7 @@ class Entry(NamedTuple):
 
 
 def scan(root: str, large: bool = False) -> Manifest:
-    """Returns the images under a folder or in a tar file. Raises UserError if it is neither.
+    """Returns the images in a folder or a tar file. Raises UserError if `root` is neither.
 
     Args:
         large: include TIFFs that are too large to be decoded whole.
@@ -154,7 +154,7 @@ def local_root(root: str) -> str:
 
 
 def open_file(root: str, name: str, size: int) -> BinaryIO:
-    """Opens a file of a root, "" is the root itself. Raises OSError."""
+    """Opens a file of a root, or the root itself if `name` is "". Raises OSError."""
     return storage_of(root).open(os.path.join(root, name).removesuffix("/"), int(size))
 
 
@@ -378,7 +378,7 @@ def printable(name: str) -> str:
 
 
 def save_cache(manifest: Manifest, path: Path) -> None:
-    """Caches a manifest. If that fails, the next scan takes as long as this one."""
+    """Caches a manifest, if that is possible."""
     rest = [FORMAT, manifest.modes, manifest.tars, manifest.unread, manifest.stamps]
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:

@@ -86,7 +86,7 @@ def checked(tree: Tree, pairs: Sequence[Pair], classes: Classes) -> dict[Pair, t
         kept.parent.mkdir(parents=True, exist_ok=True)
         np.save(kept, np.array(results, np.int32))
     except OSError:
-        pass  # the next run checks again
+        pass  # the next run checks them again
     return dict(zip(pairs, results, strict=True))
 
 

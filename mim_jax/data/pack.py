@@ -28,14 +28,14 @@ def pack(
 ) -> None:
     """Packs the splits of a folder into `to`, in shards of about `shard_mb` megabytes.
 
-    Examples keep the folder's order, so both sources give the same batches and a run can move from
-    one to the other. An interrupted call continues with the first missing shard.
+    Examples keep the folder's order, so both sources give the same batches, and a run can continue
+    with the packed data. An interrupted call continues with the first missing shard.
 
     Args:
         root: a folder or a tar file, see folder.py.
         labels: as data.labels.
-        in_parallel: in_parallel(write, shards, at_once=1) returns an iterator over write(shard), in
-            any order.
+        in_parallel: a function like `in_threads`: in_parallel(write, shards, at_once=1) returns an
+            iterator over write(shard), in any order.
 
     Raises UserError if `to` is remote or contains anything other than shards of the same images.
     """

@@ -79,7 +79,7 @@ def open_masked(name: str, splits: Sequence[str], classes: str = "") -> list[Sou
 def make_source(
     tree: Tree, pairs: Sequence[Pair], split: str, classes: Classes, sizes: dict[Pair, tuple]
 ) -> Source:
-    """Returns the source of some pairs; `sizes` has height and width of each."""
+    """Returns the source of a split; `sizes` has the height and width of each image."""
     examples = Pairs(tree, pairs)
     digest = hashlib.sha256(repr((classes.values, classes.ignored)).encode())
     for pair in pairs:
@@ -166,7 +166,7 @@ def split_rows(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
     """Returns {split: indices of its pairs}, in a random order that does not depend on other files.
 
     Folders are splits as in layout.py, and `test` stands in for a missing `validation`. Without
-    such folders, `validation` is a twentieth of all.
+    such folders, `validation` is a twentieth of all pairs.
     """
     rows = defaultdict(list)
     folders = [posixpath.dirname(pair.image.removeprefix("images/")) for pair in pairs]

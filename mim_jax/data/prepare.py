@@ -96,7 +96,7 @@ class Beam:
         self.options = PipelineOptions(options)
 
     def __call__(self, function: Callable, items: Sequence, at_once: int) -> Iterator:
-        """Calls function(item) for every item, again after a failed worker. Yields nothing."""
+        """Calls function(item) for every item, and again if a worker fails. Yields nothing."""
         import apache_beam
 
         with apache_beam.Pipeline(options=self.options) as pipeline:

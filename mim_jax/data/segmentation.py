@@ -47,7 +47,7 @@ def random_crop(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Crops both at random, so that no class has `class_share` or more of the labeled pixels.
 
-    Up to ten more crops are drawn, and the last is taken if none is suitable (mmsegmentation's
+    Up to ten more crops are drawn; if none is suitable, the last one is used (mmsegmentation's
     RandomCrop with cat_max_ratio). An image that is smaller than `size` is not cropped.
     """
     height, width = labels.shape
@@ -75,9 +75,9 @@ def random_flip(
 def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Changes brightness, contrast, saturation and hue of an image (H, W, 3) in uint8.
 
-    Each has a probability of one half. As mmsegmentation's PhotoMetricDistortion: brightness +-32,
-    contrast and saturation times 0.5 to 1.5, hue +-36 degrees; contrast comes second or last. Hues
-    are in Pillow's 256 steps instead of OpenCV's 180.
+    Each has a probability of one half, as in mmsegmentation's PhotoMetricDistortion: brightness
+    +-32, contrast and saturation times 0.5 to 1.5, hue +-36 degrees; contrast comes second or last.
+    Hues have Pillow's 256 steps instead of OpenCV's 180.
     """
 
     def linear(x: np.ndarray, gain: float = 1, offset: float = 0) -> np.ndarray:
@@ -121,7 +121,7 @@ class SegmentationView(View):
         int, NOT_NEGATIVE, Smoke(0), "short side of the resized images; 0: that of data.size"
     ] = 0
     long_side: Annotated[
-        int, NOT_NEGATIVE, Smoke(0), "limit of their long side; 0: four times the short side"
+        int, NOT_NEGATIVE, Smoke(0), "largest long side; 0: four times the short side"
     ] = 0
     fill: Annotated[
         tuple, Range(0, 255), Smoke((128,)), "color of padding: 255 x the data's mean"
@@ -166,7 +166,7 @@ class SegmentationTrainingView(SegmentationView):
     """Random scale, crop, flip and photometric distortion, then padding with ignored pixels."""
 
     scale_range: Annotated[
-        tuple, Range(0, above=True), "smallest and largest random scale of the resized images"
+        tuple, Range(0, above=True), "smallest and largest random scale of the images"
     ] = (0.5, 2.0)
     class_share: Annotated[
         float, SHARE, "crops in which a class has more of the labeled pixels are drawn again"
@@ -249,7 +249,7 @@ class SegmentationEvaluationView(SegmentationView):
 def next_side(side: int) -> int:
     """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, ... that is at least `side`.
 
-    Few such numbers mean few shapes, and few compiled programs.
+    This bounds the number of shapes, and thereby of compiled programs.
     """
     power = 1 << max(0, side - 1).bit_length()
     return power * 3 // 4 if power >= 4 and power * 3 // 4 >= side else power

@@ -2,9 +2,9 @@
 
     mim-jax statistics folder:/scenes --channels=13
 
-The unit is that of objective.mean and objective.std: integers are divided by their type's maximum,
-floats are used as they are. Every image has the same weight, whatever its size. Exit codes: 0 done,
-2 user error, reported in one sentence.
+Results are in the unit of objective.mean and objective.std: integers are divided by their type's
+maximum, floats are unchanged. Every image has the same weight, regardless of its size. Exit codes:
+0 done, 2 user error, reported in one sentence.
 """
 
 import sys
@@ -120,8 +120,8 @@ def observe(source: Source, channels: int, limit: int = 0) -> Values:
 def range_problem(values: Values, mean: Sequence[float], std: Sequence[float]) -> str:
     """Returns an error message if mean and std do not fit the values of images, otherwise "".
 
-    Normalized values should have about zero mean and unit variance. It is an error if the deviation
-    or the mean of any channel exceeds FACTOR in size, as for floats in 0 to 255, or if the
+    Normalized values should have about zero mean and unit variance. It is an error if the absolute
+    mean or the deviation of any channel exceeds FACTOR, as for floats in 0 to 255, or if the
     deviation of all channels is less than 1 / FACTOR, as for 12 bits stored in 16.
 
     Args:

@@ -2,9 +2,9 @@
 
 Axes: h height, w width, c channels.
 
-TIFFs are read by rows, so that only one line of tiles is in memory at a time; other formats are
-read whole. All tiles have the same size: the last ones of a line or column overlap their neighbors.
-An image that is smaller than a tile is kept unchanged.
+TIFFs are read by rows, so that only one row of tiles is in memory at a time; other formats are
+decoded completely. All tiles have the same size: the last ones of a row or column overlap their
+neighbors. An image that is smaller than a tile is kept unchanged.
 """
 
 import functools

@@ -18,7 +18,7 @@ from mim_jax.data.fields import INTERPOLATIONS, Field
 from mim_jax.data.randaugment import rand_augment
 from mim_jax.keys import FREE, NOT_NEGATIVE, SHARE, Range
 
-LONGEST = 16  # times the aspect of a field: evaluation uses the middle of longer images
+LONGEST = 16  # times the aspect ratio of a field: evaluation uses the middle of longer images
 
 
 def width_and_height(image: Image.Image | np.ndarray) -> tuple[int, int]:
