@@ -1,8 +1,8 @@
-r"""BEiT ablation: predict the tokens of all patches of an unmasked image.
+r"""BEiT ablation: predict all tokens of an unmasked image (Bao et al., 2021, table 4).
 
     mim-jax train --config=configs/beit_base_ablation_all_unmasked.py
 
-The paper reports 81.67 % top-1 after fine-tuning (Bao et al., 2021, table 4). Not yet run here.
+The paper reports 81.67 % top-1 after fine-tuning. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
-r"""BEiT ablations, baseline: ViT-B/16, 300 epochs.
+r"""BEiT ablations, baseline: ViT-B/16, 300 epochs (Bao et al., 2021, table 4).
 
     mim-jax train --config=configs/beit_base_ablation_baseline.py
 
-The paper reports 82.86 % top-1 after fine-tuning (Bao et al., 2021, table 4). Not yet run here.
+The paper reports 82.86 % top-1 after fine-tuning. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
-r"""BEiT ablation: predict pixels instead of visual tokens.
+r"""BEiT ablation: predict pixels instead of visual tokens (Bao et al., 2021, table 4).
 
     mim-jax train --config=configs/beit_base_ablation_pixels.py
 
-The paper reports 81.04 % top-1 after fine-tuning (Bao et al., 2021, table 4). Not yet run here.
+The paper reports 81.04 % top-1 after fine-tuning. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
-r"""BEiT ablation: predict pixels, with random instead of blockwise masking.
+r"""BEiT ablation: predict pixels, with random masks (Bao et al., 2021, table 4).
 
     mim-jax train --config=configs/beit_base_ablation_pixels_random.py
 
-The paper reports 80.50 % top-1 after fine-tuning (Bao et al., 2021, table 4). Not yet run here.
+The paper reports 80.50 % top-1 after fine-tuning. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
-r"""BEiT ablation: random instead of blockwise masking.
+r"""BEiT ablation: random instead of blockwise masking (Bao et al., 2021, table 4).
 
     mim-jax train --config=configs/beit_base_ablation_random.py
 
-The paper reports 82.77 % top-1 after fine-tuning (Bao et al., 2021, table 4). Not yet run here.
+The paper reports 82.77 % top-1 after fine-tuning. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-r"""Fine-tuning on CIFAR-100 of BEiT's ViT-B/16 that was fine-tuned on ImageNet-1k before.
+r"""Fine-tuning of BEiT's ViT-B/16 on CIFAR-100, after intermediate fine-tuning on ImageNet-1k.
 
 Requires a run of configs/beit_base_finetune.py.
 

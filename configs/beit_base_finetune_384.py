@@ -4,9 +4,9 @@ Requires a run of configs/beit_base_finetune.py.
 
     mim-jax train --config=configs/beit_base_finetune_384.py
 
-The paper reports 84.6 % top-1 (table 1) but, of the settings, only the epochs. The others are
-those of the official README for weights that were fine-tuned before, with a shorter warm-up. Not
-yet run here.
+The paper reports 84.6 % top-1 (table 1) but no settings except the number of epochs. The others
+are those of the official README for weights that were already fine-tuned, with a shorter warm-up.
+Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-r"""BEiT pretraining of ViT-B/16 on ImageNet-22k for 150 epochs, as the released weights.
+r"""BEiT pretraining of ViT-B/16 on ImageNet-22k for 150 epochs, like the released weights.
 
     mim-jax train --config=configs/beit_base_in22k.py
 

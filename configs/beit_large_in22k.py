@@ -1,4 +1,4 @@
-r"""BEiT pretraining of ViT-L/16 on ImageNet-22k for 150 epochs, as the released weights.
+r"""BEiT pretraining of ViT-L/16 on ImageNet-22k for 150 epochs, like the released weights.
 
     mim-jax train --config=configs/beit_large_in22k.py
 

@@ -1,4 +1,4 @@
-r"""Segmentation of CamVid by a small ViT with UPerNet, of 96 x 96 crops: minutes on a CPU.
+r"""Segmentation of CamVid by a small ViT with UPerNet, on 96 x 96 crops: minutes on a CPU.
 
 Requires a run of configs/mae_camvid.py.
 

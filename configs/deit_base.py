@@ -1,4 +1,4 @@
-r"""DeiT-B/16 from scratch on ImageNet-1k for 300 epochs (Touvron et al., 2020; its code).
+r"""DeiT-B/16 from scratch on ImageNet-1k for 300 epochs (Touvron et al., 2020).
 
     mim-jax train --config=configs/deit_base.py
 

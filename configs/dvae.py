@@ -2,8 +2,8 @@ r"""DALL-E's tokenizer with 8192 codes, which BEiT predicts (Ramesh et al., 2021
 
     mim-jax train --config=configs/dvae.py
 
-The paper trained on 250 million images; this is its recipe on ImageNet. A collapsing codebook
-shows in `perplexity`, `used` and `entropy`. Not yet run here.
+The paper trained on 250 million images; this is its recipe on ImageNet. A collapse of the
+codebook shows in `perplexity`, `used` and `entropy`. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-r"""A small MAE on the 367 training images of CamVid, of 96 x 96 crops: minutes on a CPU.
+r"""A small MAE on 96 x 96 crops of the 367 training images of CamVid: minutes on a CPU.
 
     mim-jax train --config=configs/mae_camvid.py
 
-Then configs/camvid_tiny.py. The folder holds train/ and val/ with images alone, as
-docs/segmentation.md describes. No value was tuned.
+configs/camvid_tiny.py starts from this run. docs/segmentation.md describes the data set; only its
+images are used. No value was tuned.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-r"""Fine-tuning of MAE's ViT-H/14 on ImageNet-1k for 50 epochs (He et al., 2021; FINETUNE.md).
+r"""Fine-tuning of MAE's ViT-H/14 on ImageNet-1k for 50 epochs (He et al., 2021, FINETUNE.md).
 
 Requires a run of configs/mae_huge.py.
 

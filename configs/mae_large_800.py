@@ -1,4 +1,4 @@
-r"""MAE pretraining of ViT-L/16 for 800 epochs: the row "pixel (w/ norm)" of table 1d.
+r"""MAE pretraining of ViT-L/16 for 800 epochs: "pixel (w/ norm)" (He et al., 2021, table 1d).
 
     mim-jax train --config=configs/mae_large_800.py
 

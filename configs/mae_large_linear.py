@@ -1,4 +1,4 @@
-r"""Linear probe of MAE's ViT-L/16 on ImageNet-1k for 50 epochs (FINETUNE.md).
+r"""Linear probe of MAE's ViT-L/16 on ImageNet-1k for 50 epochs (He et al., 2021, FINETUNE.md).
 
 Requires a run of configs/mae_large.py.
 

@@ -4,8 +4,8 @@ Requires a run of configs/vit_base_in21k.py.
 
     mim-jax train --config=configs/vit_base_cifar10.py
 
-The paper reports 98.95 % top-1 (table 5), with the best rate of 0.001, 0.003, 0.01 and 0.03. Not
-yet run here.
+The paper reports 98.95 % top-1 (table 5), with the best learning rate of 0.001, 0.003, 0.01 and
+0.03. Not yet run here.
 """
 
 from ml_collections import ConfigDict

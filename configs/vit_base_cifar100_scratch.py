@@ -3,7 +3,7 @@ r"""ViT-B/16 from scratch on CIFAR-100: BEiT's baseline (Bao et al., 2021, appen
     mim-jax train --config=configs/vit_base_cifar100_scratch.py
 
 The paper reports 48.5 % top-1 and no settings. These are the ones for fine-tuning, without layer
-decay and with a lower rate. Not yet run here.
+decay and with a lower learning rate. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@ Requires a run of configs/vit_base_in21k.py.
 
     mim-jax train --config=configs/vit_base_finetune.py
 
-The paper reports 83.97 % top-1 (Dosovitskiy et al., 2020, table 5), with the best rate of 0.003,
-0.01, 0.03 and 0.06. Not yet run here.
+The paper reports 83.97 % top-1 (Dosovitskiy et al., 2020, table 5), with the best learning
+rate of 0.003, 0.01, 0.03 and 0.06. Not yet run here.
 """
 
 from ml_collections import ConfigDict

@@ -23,8 +23,8 @@ HEAT = ("#0b0824", "#3b0f6f", "#8c2981", "#dd4a69", "#fe9f6d", "#fcfdbf")
 def attention_maps(encoder: ViT, params: dict, images: jax.Array, layer: int = -1) -> jax.Array:
     """Returns the attention of one block (b, h, 1 + n, 1 + n) by query and key.
 
-    The class token comes first, and each row sums to one. Kernels do not store these weights, so
-    they are computed again from the block's queries, keys and relative position bias.
+    The class token comes first, and each row sums to one. Attention kernels do not store these
+    weights, so they are recomputed from the block's queries, keys and relative position bias.
 
     Args:
         encoder: the network.
@@ -83,7 +83,7 @@ def rows_of(
 def heat(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Colors maps (b, rows, columns) >= 0, each scaled by its maximum -> (b, H, W, 3) in [0, 1].
 
-    Each patch is drawn as one rectangle: nothing is interpolated.
+    Each patch is drawn as a rectangle, without interpolation.
     """
     values = values / np.maximum(values.max((1, 2), keepdims=True), 1e-12)
     stops = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in HEAT])
@@ -97,7 +97,7 @@ def heat(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def marked(
     images: np.ndarray, query: tuple[int, int], patch: Sequence[int], color=(1.0, 0.1, 0.1)
 ) -> np.ndarray:
-    """Draws a frame around a patch of images (b, H, W, 3), outside the patch if there is space."""
+    """Draws a frame around a patch of images (b, H, W, 3), outside the patch if there is room."""
     images, width = images.copy(), max(1, min(images.shape[1:3]) // 80)
     boxes = []
     for place, side, limit in zip(query, patch, images.shape[1:3], strict=True):

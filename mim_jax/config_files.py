@@ -75,7 +75,7 @@ def load(path: str) -> dict:
 
 
 def module_of(file: Path) -> ModuleType:
-    """Executes a config file as a member of a package made of its folder."""
+    """Executes a config file as a module of a package that consists of its folder."""
     package = "mim_jax_configs_" + hashlib.sha256(str(file.parent).encode()).hexdigest()[:12]
     for name in [name for name in sys.modules if name.startswith(package)]:
         del sys.modules[name]  # a notebook's user may have edited the files
@@ -89,7 +89,7 @@ def module_of(file: Path) -> ModuleType:
 
 
 def explain(error: Exception, file: str) -> str:
-    """Returns the message of an error and its line in `file` ("": the innermost file)."""
+    """Formats an error with its line in `file` ("": the innermost file)."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)

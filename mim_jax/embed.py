@@ -4,13 +4,13 @@ r"""Writes the features of a data set, computed by a trained encoder.
     mim-jax embed runs/mae_base --to=train --config.data.evaluation_split=train
 
 --config is a run directory, or a config file that describes the data, with
---config.init_from.encoder=RUN. For the evaluation views of the evaluation split, with no patch
-hidden, the output holds `cls` (images, d), the class token; `mean` (images, d), the mean of the
-patches; `index` (images,), their places in the split; `file_name`, the name of the file or, without
-files, of the example; and `label` and `class_name`, if there are labels. If data.size differs from
-that of the encoder, positions are interpolated. Mean and std of the images are the config's if the
-weights do not record them. --to is an .npz file, or a folder for an array_record file,
-which `tfds.builder_from_directory` reads. Exit codes: 0 done, 2 user error.
+--config.init_from.encoder=RUN. The evaluation views of the evaluation split are encoded without
+masking. The output has `cls` (images, d), the class token; `mean` (images, d), the mean of the
+patches; `index` (images,), positions in the split; `file_name`, the name of the file, or of the
+example if there are no files; and `label` and `class_name`, if there are labels. If data.size
+differs from the encoder's, positions are interpolated. If the weights do not record mean and std of
+the images, the config's are used. --to is an .npz file, or a folder for an array_record file, which
+`tfds.builder_from_directory` reads. Exit codes: 0 done, 2 user error.
 """
 
 import itertools
@@ -73,18 +73,19 @@ def load(
         encoder, params = load("runs/mae_base")
 
     encoder(params, images (b, H, W, c)) -> tokens (b, 1 + n, d), the class token first. Images are
-    integers in their type's range or floats in [0, 1]; or a list of Pillow images, files and arrays
-    (H, W, c) of any size, whose short sides are resized and centers taken. Tokens are normalized if
-    the encoder has a final norm; one that was fine-tuned with the mean of the patches has none.
+    integers in their type's range or floats in [0, 1]. They may also be a list of Pillow images,
+    files and arrays (H, W, c) of any size, which are resized by their short side and cropped at the
+    center. The final norm is applied if the encoder has one; an encoder that was fine-tuned with
+    the mean of the patches has none.
 
     Args:
         source: a run directory, a file of weights, a Hugging Face folder, or the name of a model
             that is in the local cache of the Hugging Face Hub.
-        mean: mean of the images; by default that of the source, or ImageNet's.
-        std: standard deviation of the images, likewise.
+        mean: mean of the images; default: that of the source, or ImageNet's.
+        std: standard deviation of the images, with the same default.
         heads: number of attention heads, if the source does not record it.
-        image_size: interpolate positions to this size; otherwise images must have the size that the
-            source was trained with.
+        image_size: size to which positions are interpolated; default: that of the source, which
+            images must then have.
 
     Raises:
         UserError: if there is no encoder, or images have another size or number of channels.
@@ -134,11 +135,11 @@ def load(
 def statistics_of(
     source: str | Path, metadata: dict, mean: tuple = (), std: tuple = ()
 ) -> dict[str, tuple]:
-    """Returns mean and std of the images of a source: those given, its own, or ImageNet's."""
+    """Returns mean and std of images: the given ones, else those of the source, else ImageNet's."""
     given = {name: value for name, value in (("mean", mean), ("std", std)) if value}
     known = {name: tuple(metadata[name]) for name in IMAGENET if name in metadata} | given
     if missing := " and ".join(name for name in IMAGENET if name not in known):
-        print(f"{source} has no {missing} of its images: using ImageNet's", file=sys.stderr)
+        print(f"{source} does not record {missing} of images: using ImageNet's", file=sys.stderr)
     return IMAGENET | known
 
 
@@ -175,7 +176,7 @@ def write(path: str, config: ConfigDict, to: str) -> int:
 
 
 def names_of(run: recipe.Run, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the name of the file of each image of a batch, and the name of its class."""
+    """Returns the file name and the class name of each image of a batch."""
     source, classes = run.data.evaluation, run.data.class_names
     names = {"file_name": np.array([source.name_of(int(i)) for i in batch["index"]])}
     if "label" in batch and classes:
@@ -185,7 +186,7 @@ def names_of(run: recipe.Run, batch: dict[str, np.ndarray]) -> dict[str, np.ndar
 
 
 def load_for(run: recipe.Run, config: ConfigDict, source: str) -> tuple[Callable, dict]:
-    """Loads the encoder of `source` for the images of a run, whose config completes it."""
+    """Loads the encoder of `source` for the images of a run, with mean and std from its config."""
     ours, theirs = encoder_in(config.to_dict()), encoder_in(workdir.read(source).get("config", {}))
     require_bands(ours, theirs, source)
     missing: dict[str, Any] = {

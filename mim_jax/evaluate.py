@@ -3,9 +3,10 @@ r"""Evaluates a run on every example of its evaluation split, or of another spli
     mim-jax evaluate runs/mae_base_finetune
     mim-jax evaluate runs/mae_base_finetune --config.data.evaluation_split=test
 
---config is a run directory, or a config file with --config.init_from.encoder=RUN: a classifier,
-trained or converted, with the network of that config. --to=FILE.json also writes the numbers. If
-there are classes, a table by class is printed. Exit codes: 0 done, 2 user error.
+--config is a run directory, or a config file with --config.init_from.encoder=RUN, where RUN is a
+trained or converted classifier with the network of that config. --to=FILE.json also writes the
+results to a file. If there are classes, results by class are printed. Exit codes: 0 done, 2 user
+error.
 """
 
 import json
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate_run(path: str, config, to: str) -> int:
-    """Prints and writes the means over the evaluation split."""
+    """Prints and writes the results on the evaluation split, and returns the exit code."""
     source = source_run(path, config, "encoder")
     class_names = workdir.class_names_of(workdir.read(source))
     run = recipe.build(config, class_names=class_names)
@@ -79,7 +80,7 @@ def evaluate_run(path: str, config, to: str) -> int:
 
 
 def without_nan(values: Any) -> Any:
-    """Returns nested values with None for NaN, which JSON lacks."""
+    """Returns nested values with NaN replaced by None, because JSON has no NaN."""
     if isinstance(values, dict):
         return {name: without_nan(value) for name, value in values.items()}
     if isinstance(values, list):

@@ -11,7 +11,7 @@ from collections import defaultdict
 
 from mim_jax import UserError, cli, config_files
 
-OTHER = "Small data sets, and combinations of papers"
+OTHER = "Other recipes and small examples"
 
 
 def main(argv: list[str] | None = None) -> int:

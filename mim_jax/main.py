@@ -5,8 +5,7 @@
     mim-jax train --config=configs/mae_base.py --smoke
 
 The run directory holds config.json, metrics.jsonl, checkpoints/ and pictures/. Exit codes: 0 done,
-1 failed, 2 user error, reported in one sentence, 130 and 143 stopped by a signal after
-saving.
+1 failed, 2 user error, reported in one sentence, 130 and 143 stopped by a signal after saving.
 """
 
 import contextlib
@@ -52,10 +51,10 @@ def main(argv: list[str] | None = None) -> int:
         "--change",
         default="",
         metavar="KEYS",
-        help="keys, separated by commas, that may differ from those of the run to continue",
+        help="keys, separated by commas, whose values may differ from those of the existing run",
     )
     parser.add_argument(
-        "--from-step", type=int, default=0, help="continue from this checkpoint, not the newest"
+        "--from-step", type=int, default=0, help="continue from the checkpoint of this step"
     )
     parser.add_argument(
         "--max-minutes",
@@ -103,7 +102,7 @@ def run_config(
     change: Collection[str] = (),
     from_step: int = 0,
 ) -> int:
-    """Trains from a checkpoint in the run directory, or from the start, to the end.
+    """Trains to the end, from a checkpoint in the run directory or from the start.
 
     Args:
         config: the complete config.

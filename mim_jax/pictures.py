@@ -1,4 +1,4 @@
-r"""Draws the output of a checkpoint for images: as a PNG file, or as arrays in a notebook.
+r"""Draws what a checkpoint computes for images, as a PNG file or as arrays in a notebook.
 
     mim-jax pictures reconstruct runs/mae_emoji cat.png dog.png --mask-ratio=0.5
     mim-jax pictures attend mae_pretrain_vit_base.pth cat.png --query=14,10 --layer=-1
@@ -8,11 +8,11 @@ r"""Draws the output of a checkpoint for images: as a PNG file, or as arrays in 
 CKPT is a run directory, converted weights, a file of weights or a Hugging Face folder.
 
 reconstruct: hides patches at random, as in training, and predicts them.
-attend: the attention of the class token, and of the patches that --query names, to all patches; on
-    average over the heads and of each head (figures of DINO and of BEiT). Positions are
+attend: draws the attention of the class token, and of each patch given by --query, to all patches,
+    averaged over the heads and for each head (as in DINO's and BEiT's figures). Positions are
     interpolated to --size.
-tokenize: the visual tokens of a dVAE, one color each, and the images decoded from them.
-segment: the predicted class of every pixel, with the most frequent classes of an image.
+tokenize: draws the visual tokens of a dVAE, each code in a color, and the images decoded from them.
+segment: draws the predicted class of every pixel, and lists the most frequent classes of an image.
 
 --config.KEY=VALUE changes a key of the checkpoint's config: --config.objective.target=pixels.
 Exit codes: 0 done, 2 user error.
@@ -47,15 +47,15 @@ from mim_jax.normalize import normalize, unit
 from mim_jax.sheets import draw_sheet, to_rgb
 
 Columns = dict[str, np.ndarray]  # {caption: images (b, H, W, c) in [0, 1]}
-ATTENTION_SIZE, TOKENIZER_SIZE = 480, 224  # sides of images, unless they are given or known
-MASK_RATIO = 0.4  # BEiT's, where the source has only weights
+ATTENTION_SIZE, TOKENIZER_SIZE = 480, 224  # default sides of images
+MASK_RATIO = 0.4  # BEiT's, for weights that do not record it
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = cli.parser_of("pictures", __doc__)
     functions = {f.__name__: f for f in (reconstruct, attend, tokenize, segment)}
-    parser.add_argument("what", choices=functions, help="what is drawn")
+    parser.add_argument("what", choices=functions, help="what to draw")
     parser.add_argument("checkpoint", metavar="CKPT", help="a run or weights")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
     parser.add_argument("--to", default="", help="the PNG file to write; default: WHAT.png")
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--layer", type=int, help="a block, from 0; default: the last")
     parser.add_argument("--head", type=head_of, help="a head, from 0, or average; default: all")
-    parser.add_argument("--heads", type=int, help="number of heads, if it is unknown")
+    parser.add_argument("--heads", type=int, help="number of heads, if the file does not record it")
     parser.add_argument("--size", type=int, help="side of the images in pixels")
     parser.add_argument("--trust-code", action="store_true", default=None, help="as in train")
     options, overrides = cli.parse(parser, argv)
@@ -178,7 +178,7 @@ def attend(
     """Draws attention maps of the class token and of the patches in `queries`.
 
     Each image has a row for the class token, then one for each query, whose patch is framed in the
-    image. Brightness is relative to the brightest patch of a map.
+    image. Each map is scaled by its maximum.
 
     Args:
         source: a run, a file of weights or a Hugging Face folder.
@@ -337,7 +337,7 @@ def read_segmenter(source: str | Path) -> tuple[dict, dict, dict]:
     module, config = segmenter(params, network, network.encoder), files.config_of(network)
     for key in ("decoder", "layers", "channels", "auxiliary_channels"):
         config["objective"][key] = getattr(module, key)
-    del config["data"]["crop_fraction"]  # which segmentation does not use
+    del config["data"]["crop_fraction"]  # segmentation does not use it
     config["objective"] |= statistics_of(source, network.metadata)
     buffers = {COLLECTION: params.pop(COLLECTION)}
     names = [f"class {i}" for i in range(module.num_classes)]

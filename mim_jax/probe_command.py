@@ -3,13 +3,13 @@ r"""Probes the features of an encoder: k-NN, a linear classifier per layer, and 
     mim-jax probe runs/mae_base --data=folder:photos
     mim-jax probe mae_pretrain_vit_base.pth --data=emoji --images=1000
 
-The encoder is that of a run, of converted weights, of a file of weights, of a folder of Hugging
-Face or of a model in the Hub's local cache. Features are the means of the patches' tokens after
-each block, of whole central crops. Classifiers see the first --images images of the training split
-and are tested on those of the evaluation split; the linear one is ridge regression on standardized
-features. Without labels only the rank is printed (RankMe, Garrido et al., 2023). Compare encoders
-of one method only: MAE's and BEiT's features do not cluster as those of contrastive methods do.
-Exit codes: 0 done, 2 user error.
+The source is a run, converted weights, a file of weights, a Hugging Face folder or a model in the
+Hub's local cache. Features are the means of the patch tokens after each block, computed for central
+crops without masking. Classifiers are trained on the first --images images of the training split
+and tested on as many of the evaluation split; the linear one is ridge regression on standardized
+features. Without labels only the rank is printed (RankMe, Garrido et al., 2023). Compare only
+encoders of the same method: MAE's and BEiT's features do not cluster like those of contrastive
+methods. Exit codes: 0 done, 2 user error.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def probe(options) -> int:
-    """Prints a table: a row per layer."""
+    """Prints a table with a row for each layer, and returns the exit code."""
     params, network, _ = files.load_weights(options.source, heads=options.heads, encoder_only=True)
     if "encoder" not in params:
         raise UserError(f"{options.source} holds a tokenizer, not an encoder.")

@@ -1,7 +1,7 @@
-"""The processes of a run on several hosts: they join, and one that ends early ends the others.
+"""Coordinates the processes of a run on several hosts: joining, and ending together.
 
-JAX aborts a process, with a stack trace, when process 0 closes its connection, and a minute after
-another process disappeared. Therefore a process that ends before the others announces it first.
+JAX aborts a process with a stack trace when process 0 closes its connection, or a minute after
+another process has disappeared. Therefore a process that ends before the others announces it.
 """
 
 import atexit

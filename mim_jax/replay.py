@@ -3,10 +3,10 @@ r"""Repeats a step of a run that was not applied, and reports which gradients ar
     mim-jax replay runs/mae_base                  # the newest of RUN/captures
     mim-jax replay runs/mae_base --step=12345
 
-Trains from the newest checkpoint before that step up to it, which gives the state that the run had
-then; and computes loss and gradient of the step in the run's dtype and in float32. If float32 is
-finite, the dtype is too narrow; if not, look at the listed images and at the learning rate. Nothing
-is written. Exit codes: 0 done, 2 user error.
+Trains from the newest checkpoint before the step up to the step, to restore the state that the run
+had then. Computes the loss and the gradient of the step in the run's dtype and in float32. If they
+are finite in float32, the dtype is too narrow; if not, look at the listed images and at the
+learning rate. Nothing is written. Exit codes: 0 done, 2 user error.
 """
 
 import json
@@ -23,7 +23,7 @@ from mim_jax.sharding import to_global
 from mim_jax.start import Start
 from mim_jax.train import TrainState, gradient_of, train
 
-SHOWN = 20  # images and arrays that are listed
+SHOWN = 20  # largest number of images and of arrays that are listed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def replay(path: str, config: ConfigDict, step: int) -> int:
-    """Repeats a step and prints its loss, the norm of its gradient and what is not finite."""
+    """Repeats a step and prints its loss, its gradient norm and the gradients that are not finite.
+
+    Returns the exit code.
+    """
     capture = capture_of(path, step)
     step, skips = capture["step"], capture["skips"]
     run = recipe.build(config)
@@ -71,7 +74,10 @@ def replay(path: str, config: ConfigDict, step: int) -> int:
 
 
 def capture_of(path: str, step: int) -> dict:
-    """Returns the record of a failed step, or of any other. Raises UserError if there is none."""
+    """Returns the record of a failed step, the newest for step 0, or a minimal one for other steps.
+
+    Raises UserError for step 0 if there is no record.
+    """
     captures = sorted((workdir.open_path(path) / "captures").glob("step_*.json"))
     records = [json.loads(file.read_text()) for file in captures]
     for record in records:
@@ -121,14 +127,14 @@ def before(
 
 
 def network_dtype(run: Run) -> str:
-    """Returns the dtype that a run computes in."""
+    """Returns the compute dtype of a run."""
     network = run.model or run.tokenizer
     assert network is not None  # every objective has one
     return network.dtype
 
 
 def objective_in(run: Run, config: ConfigDict, dtype: str) -> objectives.Objective:
-    """Returns the run's objective, computed in another dtype."""
+    """Returns the run's objective with another compute dtype."""
     settings = config.copy_and_resolve_references()
     for name in schema.NETWORKS:
         if name in settings:

@@ -16,14 +16,14 @@ LINE = 18  # height of a line of the legend
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:
-    """Converts images (b, H, W, c) in [0, 1] to (b, H, W, 3) uint8, by the first three channels."""
+    """Converts images (b, H, W, c) in [0, 1] to (b, H, W, 3) uint8: the first three channels."""
     if images.shape[-1] < 3:
         images = images[..., :1].repeat(3, axis=-1)
     return (np.clip(images[..., :3], 0, 1) * 255).round().astype(np.uint8)
 
 
 def stretched(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stretches the values of each channel, except 1 % at either end, to [0, 1]."""
+    """Stretches each channel to [0, 1], clipping 1 % of its values at either end."""
     values = np.concatenate([images.reshape(-1, images.shape[-1]) for images in columns.values()])
     low, high = np.percentile(values, (1, 99), axis=0)
     scale = np.maximum(high - low, 1e-12)
@@ -52,7 +52,7 @@ def draw_sheet(
     stretch: bool = False,
     legend: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> None:
-    """Writes a PNG with a row per image, `pairs` rows side by side; small images are enlarged.
+    """Writes a PNG with a row for each image, `pairs` rows side by side. Enlarges small images.
 
     Args:
         path: the file to write.

@@ -4,10 +4,9 @@ r"""Writes the visual tokens of a data set, by a trained tokenizer.
     mim-jax tokenize runs/dvae_emoji --to=tokens.npz \
         --config.data.evaluation_split=train
 
---config is the directory of a run that trained a tokenizer. For the evaluation views of the
-evaluation split the file holds `tokens` (images, h, w); `index` (images,), their places in the
-split; `label`, if there are labels; and the size of the `vocabulary`. Exit codes: 0 done, 2 user
-error.
+--config is the directory of a run that trained a tokenizer. The file has, for the evaluation views
+of the evaluation split, `tokens` (images, h, w); `index` (images,), positions in the split;
+`label`, if there are labels; and the size of the `vocabulary`. Exit codes: 0 done, 2 user error.
 """
 
 import functools

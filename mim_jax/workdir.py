@@ -8,9 +8,9 @@
     pictures/         sheets of images
     checkpoints/      states by Orbax (checkpoint.py)
 
-The trajectory is everything that determines what a run learns: a run continues only if it is equal.
-A directory of converted weights has a config.json too, but no trajectory to continue.
-In a bucket, a file of lines has several parts, such as metrics-00003-000.jsonl: number and process.
+The trajectory is everything that determines what a run learns; a run continues only if it is the
+same. A directory of converted weights also has a config.json, but no trajectory to continue. In a
+bucket, a JSON Lines file has several parts, such as metrics-00003-000.jsonl: number and process.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from mim_jax import UserError, __version__
 from mim_jax.storage import Lines, open_path, storage_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-CONVERTED = "converted from"  # the one key in the trajectory of converted weights
+CONVERTED = "converted from"  # the only key in the trajectory of converted weights
 
 
 def is_run(workdir: str | epath.PathLike) -> bool:
@@ -82,7 +82,7 @@ def create(path: str | epath.PathLike) -> None:
 
 
 def fetched(path: str | epath.PathLike) -> Path:
-    """Returns a file or a folder on the disk, with the contents of `path`."""
+    """Returns a local file or folder with the contents of `path`."""
     path = open_path(path)
     return storage_of(path).fetched(path)
 
@@ -90,7 +90,7 @@ def fetched(path: str | epath.PathLike) -> Path:
 def staged(
     folder: str | epath.PathLike,
 ) -> contextlib.AbstractContextManager[Path]:
-    """Returns a context with a folder on the disk, whose files are in `folder` afterwards."""
+    """Returns a context with a local folder, whose files are copied to `folder` at the end."""
     path = open_path(folder)
     return storage_of(path).staged(path)
 
@@ -135,7 +135,7 @@ def read_part(path: epath.Path) -> list[dict[str, Any]]:
 def keep_lines(
     path: str | epath.PathLike, keep: Callable[[Mapping[str, Any]], bool] = bool
 ) -> list[dict[str, Any]]:
-    """Removes other objects, and lines that are none, from a JSON Lines file. Returns the rest."""
+    """Keeps only the objects of a JSON Lines file for which `keep` is true, and returns them."""
     remaining = []
     for part in parts_of(path):
         kept = [record for record in read_part(part) if keep(record)]

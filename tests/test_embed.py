@@ -161,7 +161,7 @@ def test_encoders_of_files(runs, tmp_path, capsys):
     arrays, _ = read(tmp_path / "encoder.safetensors")
     safetensors.save_file(arrays, tmp_path / "bare.safetensors")
     encoder, params = mim_jax.load(tmp_path / "bare.safetensors", heads=2, mean=(0.5,))
-    assert "has no std of its images: using ImageNet's" in capsys.readouterr().err
+    assert "does not record std of images: using ImageNet's" in capsys.readouterr().err
     assert encoder(params, images).shape == expected.shape
 
 
