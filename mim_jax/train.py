@@ -69,19 +69,24 @@ def train_step(
     grads, metrics, changed = gradient_of(
         state, batch, rng, objective=objective, accumulate=accumulate, mesh=mesh
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    average = optax.incremental_update(params, state.ema, 1 - ema) if ema else None
-    buffers = objective.after(params, state.buffers | changed, state.step)
-    updated = TrainState(state.step + 1, params, buffers, opt_state, average)
+
+    def update():
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = optax.incremental_update(params, state.ema, 1 - ema) if ema else None
+        buffers = objective.after(params, state.buffers | changed, state.step)
+        return TrainState(state.step + 1, params, buffers, opt_state, average)
+
+    def skip():
+        def advance(old, new):  # counters alone
+            return old if jnp.issubdtype(old.dtype, jnp.inexact) else new
+
+        return jax.tree.map(advance, state, update())
+
     if limits is None:
-        return updated, metrics
+        return update(), metrics
     usable = (jnp.abs(jnp.stack([metrics["loss"], metrics["grad_norm"]])) <= limits).all()
-
-    def choose(new, old):
-        return jnp.where(usable, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
-
-    return jax.tree.map(choose, updated, state), metrics
+    return jax.lax.cond(usable, update, skip), metrics
 
 
 def jit_step(objective, optimizer, state: TrainState, *, mesh: Mesh, accumulate=1, ema=0.0):

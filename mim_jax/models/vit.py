@@ -97,10 +97,9 @@ class ViT(nn.Module):
             patches = take(patches, visible)
         bound = patches.shape[-1] ** -0.5  # PyTorch's default, which MAE keeps
         uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
-        embed: dict[str, Any] = dict(bias_init=uniform) if self.initializer == "mae" else {}
-        init = INITS[self.initializer]
-        embed |= dict(kernel_init=init, dtype=self.dtype, wide=True, name="embed")
-        x = Dense(self.width, **embed)(patches)
+        bias_init = uniform if self.initializer == "mae" else nn.initializers.zeros
+        init: dict[str, Any] = dict(kernel_init=INITS[self.initializer], bias_init=bias_init)
+        x = Dense(self.width, **init, dtype=self.dtype, wide=True, name="embed")(patches)
         if masked is not None:
             x = jnp.where(masked[..., None], self.token("mask_token").astype(x.dtype), x)
         cls = self.token("cls_token").astype(x.dtype)
@@ -127,9 +126,7 @@ class ViT(nn.Module):
     def position_table(self, grid: tuple[int, int]) -> jax.Array:
         """Returns positions (1, 1 + n, d), the class token's first (zero for fixed ones)."""
         fixed = jnp.pad(jnp.asarray(sincos2d(grid, self.width)), ((0, 0), (1, 0), (0, 0)))
-        if self.positions == "sincos":
-            return fixed
-        return self.token("positions", fixed.shape[1])
+        return fixed if self.positions == "sincos" else self.token("positions", fixed.shape[1])
 
 
 def vit(
@@ -151,9 +148,7 @@ def vit(
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     if options.get("stem", "none") != "none" and patch != (STRIDE, STRIDE):
         raise UserError(f"model.stem needs model.patch = {STRIDE}: its features have that stride.")
-    given: dict[str, Any] = {
-        k: v for k, v in dict(width=width, depth=depth, heads=heads).items() if v
-    }
+    given = {k: v for k, v in dict(width=width, depth=depth, heads=heads).items() if v}
     shape: dict[str, Any] = {**SIZES.get(size, {}), **given}
     if len(shape) < 3:
         raise UserError("set model.size, or model.width, model.depth and model.heads.")
