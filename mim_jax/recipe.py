@@ -192,7 +192,7 @@ def describe(run: Run, config: ConfigDict) -> str:
         f"{run.data.examples:,} images, resized to {height} x {width} x {channels}, "
         f"{run.steps_per_epoch:.1f} batches of {size} per epoch",
         f"steps = {steps / run.steps_per_epoch:.1f} epochs x {run.data.examples:,} / {size} = "
-        f"{steps:,}, of them {warmup:,} warm-up{shortened}",
+        f"{steps:,}, including {warmup:,} of warm-up{shortened}",
         f"lr = {'' if config.optimizer.lr else base}{learning_rate(config):g}",
         f"batch = {run.mesh.size} devices ({device.device_kind}) x {config.accumulate} parts x "
         f"{run.rows // run.mesh.size} images, computed in {network.dtype}",

@@ -135,7 +135,7 @@ def test_a_reduced_batch_keeps_the_schedule(tmp_path, monkeypatch, capsys):
     long = ["--config.batch_size=256", "--config.steps=100", "--config.optimizer.warmup_steps=0"]
     long += ["--config.optimizer.warmup_epochs=2", f"--workdir={tmp_path}"]
     assert check.main([*TINY, *long]) == 0
-    assert "100, of them 10 warm-up" in capsys.readouterr().out
+    assert "100, including 10 of warm-up" in capsys.readouterr().out
 
 
 def test_the_source_of_a_run_may_be_deleted(tmp_path, capsys):

@@ -213,6 +213,6 @@ def test_gradients_are_clipped_to_a_norm():
 
 def test_a_short_run_of_a_long_recipe_shortens_the_warm_up():
     run = recipe.build(schema.load(EMOJI, ["steps=50"]))
-    assert "50, of them 5 warm-up (the recipe's 100 do not fit)" in run.summary
+    assert "50, including 5 of warm-up (the recipe's 100 do not fit)" in run.summary
     assert float(run.schedule(5)) == pytest.approx(max(map(run.schedule, range(50))))
     assert "do not fit" not in recipe.build(schema.load(EMOJI, ["steps=101"])).summary
