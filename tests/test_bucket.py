@@ -25,7 +25,6 @@ from mim_jax import (
     main,
     pictures,
     replay,
-    report,
     runs,
     storage,
     workdir,
@@ -33,6 +32,7 @@ from mim_jax import (
 from mim_jax.convert import __main__ as convert
 from mim_jax.data import sources
 from mim_jax.data.decode import BadImageError
+from mim_jax.report import __main__ as report
 from mim_jax.train import TrainState
 from tests.conftest import ROOT, environment
 from tests.images import jpeg, tar
