@@ -86,7 +86,7 @@ def say(title: str, *lines: str) -> None:
     print(f"{title}:" if below else title, *below, sep="\n")
 
 
-def few(lines: Iterable[str], most: int = 10) -> list[str]:
+def first_lines(lines: Iterable[str], most: int = 10) -> list[str]:
     """Returns the first `most` lines, and a line with the number of the others."""
     lines = list(lines)
     return lines[:most] + ([f"... and {len(lines) - most:,} more"] if len(lines) > most else [])
@@ -108,7 +108,7 @@ def check_images(run: Run, config: ConfigDict, everything: bool) -> list[str]:
     """Prints statistics of the images and returns problems."""
     problems = []
     if run.data.unread:
-        lines = few(f"{name}: {reason}" for name, reason in run.data.unread)
+        lines = first_lines(f"{name}: {reason}" for name, reason in run.data.unread)
         say(f"{len(run.data.unread):,} files that are not images are ignored", *lines)
     splits = {config.data.split: run.data.train, config.data.evaluation_split: run.data.evaluation}
     for split, source in splits.items():
@@ -159,7 +159,7 @@ def summarize(survey: Survey, source: Source, size: tuple[int, int]) -> list[str
     """Returns a survey as lines of text; `size` is that of the training images."""
     count, bad = len(survey.sizes), len(survey.bad)
     lines = [f"{len(source.examples):,}, of which {count + bad:,} were decoded; {bad:,} are bad"]
-    lines += few(f"{name}: {reason}" for name, reason in survey.bad)
+    lines += first_lines(f"{name}: {reason}" for name, reason in survey.bad)
     if not count:
         return lines
     by_area = survey.sizes[survey.sizes.prod(1).argsort()]
@@ -241,7 +241,7 @@ def check_steps(config: ConfigDict, run: Run, start: Start, path: epath.Path) ->
         f"{second:.2f} s ({count / second:,.1f} images/s)",
         f"loss {losses[0]:.4f}, then {losses[1]:.4f}",
     )
-    say("parameters without a gradient", *(few(idle) or ["none: all of them learn"]))
+    say("parameters without a gradient", *(first_lines(idle) or ["none: all of them learn"]))
     draw(run, state, config, path)
     say("pictures", f"{path}: training images as the model receives them")
     return [] if np.isfinite(losses).all() else ["the loss is not finite."]

@@ -192,7 +192,7 @@ def digests(folder: epath.Path, kind: str) -> dict[str, str]:
     return storage_of(folder).checksums(folder, kind, but=UNSIGNED)
 
 
-def fault(folder: epath.Path) -> str:
+def find_fault(folder: epath.Path) -> str:
     """Returns what is wrong with a checkpoint, or "" if it is intact."""
     try:
         saved = json.loads((folder / "digests.json").read_text())
@@ -223,7 +223,7 @@ def newest(folder: epath.Path, set_aside: bool = False, before: float = math.inf
     intact, corrupt = -1, {}
     if jax.process_index() == 0:
         for step in reversed([step for step in steps_in(folder) if step < before]):
-            if not (reason := fault(folder / str(step))):
+            if not (reason := find_fault(folder / str(step))):
                 intact = step
                 break
             corrupt[step] = reason

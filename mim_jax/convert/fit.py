@@ -69,7 +69,7 @@ def obstacle(params: dict, network: Network, to: str) -> str:
             "Hugging Face has BEiT with UPerNet only: use --encoder-only",
         ),
         (
-            segments and to == "hf" and not increase(network.metadata.get("layers", ())),
+            segments and to == "hf" and not is_increasing(network.metadata.get("layers", ())),
             "Hugging Face's out_indices must increase, and so must objective.layers",
         ),
         (
@@ -104,7 +104,7 @@ def obstacle(params: dict, network: Network, to: str) -> str:
     return next((reason for applies, reason in rules if applies), "")
 
 
-def increase(numbers: Sequence[int]) -> bool:
+def is_increasing(numbers: Sequence[int]) -> bool:
     """Returns whether each number is larger than the one before."""
     return all(a < b for a, b in itertools.pairwise(numbers))
 

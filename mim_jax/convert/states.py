@@ -260,10 +260,10 @@ def our_value(path: str, name: str, value: np.ndarray) -> np.ndarray:
 
 def their_value(path: str, value: np.ndarray, network: Network) -> np.ndarray:
     """Inverts `our_value`."""
-    return np.array(turned(path, value, network), order="C")
+    return np.array(transposed(path, value, network), order="C")
 
 
-def turned(path: str, value: np.ndarray, network: Network) -> np.ndarray:
+def transposed(path: str, value: np.ndarray, network: Network) -> np.ndarray:
     """Returns a view of one of our arrays with the axes of another library."""
     if path == EMBED:
         p, q = network.encoder.patch if network.encoder.stem == "none" else (1, 1)
@@ -364,7 +364,7 @@ def compare(params: dict, network: Network, unexpected: list[str]) -> None:
         return rename(inner, network.layout, back=True) or path
 
     def their_shape(path, shape):
-        return turned(path, np.broadcast_to(np.zeros(()), shape), network).shape
+        return transposed(path, np.broadcast_to(np.zeros(()), shape), network).shape
 
     different = [
         f"{theirs(path)} {their_shape(path, given[path])}, must be {their_shape(path, shape)}"

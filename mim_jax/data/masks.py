@@ -64,7 +64,7 @@ def read_values(encoded: bytes, size: tuple[int, int] | None = None) -> np.ndarr
     return values.astype(np.uint16)
 
 
-def checked(tree: Tree, pairs: Sequence[Pair], classes: Classes) -> dict[Pair, tuple[int, int]]:
+def check_pairs(tree: Tree, pairs: Sequence[Pair], classes: Classes) -> dict[Pair, tuple[int, int]]:
     """Checks the files of all pairs, unless they were checked before -> height and width of each.
 
     Raises UserError with the name of the first file that is wrong, and the number of others.

@@ -21,7 +21,7 @@ from mim_jax.data.classes import Classes, read_classes
 from mim_jax.data.decode import BadImageError, header
 from mim_jax.data.folder import MASK_FOLDERS, select
 from mim_jax.data.layout import layout
-from mim_jax.data.masks import Pair, checked, read_values
+from mim_jax.data.masks import Pair, check_pairs, read_values
 from mim_jax.data.sources import Source, open_sources
 from mim_jax.data.tree import Tree
 
@@ -69,7 +69,7 @@ def open_masked(name: str, splits: Sequence[str], classes: str = "") -> list[Sou
     pairs = pairs_of(tree)
     rows = split_rows(pairs)
     chosen = [[pairs[row] for row in select(rows, split, tree.root)] for split in splits]
-    sizes = checked(tree, sorted({pair for pairs in chosen for pair in pairs}), known)
+    sizes = check_pairs(tree, sorted({pair for pairs in chosen for pair in pairs}), known)
     return [
         make_source(tree, pairs, split, known, sizes)
         for pairs, split in zip(chosen, splits, strict=True)

@@ -115,12 +115,12 @@ def interpolate(
     """
 
     def one(x, before, after):
-        return between(x, places, before[axis], after[axis], axis)
+        return interpolate_image(x, places, before[axis], after[axis], axis)
 
     return jax.vmap(one)(x, before, after)
 
 
-def between(x: jax.Array, places: jax.Array, before, after, axis: int) -> jax.Array:
+def interpolate_image(x: jax.Array, places: jax.Array, before, after, axis: int) -> jax.Array:
     """Interpolates one image along an axis that is resized from `before` to `after`."""
     source = ((places + 0.5) * before / after - 0.5).clip(0, before - 1)
     low = jnp.floor(source).astype(jnp.int32)

@@ -69,7 +69,7 @@ def charts(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
                     label = where if len(runs) == 1 else f"{name}, {where}"
                     lines.append(Series(label, points, color, dashed=bool(prefix)))
         if lines:
-            title, meaning = TITLES.get(metric, (spelled(metric), ""))
+            title, meaning = TITLES.get(metric, (in_words(metric), ""))
             zero = metric in FROM_ZERO
             scale = False if metric in (*LINEAR, *FROM_ZERO) else None
             marks = references(metric, runs)
@@ -80,7 +80,7 @@ def charts(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
     return drawn
 
 
-def spelled(metric: str) -> str:
+def in_words(metric: str) -> str:
     """Returns the name of a metric in words."""
     words = metric.replace("_", " ")
     return words[:1].upper() + words[1:]

@@ -73,6 +73,6 @@ def test_an_error_waits_for_the_save_in_progress(tmp_path, monkeypatch):
     monkeypatch.setattr(training.Failures, "after", failing)
     with pytest.raises(RuntimeError, match="an error of the step"):
         main.main([*SMOKE, f"--workdir={tmp_path}", "--config.save.every_steps=5"])
-    assert checkpoint.fault(tmp_path / "checkpoints" / "10") == ""
+    assert checkpoint.find_fault(tmp_path / "checkpoints" / "10") == ""
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").open()]
     assert [event["event"] for event in events] == ["start", "failed"]
