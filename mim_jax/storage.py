@@ -35,7 +35,7 @@ class Lines(Protocol):
 
 
 class Lock(Protocol):
-    """The right to write to a folder, which one process has at a time."""
+    """An exclusive lock on a folder: one process at a time may write to it."""
 
     def check(self) -> None:
         """Raises UserError if another process has taken over the folder."""

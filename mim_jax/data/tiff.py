@@ -127,7 +127,7 @@ def page_reader(file: BinaryIO, page: tifffile.TiffPage) -> Callable[[], np.ndar
             if image and kind in ((1, 12), (1, 16), (2, 16), (2, 32), (3, 32)):
                 return np.array(image).astype(page.dtype)
             reason = (
-                f"compressed in a way that takes imagecodecs: pip install -e '.[tiff]' ({error})"
+                f"compressed in a way that needs imagecodecs: pip install 'mim-jax[tiff]' ({error})"
             )
             raise BadImageError(reason) from error
 
