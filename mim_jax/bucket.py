@@ -309,7 +309,7 @@ class ObjectFile(io.RawIOBase):
 
 
 class UploadedLines:
-    """Lines in a bucket, which cannot append: the object is uploaded entire every INTERVAL seconds.
+    """Lines in a bucket, which cannot append: the whole object is uploaded every INTERVAL seconds.
 
     Therefore each process writes an object of its own, a part of the file.
     """
