@@ -97,7 +97,7 @@ def given(monkeypatch, masked, tokens):
 
     def make(*args, **kwargs):
         target = original(*args, **kwargs)
-        return target._replace(of=lambda *_: tokens[..., None], init=lambda *_: {})
+        return target._replace(compute=lambda *_: tokens[..., None], init=lambda *_: {})
 
     monkeypatch.setattr(beit.targets, "make", make)
 
