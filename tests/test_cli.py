@@ -70,7 +70,7 @@ def test_a_dry_run_prints_the_config_and_the_arithmetic(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "objective.mask_ratio = 0.75\n" in text
     assert "objective.mean = (0.5,)\n" in text
-    assert "= 1,000, of them" in text
+    assert "= 1,000, including 100 of warm-up" in text
     assert not (tmp_path / "run").exists()
 
 

@@ -282,7 +282,7 @@ def test_default_layers(depth, expected):
     ("settings", "words"),
     [
         (dict(layers=(0, 1, 2, 4)), "blocks from 0 to 3"),
-        (dict(layers=(1, 3)), "UPerNet takes four"),
+        (dict(layers=(1, 3)), "must be four blocks for UPerNet"),
         (dict(scales=()), "at least one scale"),
     ],
 )
@@ -396,7 +396,7 @@ def test_a_wrong_mask_is_named_before_training(tmp_path, monkeypatch, capsys):
 
 def test_features_need_images_of_one_size(run, tmp_path, capsys):
     assert embed.main([f"--config={run}", f"--to={tmp_path / 'x.npz'}"]) == 2
-    assert "features need one" in capsys.readouterr().err
+    assert "features need a single" in capsys.readouterr().err
     probe = ["--config.probe.images=10", f"--workdir={tmp_path / 'probed'}"]
     assert main.main([*SMOKE, *probe]) == 2
-    assert "features need one" in capsys.readouterr().err
+    assert "features need a single" in capsys.readouterr().err
