@@ -194,8 +194,8 @@ def describe(run: Run, config: ConfigDict) -> str:
         f"steps = {steps / run.steps_per_epoch:.1f} epochs x {run.data.examples:,} / {size} = "
         f"{steps:,}, including {warmup:,} of warm-up{shortened}",
         f"lr = {'' if config.optimizer.lr else base}{learning_rate(config):g}",
-        f"batch = {run.mesh.size} devices ({device.device_kind}) x {config.accumulate} parts x "
-        f"{run.rows // run.mesh.size} images, computed in {network.dtype}",
+        f"batch = {run.mesh.size} x {config.accumulate} x {run.rows // run.mesh.size} (devices x "
+        f"parts x images) on {device.device_kind}, computed in {network.dtype}",
     ]
     if run.mesh.shape["fsdp"] > 1:
         shards = run.mesh.shape["fsdp"]

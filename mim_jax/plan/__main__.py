@@ -63,7 +63,7 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> int:
         step = Step(config, target)
         if not options.markdown:
             device = step.run.mesh.devices.flat[0].device_kind
-            summary = step.run.summary.replace(f"({device})", f"({target.chip.kind})")
+            summary = step.run.summary.replace(f"on {device},", f"on {target.chip.kind},")
             print(f"{step.start.parameters:,} parameters\n{summary}", flush=True)
         cost = cost_of(step)
         searched = not cost.fits and not options.no_search
