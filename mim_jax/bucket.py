@@ -55,7 +55,7 @@ def connect(url: str) -> None:
     name = rest.partition("/")[0]
     if not name or set("[]*?#") & set(rest):
         raise UserError(f"{url} must be gs://BUCKET/PATH, without any of [ ] * ? #.")
-    check_access(name)
+    check_access_once(name)
 
 
 @functools.cache
@@ -86,11 +86,13 @@ def file_system() -> Any:
     return fsspec.filesystem("gs")
 
 
-@functools.cache
 def check_access(name: str) -> None:
     """Lists objects of a bucket. Raises UserError or BucketError if that is not possible."""
     with failures(f"gs://{name}"):
         next(iter(client().list_blobs(name, max_results=1, **patience())), None)
+
+
+check_access_once = functools.cache(check_access)
 
 
 def require_access(url: str, error: Exception) -> None:
@@ -98,7 +100,7 @@ def require_access(url: str, error: Exception) -> None:
     place = bucket_of(url).root.rstrip("/")
     if "Retry policy exhausted" in str(error):  # of Google's client in array_record
         raise explain(error, place) from error
-    check_access.__wrapped__(place.removeprefix("gs://"))
+    check_access(place.removeprefix("gs://"))
 
 
 def bucket_of(url: str) -> "Bucket":
@@ -271,7 +273,7 @@ class Bucket:
         return Lease(self.blob(folder / "lock"), str(folder.parent))
 
     def locked(self, folder: epath.Path) -> bool | None:
-        lock = self.bucket.get_blob(str(folder / "lock").removeprefix(self.root), **patience())
+        lock = self.bucket.get_blob(self.blob(folder / "lock").name, **patience())
         return lock is not None and time.time() - lock.updated.timestamp() < LEASE
 
     @contextlib.contextmanager

@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from mim_jax import UserError, __version__
 from mim_jax.bucket import BucketError, failures
+from mim_jax.storage import in_bucket
 
 COMMANDS = {  # name: module with main(argv), what it does
     "train": ("main", "train a config, or continue a run"),
@@ -181,7 +182,7 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
     except (UserError, BucketError) as error:
         return report(error)
     except OSError as error:
-        on_disk = bool(workdir) and "://" not in workdir
+        on_disk = bool(workdir) and not in_bucket(workdir)
         removed = error.errno == errno.ENOENT and on_disk and not os.path.isdir(workdir)
         if error.errno not in NO_WRITE and not removed:
             raise

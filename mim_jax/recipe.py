@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,12 @@ class Run(NamedTuple):
     rows: int  # images processed at once, over all devices: a batch, or one part of it
     labeled: bool  # whether the objective needs labels
     summary: str  # text printed at the start, see `describe`
+
+    @property
+    def dtype(self) -> str:
+        """The compute dtype of the networks; float32 if there is none."""
+        network = self.model or self.tokenizer
+        return network.dtype if network else "float32"
 
     @property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -186,7 +192,6 @@ def describe(run: Run, config: ConfigDict) -> str:
     recipes = in_steps(config.optimizer, "warmup", run.steps_per_epoch)
     shortened = f" (the recipe's {recipes:,} do not fit)" if recipes > warmup else ""
     base = f"base_lr x batch / 256 = {config.optimizer.base_lr:g} x {size} / 256 = "
-    network: ViT | DVAE | Any = run.model or run.tokenizer
     device = run.mesh.devices.flat[0]
     lines = [
         f"{run.data.examples:,} images, resized to {height} x {width} x {channels}, "
@@ -195,7 +200,7 @@ def describe(run: Run, config: ConfigDict) -> str:
         f"{steps:,}, including {warmup:,} of warm-up{shortened}",
         f"lr = {'' if config.optimizer.lr else base}{learning_rate(config):g}",
         f"batch = {run.mesh.size} x {config.accumulate} x {run.rows // run.mesh.size} (devices x "
-        f"parts x images) on {device.device_kind}, computed in {network.dtype}",
+        f"parts x images) on {device.device_kind}, computed in {run.dtype}",
     ]
     if run.mesh.shape["fsdp"] > 1:
         shards = run.mesh.shape["fsdp"]

@@ -50,7 +50,7 @@ def replay(path: str, config: ConfigDict, step: int) -> int:
     run = recipe.build(config)
     state, batch = before(run, config, path, step, skips)
     print(f"step {step:,} of {path}")
-    for dtype in dict.fromkeys((str(network_dtype(run)), "float32")):
+    for dtype in dict.fromkeys((run.dtype, "float32")):
         objective = objective_in(run, config, dtype)
         function = jax.jit(
             lambda state, batch, rng, objective=objective: gradient_of(
@@ -124,13 +124,6 @@ def before(
             print(f"  step {done:,}: {problem} too")
     print(f"trained from step {first:,} to {step - 1:,}")
     return state, to_global(next(iter(batches_from(step - 1))), run.mesh)
-
-
-def network_dtype(run: Run) -> str:
-    """Returns the compute dtype of a run."""
-    network = run.model or run.tokenizer
-    assert network is not None  # every objective has one
-    return network.dtype
 
 
 def objective_in(run: Run, config: ConfigDict, dtype: str) -> objectives.Objective:

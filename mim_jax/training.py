@@ -392,7 +392,7 @@ def picture_of(folder: epath.Path, step: int) -> epath.Path:
 
 def peak_share(run: Run, config: ConfigDict) -> float:
     """Returns the share of a chip's peak that one image per second uses, or 0 if unknown."""
-    peak, network = flops.peak(jax.devices()[0].device_kind), run.model or run.tokenizer
-    if not peak or not network or network.dtype != "bfloat16":
+    peak = flops.peak(jax.devices()[0].device_kind)
+    if not peak or run.dtype != "bfloat16":
         return 0.0
     return model_flops(run, config) / (config.batch_size / run.mesh.size) / peak

@@ -52,7 +52,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "convert": {
         *("checkpoint", "cli", "convert", "masking", "models", "objectives", "train", "workdir"),
     },
-    "cli": {"bucket", "processes", "workdir"},
+    "cli": {"bucket", "storage", "processes", "workdir"},
     "config_files": set(),
     "list_configs": {"cli", "config_files"},
     "list_keys": {"cli", "keys", "objectives", "optim", "schema"},

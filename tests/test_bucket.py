@@ -66,7 +66,7 @@ def server():
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
     bucket.client.cache_clear()
-    bucket.check_access.cache_clear()
+    bucket.check_access_once.cache_clear()
 
 
 @pytest.fixture
@@ -535,7 +535,7 @@ def test_checksums_are_those_of_the_bucket(server):
 def test_a_missing_extra_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     bucket.client.cache_clear()
-    bucket.check_access.cache_clear()
+    bucket.check_access_once.cache_clear()
     try:
         assert inspect.main(["gs://runs/run"]) == 2
     finally:

@@ -16,12 +16,13 @@ from mim_jax.plan import cache, hardware, memory
 from mim_jax.plan.__main__ import main
 from mim_jax.plan.compiled import (
     Collective,
+    Instruction,
     collectives,
     collectives_of,
     instructions,
     unknown_loops,
 )
-from mim_jax.plan.cost import SHARE, cost_of, seconds_of_collective
+from mim_jax.plan.cost import SHARE, cost_of, seconds_of_collective, work_of
 from mim_jax.plan.hardware import GIB, TPUS, Target, target_of
 from mim_jax.plan.kernels import Kernel, kernel_of
 from mim_jax.plan.search import candidates, search
@@ -114,6 +115,30 @@ def test_operations_count_as_often_as_they_run(length):
     assert collectives(text) == {"all-reduce f32": (5, 5 * 16 * 4)}
     kernel = kernel_of(program["%kernel"], program)
     assert kernel == Kernel(False, images=4, tokens=50, heads=2, width=16, last=49, biased=False)
+
+
+def test_the_true_branch_of_a_conditional_counts():
+    def choose(usable, x):
+        return jax.lax.cond(usable, lambda x: x @ x, jnp.sin, x)
+
+    text = jax.jit(choose).lower(True, jnp.ones((64, 64))).compile().as_text()
+    sources = [row.source for row in instructions(text).values()]
+    assert any("dot_general" in source for source in sources)
+    assert not any("sin" in source for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("source", "work"),
+    [
+        ("jit(step)/jvp(BEiT)/encoder/block_0/fc1/dot_general", ("encoder", "MLP")),
+        ("jit(step)/transpose(jvp(DalleDecoder))/group_1/conv", ("tokenizer", "other")),
+        ("jit(step)/jvp(SmallEncoder)/conv", ("tokenizer", "other")),
+        ("jit(step)/mul", ("rest", "optimizer")),
+    ],
+)
+def test_work_is_classified_by_the_names_of_an_operation(source, work):
+    line = f'%a = f32[8]{{0}} fusion(%b), metadata={{op_name="{source}"}}'
+    assert work_of(Instruction("%a", "f32[8]", "fusion", [], line, 1)) == work
 
 
 def test_collectives_that_run_beside_other_work():

@@ -24,6 +24,7 @@ from mim_jax.data.decode import BadImageError, header
 from mim_jax.data.labels import number_labels
 from mim_jax.data.layout import SPLITS, split_of
 from mim_jax.data.manifest import printable
+from mim_jax.storage import in_bucket
 
 SUFFIXES = (".parquet", ".arrow")
 PARTS = re.compile(r"[-_.]?\d{5,}-of-\d{5,}(-[0-9a-f]+)?$")  # "train-00000-of-00002-<digest>"
@@ -50,7 +51,7 @@ class Table:
     def __init__(self, root: str, labels: str = ""):
         if find_spec("pyarrow") is None:
             raise UserError("data.name=hf:PATH needs pyarrow: pip install 'mim-jax[arrow]'.")
-        if "://" in str(root):
+        if in_bucket(root):
             raise UserError(f"{root} must be local or mounted: mount the bucket with gcsfuse.")
         self.root = os.path.abspath(os.path.expanduser(root))
         self.files: dict[str, list[str]] = {}

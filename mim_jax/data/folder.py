@@ -20,6 +20,7 @@ from mim_jax import UserError
 from mim_jax.data.labels import from_table, label_in, number_labels
 from mim_jax.data.layout import layout
 from mim_jax.data.manifest import Manifest, in_threads, printable, scan
+from mim_jax.storage import in_bucket
 
 MASK_FOLDERS = ("masks", "annotations")  # beside images/
 MASK = "it is a mask, which belongs to an image"
@@ -48,7 +49,7 @@ class Folder:
     def __init__(self, root: str, labels: str = "", large: bool = False):
         self.manifest = scan(root, large)
         self.root = self.manifest.root
-        given = root if "://" in str(root) else os.path.abspath(os.path.expanduser(root))
+        given = root if in_bucket(root) else os.path.abspath(os.path.expanduser(root))
         self.names = os.fsdecode(self.manifest.names).split("\0")[:-1]
         self.unread = list(self.manifest.unread)
         if not self.names:

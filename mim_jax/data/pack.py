@@ -16,6 +16,7 @@ from mim_jax.data.folder import Examples, Folder
 from mim_jax.data.manifest import in_threads, printable
 from mim_jax.data.records import shard_path, write_info, write_shard
 from mim_jax.progress import Bar
+from mim_jax.storage import in_bucket
 
 
 def pack(
@@ -39,7 +40,7 @@ def pack(
 
     Raises UserError if `to` is remote or contains anything other than shards of the same images.
     """
-    if "://" in str(to):
+    if in_bucket(to):
         raise UserError(
             f"--to={to} must be a local or mounted folder; copy it to the bucket after packing."
         )

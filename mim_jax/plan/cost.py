@@ -35,8 +35,12 @@ from mim_jax.plan.step import Compiled, Step
 from mim_jax.sharding import line_length
 
 SHARE = 0.25  # of a GPU's peak: MAE with ViT-B/16 on an H100, see README.md
-PARTS = ("encoder", "decoder", "tokenizer")
-WORK = {  # by the names of the operations that an instruction comes from
+PARTS = {  # by the names of the operations that an instruction comes from; the first one counts
+    "tokenizer": r"\btokenizer\b|(?:Dalle|Small)(?:Encoder|Decoder)",
+    "encoder": r"\bencoder\b",
+    "decoder": r"\bdecoder\b",
+}
+WORK = {  # the same
     "attention": r"attention|bhmd|bhmn|softmax",
     "norm": r"norm",
     "GELU": r"gelu|erf",
@@ -154,9 +158,8 @@ def seconds_of(
 
 def work_of(row: Instruction) -> tuple[str, str]:
     """Returns the part of the network and the kind of work of an operation."""
-    part = next((part for part in PARTS if re.search(rf"\b{part}\b", row.source)), "rest")
-    if re.search(r"DalleEncoder|SmallEncoder", row.source):
-        part = "tokenizer"
+    parts = (part for part, pattern in PARTS.items() if re.search(pattern, row.source))
+    part = next(parts, "rest")
     if row.is_kernel:
         return part, "attention"
     if part == "rest" and row.source and "shard_map" not in row.source:  # after the gradient
@@ -214,7 +217,7 @@ def theory(step: Step) -> dict[str, int]:
         expected["all-reduce"] += 4 * divided // shards
     if divided:
         second = divided * line // shards if line < shards else 0
-        parameters_read = divided * jax.numpy.dtype(step.dtype).itemsize
+        parameters_read = divided * jax.numpy.dtype(step.run.dtype).itemsize
         expected["all-gather"] = parameters_read + step.split_buffer_bytes
         expected["reduce-scatter"] = 4 * (divided + second)
     return expected

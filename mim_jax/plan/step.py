@@ -72,12 +72,6 @@ class Step:
         return self.config.batch_size // self.run.mesh.size
 
     @property
-    def dtype(self) -> str:
-        """The type in which the networks compute."""
-        network: Any = self.run.model or self.run.tokenizer
-        return network.dtype if network else "float32"
-
-    @property
     def state_bytes(self) -> dict[str, float]:
         """The bytes of the parts of the state on each device."""
         names = dict(params="parameters", buffers="buffers", opt_state="optimizer", ema="average")
