@@ -1,10 +1,14 @@
 """The sweeps of benchmarks/claims.py: resuming, spread, and keys that exist."""
 
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks import claims
 from mim_jax import schema
+from mim_jax.data.classes import parse_classes
 from mim_jax.plan.hardware import target_of
 from mim_jax.plan.step import Step, load
 
@@ -35,6 +39,25 @@ def test_stages_can_be_traced(stage):
     keys = claims.overrides(stage.keys | {"data.name": "folder:/data/images"})
     target = target_of("cpu:1")
     Step(load(path, keys, target, images=1000, classes=10), target).traced  # noqa: B018
+
+
+def test_a_stage_on_camvid_lists_the_classes(tmp_path, monkeypatch):
+    """Of CamVid in its usual form, which has no list of classes."""
+    (stage,) = [stage for stage in stages().values() if stage.config == "camvid_tiny"]
+    (tmp_path / "camvid" / "images").mkdir(parents=True)
+    (tmp_path / "camvid" / "masks").mkdir()
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    claims.perform(stage, 0, tmp_path, tmp_path)
+    (path,) = [x.split("=")[1] for x in commands[0] if x.startswith("--config.data.classes=")]
+    classes = parse_classes(Path(path).read_text(), path)
+    assert classes.values == tuple(range(11))
+    assert classes.ignored == (11,)
 
 
 def test_stages_of_one_name_are_the_same():
