@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from mim_jax.conditional import update_if
 from mim_jax.objectives import Objective
 from mim_jax.sharding import all_gather, over_devices, replicated, to_global
 
@@ -77,16 +78,10 @@ def train_step(
         buffers = objective.after(params, state.buffers | changed, state.step)
         return TrainState(state.step + 1, params, buffers, opt_state, average)
 
-    def skip():
-        def advance(old, new):  # counters alone
-            return old if jnp.issubdtype(old.dtype, jnp.inexact) else new
-
-        return jax.tree.map(advance, state, update())
-
     if limits is None:
         return update(), metrics
     usable = (jnp.abs(jnp.stack([metrics["loss"], metrics["grad_norm"]])) <= limits).all()
-    return jax.lax.cond(usable, update, skip), metrics
+    return update_if(usable, update, state), metrics
 
 
 def jit_step(objective, optimizer, state: TrainState, *, mesh: Mesh, accumulate=1, ema=0.0):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 ARRAYS = r"\b(pred|[a-z]+(\d+))\[([\d,]*)\](\{[^}]*\})?"
 COMPUTATION = r"(ENTRY )?(%[\w.-]+) \(.*\{$"
-CALLS = r"(?:body|to_apply|branch_computations|calls)=\{?(?:%[\w.-]+, )*(%[\w.-]+)"
+CALLS = r"(?:body|to_apply|branch_computations|calls)=\{?(%[\w.-]+)"
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-[a-z]+"
 NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 
@@ -63,8 +63,8 @@ def instructions(text: str) -> dict[str, Instruction]:
     """Returns {name: instruction} of the operations of a compiled program that run.
 
     Loops of unknown length count once, such as those that draw random numbers by rejection. Of a
-    conditional, only the last branch counts: `lax.cond` takes it if its condition holds. Operations
-    inside a fusion are not listed.
+    conditional, only the first branch counts: `lax.cond` takes it unless its condition holds, which
+    is rare in this library. Operations inside a fusion are not listed.
     """
     computations, entry = read(text)
 
