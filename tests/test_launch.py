@@ -51,7 +51,7 @@ def test_a_run_continues_on_other_devices(tmp_path, command):
     train("moved", 8, "--config.fsdp=0")
     stopped_after(3)
     said = local(tmp_path / "moved", *arguments, "--config.fsdp=2")
-    assert "batch = 2 devices" in said
+    assert "batch = 2 x 1 x 8 (devices x parts x images)" in said
     assert "continuing after step 3" in said
     stopped_after(6)
     assert "continuing after step 6" in train("moved", 4, "--config.accumulate=2")
