@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -24,6 +25,7 @@ GRACE = 10.0  # seconds in which a process may finish its save after another end
 
 training = False  # whether a step is done
 leaving = threading.Event()
+record_end: Callable[[int, str], None] | None = None  # of a run, by its exit code and the reason
 
 
 def join(processes: str) -> None:
@@ -92,26 +94,46 @@ def follow() -> None:
             continue
         if leaving.wait(GRACE if training else 0):
             return
-        print(
-            f"stopped: process {process} of {state.num_processes} has ended with exit code "
-            f"{code}; its output tells the reason.",
-            file=sys.stderr,
-            flush=True,
-        )
-        leave(int(code))
+        reason = f"process {process} of {state.num_processes} has ended with exit code {code}"
+        print(f"stopped: {reason}; its output tells the reason.", file=sys.stderr, flush=True)
+        leave(int(code), reason)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process at once. The other processes end soon, with the same exit code."""
+@contextlib.contextmanager
+def recording(record: Callable[[int, str], None]) -> Iterator[None]:
+    """A context in which `leave` calls a function with the exit code and the reason."""
+    global record_end
+    record_end = record
+    try:
+        yield
+    finally:
+        record_end = None
+
+
+def leave(code: int, reason: str = "") -> NoReturn:
+    """Ends this process at once. The other processes end soon, with the same exit code.
+
+    Args:
+        code: the exit code.
+        reason: why, as recorded in events.jsonl; "" if the end of the run is recorded already.
+    """
     leaving.set()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    if jax.distributed.is_initialized():
-        announcement = threading.Thread(target=announce, args=[code], daemon=True)
-        announcement.start()
-        announcement.join((GRACE if training else 0) + 5)  # process 0 may not respond
+    end = threading.Thread(target=record_and_announce, args=[code, reason], daemon=True)
+    end.start()
+    end.join((GRACE if training else 0) + 5)  # a disk or process 0 may not respond
     os._exit(code)
+
+
+def record_and_announce(code: int, reason: str) -> None:
+    """Records the end of the run, if there is a reason, and announces it to other processes."""
+    if reason and record_end:
+        with contextlib.suppress(OSError):
+            record_end(code, reason)
+    if jax.distributed.is_initialized():
+        announce(code)
 
 
 def announce(code: int) -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +13,11 @@ from jax.experimental import multihost_utils
 
 from mim_jax import preemption, processes
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = {  # signal: the one that it counts as, which determines the exit code
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+}
 
 
 class StoppedError(Exception):
@@ -28,19 +32,18 @@ class Stop:
     a preempted machine may send several. In a notebook, where the process must continue,
     KeyboardInterrupt is raised instead. The previous handlers are restored at the end.
 
-    Preemption notices of the machine (see preemption.py) count as SIGTERM.
+    SIGHUP and preemption notices of the machine (see preemption.py) count as SIGTERM.
 
     SIGTERM may reach any of several processes: JAX notifies the others, and all stop after the
-    same training step or the same batch of an evaluation. SIGINT and SIGHUP are handled like
-    SIGTERM. Before the first step, all processes exit at once, unless the program has started
-    JAX's preemption service itself, which delays SIGTERM until that step.
+    same training step or the same batch of an evaluation. SIGINT is handled like SIGTERM.
+    Before the first step, all processes exit at once, unless the program has started JAX's
+    preemption service itself, which delays SIGTERM until that step.
     """
 
     def __init__(self):
         self.signal = 0
         self.unsaved = False  # whether a step has been done
         self.points = 0  # number of calls of `reached`
-        self.on_exit: Callable[[int], None] = lambda number: None  # before it exits at once
         self.previous: dict[int, Any] = {}
         self.exits = "ipykernel" not in sys.modules
         self.ended = threading.Event()
@@ -76,20 +79,19 @@ class Stop:
         if self.unsaved and jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)  # to JAX
         else:
-            self.signal = self.signal or number
+            self.signal = self.signal or SIGNALS[signal.Signals(number)]
 
     def watch(self, reader: int) -> None:
         """Ends the process at a signal if there is nothing to save, or at Ctrl-C after another."""
         seen = False
         while byte := os.read(reader, 1):
-            number = byte[0]
-            if number not in SIGNALS:
+            if byte[0] not in SIGNALS:
                 continue
+            number = SIGNALS[signal.Signals(byte[0])]
             if not self.unsaved or (seen and number == signal.SIGINT):
                 with contextlib.suppress(OSError):
-                    self.on_exit(number)
                     print("stopped: nothing new was saved", file=sys.stderr, flush=True)
-                processes.leave(128 + number)
+                processes.leave(128 + number, f"by signal {number}")
             seen = True
         os.close(reader)
 

@@ -83,7 +83,6 @@ class Training:
         self.skips: list[tuple[int, int]] = []  # windows of data that this process left out
         self.log = self.log_after(checkpoints.latest or 0)
         self.failures: Failures  # set by `loop`
-        stop.on_exit = self.stopped
 
     def train_to_end(self, trace: Trace) -> int:
         """Trains to the end, and returns the exit code. Rolls back after repeated failures.
@@ -293,9 +292,9 @@ class Training:
                 bar.update(result[0] - bar.n)
                 yield result
 
-    def stopped(self, number: int) -> None:
-        """Records that a signal ends the process before its first step is done."""
-        self.log.event("stopped", self.log.last_step, f"by signal {number}")
+    def left(self, code: int, reason: str) -> None:
+        """Records that this process ends at once, by a signal, a stall, or another process."""
+        self.log.event("stopped" if code > 128 else "failed", self.log.last_step, reason)
 
     def batches_from(self, step: int) -> Iterator[dict]:
         """Yields the batches after `step` updates."""

@@ -62,11 +62,14 @@ class Watchdog:
         while not self.ended.wait(min(10.0, 20 * self.minutes)):
             minutes = (time.monotonic() - self.since) / 60
             if self.stage and minutes > self.minutes:
+                reason = (
+                    f"{self.stage} has taken {minutes:.1f} minutes, more than stall_minutes = "
+                    f"{self.minutes:g}: {STAGES[self.stage]} may be stuck"
+                )
                 print(
-                    f"failed: {self.stage} has taken {minutes:.1f} minutes, more than "
-                    f"stall_minutes = {self.minutes:g}: {STAGES[self.stage]} may be stuck. Run the "
-                    "same command again to continue from the newest checkpoint.",
+                    f"failed: {reason}. Run the same command again to continue from the newest "
+                    "checkpoint.",
                     file=sys.stderr,
                     flush=True,
                 )
-                processes.leave(1)
+                processes.leave(1, reason)

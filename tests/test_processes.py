@@ -26,6 +26,16 @@ if sys.argv[1].endswith(sys.argv[2]):
     processes.leave(int(sys.argv[3]))
 wait()
 """
+RECORDS = """
+def record(code, reason):
+    print("recorded", code, reason, flush=True)
+
+with processes.recording(record):
+    print("joined", flush=True)
+    if sys.argv[1].endswith("1"):
+        processes.leave(1, "a step has taken 30 minutes")
+    wait()
+"""
 STOPS = """
 with Stop():
     print("joined", flush=True)
@@ -99,3 +109,11 @@ def test_a_process_may_finish_its_save(pair):
     outputs = [process.communicate(timeout=90) for process in processes]
     assert [process.returncode for process in processes] == [1, 1], outputs
     assert outputs[0][0] == "saved\n"
+
+
+def test_both_processes_record_why_they_end(pair):
+    outputs = [process.communicate(timeout=90)[0] for process in pair(RECORDS)]
+    assert outputs == [
+        "recorded 1 process 1 of 2 has ended with exit code 1\n",
+        "recorded 1 a step has taken 30 minutes\n",
+    ]

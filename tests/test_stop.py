@@ -82,6 +82,7 @@ with Stop() as stop:
     ("numbers", "code", "printed"),
     [
         ([signal.SIGTERM, signal.SIGTERM, signal.SIGHUP], 0, "saved 15\n"),
+        ([signal.SIGHUP], 0, "saved 15\n"),
         ([signal.SIGTERM, signal.SIGINT], 130, ""),
         ([signal.SIGINT, signal.SIGINT], 130, ""),
     ],
