@@ -41,6 +41,7 @@ def emulator(latency: float) -> Iterator[None]:
         os.environ |= {
             "STORAGE_EMULATOR_HOST": address,
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": address,
+            "TENSORSTORE_GCS_HTTP_URL": address,
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "NO_GCE_CHECK": "true",
             "GOOGLE_CLOUD_PROJECT": "test",

@@ -125,7 +125,10 @@ def pretrained_by_mae(percent: int) -> Stage:
 
 
 def pretrained_by_beit(name: str, **keys: object) -> Stage:
-    return Stage(name, "beit_emoji", PRETRAIN | BEIT | keys, {"tokenizer": "dvae"})
+    """Returns the pretraining by BEiT; pixels as targets need no tokenizer."""
+    if keys.get("objective.target") == "pixels":
+        return Stage(name, "beit_emoji", PRETRAIN | BEIT | keys | {"init_from.tokenizer": ""})
+    return Stage(name, "beit_emoji", PRETRAIN | BEIT | keys, {"tokenizer": TOKENS.name})
 
 
 def finetuned(stage: Stage, *before: Stage, **keys: object) -> Setting:

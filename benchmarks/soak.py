@@ -6,17 +6,17 @@ Every objective trains a smoke config on the CPU. A process is killed by SIGKILL
 SIGTERM, SIGHUP or SIGINT: during its start, a save, an evaluation, or at any other moment. The next
 one continues on other devices: 1 to 4 in one process or two, with other numbers of parts, copies
 and worker processes. Two objectives train at a time. Losses and evaluations of all steps are
-compared with those of a run on one device that nothing disturbed. Exit codes: 0 if nothing was lost
-or different, 1 otherwise.
+compared with those of a run on one device that nothing disturbed. With --bucket, run directories
+are in a bucket, which tests/bucket_server.py emulates. Exit codes: 0 if nothing was lost or
+different, 1 otherwise.
 """
 
 import argparse
 import collections
-import json
+import contextlib
 import math
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +27,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from etils import epath
+
+from benchmarks import bucket
+from mim_jax import workdir
 
 CONFIGS = {  # objective: its arguments
     "mae": ["--config=mae_base", "--config.ema=0.9", "--config.probe.images=48"],
@@ -61,7 +66,7 @@ OTHERS = 20  # seconds that it may outlive another, before a launcher ends it
 class Life:
     """The processes of a run from one start to its end."""
 
-    def __init__(self, arguments: list[str], mesh: dict[str, int], work: Path):
+    def __init__(self, arguments: list[str], mesh: dict[str, int], cache: Path):
         options = [f"--config.{key}={mesh[key]}" for key in ("accumulate", "fsdp", "data.workers")]
         command = [sys.executable, "-m", "mim_jax", "train", *COMMON, *arguments, *options]
         port, count = free_port(), mesh["processes"]
@@ -69,7 +74,7 @@ class Life:
         environment = os.environ | {
             "XLA_FLAGS": flags + "--xla_backend_optimization_level=0",
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(work / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         if count > 1:
@@ -162,14 +167,13 @@ def random_mesh(rng: random.Random) -> dict[str, int]:
     }
 
 
-def interrupt(life: Life, workdir: Path, startup: float, rng: random.Random) -> None:
+def interrupt(life: Life, folder: epath.Path, startup: float, rng: random.Random) -> None:
     """Sends a random signal at a random moment, unless the run ends before."""
     moment = rng.choice(MOMENTS)
-    temporary = workdir / "checkpoints"
     if moment == "start":
         life.wait(lambda: False, rng.uniform(0, startup))
     elif moment == "save":
-        life.wait(lambda: any(temporary.glob("*.orbax-checkpoint-tmp*")))
+        life.wait(lambda: bool(life.step) and is_saving(folder / "checkpoints"))
         time.sleep(rng.uniform(0, 0.1))
     elif moment == "evaluation":  # the line of a step is printed during the next
         life.wait(lambda: life.step % EVALUATE == EVALUATE - 1)
@@ -188,15 +192,15 @@ def interrupt(life: Life, workdir: Path, startup: float, rng: random.Random) -> 
     life.moment, life.signal = moment, number.name
 
 
-def values_of(workdir: Path) -> dict[tuple[int, str], list[float]]:
+def is_saving(checkpoints: epath.Path) -> bool:
+    """Returns whether a checkpoint is not complete."""
+    return any(not (step / "commit_success.txt").exists() for step in checkpoints.glob("[0-9]*"))
+
+
+def values_of(folder: epath.Path) -> dict[tuple[int, str], list[float]]:
     """Returns {(step, name): recorded values} of the losses and evaluations of a run."""
     values = collections.defaultdict(list)
-    path = workdir / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # half a line of a killed process, before the next start
+    for record in workdir.read_lines(folder / "metrics.jsonl"):
         for name, value in record.items():
             if name == "loss" or name.startswith("evaluate/"):
                 values[record["step"], name].append(value)
@@ -206,8 +210,8 @@ def values_of(workdir: Path) -> dict[tuple[int, str], list[float]]:
 class Soak:
     """Runs of all objectives, their kills, and the comparison with undisturbed runs."""
 
-    def __init__(self, work: Path, seed: int):
-        self.work, self.rng = work, random.Random(seed)
+    def __init__(self, runs: epath.Path, cache: Path, seed: int):
+        self.runs, self.cache, self.rng = runs, cache, random.Random(seed)
         self.recording = threading.Lock()
         self.counts: collections.Counter[str] = collections.Counter()
         self.largest = 0.0
@@ -218,32 +222,32 @@ class Soak:
 
     def reference(self, name: str) -> None:
         """Trains without disturbance on one device, unless the folder has that run."""
-        workdir = self.work / f"{name}_reference"
-        self.expected[name] = values_of(workdir)
+        folder = self.runs / f"{name}_reference"
+        self.expected[name] = values_of(folder)
         if (STEPS, "loss") in self.expected[name]:
             return
         mesh = {"devices": 1, "processes": 1, "accumulate": 1, "fsdp": 1, "data.workers": 0}
-        life = Life([*CONFIGS[name], f"--workdir={workdir}"], mesh, self.work)
+        life = Life([*CONFIGS[name], f"--workdir={folder}"], mesh, self.cache)
         life.wait(lambda: life.step)
         self.startup[name] = time.monotonic() - life.began
         life.wait(lambda: False, 4 * PATIENCE)
         if life.finish() != [0]:
             sys.exit(f"{name} failed without a signal:\n" + "\n".join(life.lines[-20:]))
-        self.expected[name] = values_of(workdir)
+        self.expected[name] = values_of(folder)
         seconds = time.monotonic() - life.began
         print(f"{name}: {len(self.expected[name])} values, undisturbed {seconds:.0f} s", flush=True)
 
     def live(self, name: str) -> None:
         """Starts or continues a run of an objective, and interrupts it."""
-        workdir, mesh = self.work / name, self.rng.choice(self.meshes[name])
-        before = max((step for step, _ in values_of(workdir)), default=0)
-        life = Life([*CONFIGS[name], f"--workdir={workdir}"], mesh, self.work)
-        interrupt(life, workdir, self.startup[name], self.rng)
+        folder, mesh = self.runs / name, self.rng.choice(self.meshes[name])
+        before = max((step for step, _ in values_of(folder)), default=0)
+        life = Life([*CONFIGS[name], f"--workdir={folder}"], mesh, self.cache)
+        interrupt(life, folder, self.startup[name], self.rng)
         codes = life.finish()
         with self.recording:
             self.record(name, life, codes, before)
         if set(codes) == {0}:
-            shutil.rmtree(workdir)
+            folder.rmtree()
 
     def record(self, name: str, life: Life, codes: list[int | None], before: int) -> None:
         """Counts what happened in a life, and checks its exit codes and a complete run's values.
@@ -282,7 +286,7 @@ class Soak:
 
     def compare(self, name: str, complete: bool) -> None:
         """Compares the recorded values of a run with those of the undisturbed run."""
-        values = values_of(self.work / name)
+        values = values_of(self.runs / name)
         last = STEPS if complete else max((step for step, _ in values), default=0) - 1
         self.counts["complete runs"] += complete
         for key, (expected,) in self.expected[name].items():
@@ -346,18 +350,23 @@ def main() -> int:
         "--at-once", type=int, default=2, help="number of runs that train at a time"
     )
     parser.add_argument("--work", type=Path, help="a folder; default: a temporary one")
+    parser.add_argument("--bucket", action="store_true", help="put the runs into a bucket")
     options = parser.parse_args()
-    work = options.work or Path(tempfile.mkdtemp(prefix="soak-"))
-    end, soak = time.monotonic() + 60 * options.minutes, Soak(work, options.seed)
-    with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(soak.reference, options.objectives))
-    soak.live_until(options.objectives, options.kills, end, options.at_once)
-    for name in options.objectives:
-        soak.compare(name, complete=False)
+    with contextlib.ExitStack() as stack:
+        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        runs = str(work)
+        if options.bucket:
+            stack.enter_context(bucket.emulator(latency=0.01))
+            runs = "gs://runs/soak"
+        end = time.monotonic() + 60 * options.minutes
+        soak = Soak(workdir.open_path(runs), work / "cache", options.seed)
+        with ThreadPoolExecutor(options.at_once) as pool:
+            list(pool.map(soak.reference, options.objectives))
+        soak.live_until(options.objectives, options.kills, end, options.at_once)
+        for name in options.objectives:
+            soak.compare(name, complete=False)
     for key, value in soak.summary().items():
         print(f"{key}: {value}")
-    if not options.work:
-        shutil.rmtree(work)
     return int(bool(soak.problems))
 
 

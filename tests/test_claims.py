@@ -33,6 +33,16 @@ def stages():
     return {stage.name: stage for stage in by_config.values()}
 
 
+def test_only_stages_that_predict_tokens_have_a_tokenizer():
+    settings = [setting for sweep in claims.claims().values() for setting in sweep.values()]
+    stages = {x.name: x for setting in settings for x in setting.stages if x.config == "beit_emoji"}
+    assert len(stages) == 5
+    for stage in stages.values():
+        pixels = stage.keys.get("objective.target") == "pixels"
+        assert (stage.keys.get("init_from.tokenizer") == "") == pixels
+        assert ("tokenizer" in stage.init_from) != pixels
+
+
 @pytest.mark.parametrize("stage", stages().values(), ids=stages())
 def test_stages_can_be_traced(stage):
     path = str(claims.ROOT / "configs" / f"{stage.config}.py")
