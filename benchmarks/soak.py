@@ -356,7 +356,7 @@ def main() -> int:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         runs = str(work)
         if options.bucket:
-            stack.enter_context(bucket.emulator(latency=0.01))
+            stack.enter_context(bucket.emulator())
             runs = "gs://runs/soak"
         end = time.monotonic() + 60 * options.minutes
         soak = Soak(workdir.open_path(runs), work / "cache", options.seed)

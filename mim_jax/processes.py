@@ -1,7 +1,8 @@
 """Coordinates the processes of a run on several hosts: joining, and ending together.
 
-JAX aborts a process with a stack trace when process 0 closes its connection, or a minute after
-another process has disappeared. Therefore a process that ends before the others announces it.
+JAX aborts a process with a stack trace when process 0 closes its connection, or some time after
+another process has disappeared. Therefore a process that ends before the others announces it, and
+all of them give signs of life.
 """
 
 import atexit
@@ -20,7 +21,11 @@ from mim_jax import UserError
 
 ENDED = "mim_jax/ended"  # the value is "PROCESS CODE" of the first process that ended
 LEFT = "mim_jax/left"  # has a value for each process that will end now
+ALIVE = "mim_jax/alive"  # has a number for each process, which increases while it runs
 POLL = 0.5  # seconds between two reads of ENDED
+SIGN = 5  # seconds between two signs of life
+JOINING = 300  # seconds in which all processes must join
+SILENCE = 60  # seconds without a sign of life after which a process counts as lost
 GRACE = 10.0  # seconds in which a process may finish its save after another ended
 
 training = False  # whether a step is done
@@ -31,11 +36,17 @@ record_end: Callable[[int, str], None] | None = None  # of a run, by its exit co
 def join(processes: str) -> None:
     """Connects this process to the others of a run; with "" JAX finds them.
 
-    If one of them dies, the others end when its heartbeat has been missing for a minute.
+    The process ends if others do not join, or if one of them later gives no sign of life.
 
     Args:
         processes: "ADDRESS:PORT,PROCESSES,PROCESS".
     """
+    timer = threading.Timer(JOINING, not_joined)
+    timer.daemon = True
+    timer.start()
+    later: dict[str, Any] = dict(  # than this module ends the process, because JAX would abort it
+        initialization_timeout=10 * JOINING, heartbeat_timeout_seconds=3 * SILENCE
+    )
     # JAX would delay a SIGTERM until the first step; see `begin_training`.
     jax.config.update("jax_enable_preemption_service", False)
     if processes:
@@ -47,16 +58,31 @@ def join(processes: str) -> None:
                 f"--distributed={processes} must be ADDRESS:PORT,PROCESSES,PROCESS, for example "
                 "localhost:1234,2,0."
             ) from None
-        jax.distributed.initialize(address, *numbers, heartbeat_timeout_seconds=60)
+        jax.distributed.initialize(address, *numbers, **later)
     else:
-        jax.distributed.initialize(heartbeat_timeout_seconds=60)
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
+        jax.distributed.initialize(**later)
+    timer.cancel()
+    peers = Peers()
+    threads = [threading.Thread(target=x, daemon=True) for x in (peers.follow, peers.watch)]
+    for thread in threads:
+        thread.start()
 
     @atexit.register  # before JAX disconnects
     def end() -> None:
         leaving.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
+
+
+def not_joined() -> None:
+    """Ends this process because others have not joined in time."""
+    print(
+        f"failed: not all processes have joined within {JOINING / 60:g} minutes; the output of "
+        "those that are missing tells the reason.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def client() -> Any:
@@ -81,22 +107,65 @@ def begin_training() -> None:
     training = True
 
 
-def follow() -> None:
-    """Ends this process soon after another process announced its end.
+class Peers:
+    """Watches the other processes: process 0 all of them, and they process 0.
 
-    After the first step, it may first end by itself, to finish the save in progress.
+    Time is counted in seconds in which this process itself was running.
     """
-    state = distributed.global_state
-    while not leaving.wait(POLL):
-        try:
-            process, code = client().key_value_try_get(ENDED).split()
-        except jax.errors.JaxRuntimeError:  # there is no value
-            continue
-        if leaving.wait(GRACE if training else 0):
-            return
-        reason = f"process {process} of {state.num_processes} has ended with exit code {code}"
-        print(f"stopped: {reason}; its output tells the reason.", file=sys.stderr, flush=True)
-        leave(int(code), reason)
+
+    def __init__(self):
+        state = distributed.global_state
+        self.index, self.count = state.process_id, state.num_processes
+        self.time = 0
+        self.heard = dict.fromkeys(range(self.count) if self.index == 0 else [0], 0)  # at a time
+        self.signs: dict[int, str] = {}  # the newest sign of life of each process
+
+    def follow(self) -> None:
+        """Exchanges signs of life, and ends this process soon after another announced its end.
+
+        After the first step, it may first end by itself, to finish the save in progress.
+        """
+        next_sign = 0
+        while not leaving.wait(POLL):
+            if self.time >= next_sign:
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is silent
+                    self.exchange_signs()
+                next_sign = self.time + SIGN
+            try:
+                process, code = client().key_value_try_get(ENDED).split()
+            except jax.errors.JaxRuntimeError:  # there is no value
+                continue
+            if leaving.wait(GRACE if training else 0):
+                return
+            reason = f"process {process} of {self.count} has ended with exit code {code}"
+            print(f"stopped: {reason}; its output tells the reason.", file=sys.stderr, flush=True)
+            leave(int(code), reason)
+
+    def exchange_signs(self) -> None:
+        """Gives a sign of life, and records those of the watched processes."""
+        client().key_value_set(f"{ALIVE}/{self.index}", str(self.time), allow_overwrite=True)
+        self.heard[0] = self.time  # it has answered
+        if self.index == 0:
+            for key, sign in client().key_value_dir_get(ALIVE):
+                process = int(key.split("/")[-1])
+                if self.signs.get(process) != sign:
+                    self.signs[process], self.heard[process] = sign, self.time
+
+    def watch(self) -> None:
+        """Ends this process when a watched one has given no sign of life for SILENCE seconds."""
+        while not leaving.wait(1):
+            self.time += 1
+            for process, heard in list(self.heard.items()):
+                if self.time - heard > SILENCE:
+                    since = time.strftime("%X", time.localtime(time.time() - self.time + heard))
+                    reason = f"process {process} of {self.count} has not responded since {since}"
+                    print(
+                        f"failed: {reason}. Run the same command again to continue from the newest "
+                        "checkpoint.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    leave(1, reason)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Two processes, of which one ends early: the other ends too, without JAX's stack trace."""
+"""Two processes, of which one ends or stops: the other ends too, without JAX's stack trace."""
 
 import signal
 import socket
@@ -111,8 +111,48 @@ def test_a_process_may_finish_its_save(pair):
     assert outputs[0][0] == "saved\n"
 
 
+SILENT = """
+processes.SILENCE = 12
+print("joined", flush=True)
+wait()
+"""
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_does_not_respond_ends_the_other(number, pair):
+    """Like a machine that lost its network, it does not close its connections."""
+    processes = pair(SILENT)
+    processes[number].send_signal(signal.SIGSTOP)
+    _, error = processes[1 - number].communicate(timeout=90)
+    assert processes[1 - number].returncode == 1
+    assert f"failed: process {number} of 2 has not responded since" in error
+    assert "Check failure" not in error
+
+
+ALONE = """
+import sys
+from mim_jax import processes
+
+processes.JOINING = 3
+processes.join(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_ends_if_the_other_never_joins(number):
+    with socket.create_server(("localhost", 0)) as free:
+        address = f"localhost:{free.getsockname()[1]}"
+    call = [sys.executable, "-c", ALONE, f"{address},2,{number}"]
+    done = subprocess.run(
+        call, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 1, done.stderr
+    assert "failed: not all processes have joined within 0.05 minutes" in done.stderr
+    assert "Check failure" not in done.stderr
+
+
 def test_both_processes_record_why_they_end(pair):
-    outputs = [process.communicate(timeout=90)[0] for process in pair(RECORDS)]
+    outputs = [process.stdout.read() for process in pair(RECORDS)]  # its buffer may have lines
     assert outputs == [
         "recorded 1 process 1 of 2 has ended with exit code 1\n",
         "recorded 1 a step has taken 30 minutes\n",
