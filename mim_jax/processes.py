@@ -41,27 +41,30 @@ def join(processes: str) -> None:
     Args:
         processes: "ADDRESS:PORT,PROCESSES,PROCESS".
     """
-    timer = threading.Timer(JOINING, not_joined)
-    timer.daemon = True
-    timer.start()
-    later: dict[str, Any] = dict(  # than this module ends the process, because JAX would abort it
-        initialization_timeout=10 * JOINING, heartbeat_timeout_seconds=3 * SILENCE
-    )
     # JAX would delay a SIGTERM until the first step; see `begin_training`.
     jax.config.update("jax_enable_preemption_service", False)
+    options: dict[str, Any] = {  # longer than the limits of this module, because JAX aborts
+        "initialization_timeout": 10 * JOINING,
+        "heartbeat_timeout_seconds": 3 * SILENCE,
+    }
     if processes:
         try:
             address, count, index = processes.split(",")
-            numbers = int(count), int(index)
+            options |= dict(
+                coordinator_address=address, num_processes=int(count), process_id=int(index)
+            )
         except ValueError:
             raise UserError(
                 f"--distributed={processes} must be ADDRESS:PORT,PROCESSES,PROCESS, for example "
                 "localhost:1234,2,0."
             ) from None
-        jax.distributed.initialize(address, *numbers, **later)
-    else:
-        jax.distributed.initialize(**later)
-    timer.cancel()
+    timer = threading.Timer(JOINING, not_joined)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(**options)
+    finally:
+        timer.cancel()
     peers = Peers()
     threads = [threading.Thread(target=x, daemon=True) for x in (peers.follow, peers.watch)]
     for thread in threads:
