@@ -41,6 +41,40 @@ def test_modes():
     assert decode(encoded(palette, transparency=0), 3).getpixel((0, 0)) == (255, 255, 255)
 
 
+def png(bits, color, row, *chunks):
+    """A PNG of one row of bytes, with more chunks (kind, content) before its pixels."""
+    kinds = {0: 1, 2: 3, 3: 1}  # color type: samples of a pixel
+    size = struct.pack(">IIBBBBB", len(row) * 8 // bits // kinds[color], 1, bits, color, 0, 0, 0)
+    chunks = [(b"IHDR", size), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    parts = (
+        struct.pack(">I", len(content)) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+        for kind, content in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_transparent_value_of_a_png_has_the_bits_of_its_pixels(bits):
+    row = bytes([0b11100100])
+    values = np.unpackbits(np.frombuffer(row, np.uint8)).reshape(-1, bits)
+    values = values @ (1 << np.arange(bits)[::-1])
+    for transparent in sorted(set(values.tolist())):
+        content = png(bits, 0, row, (b"tRNS", transparent.to_bytes(2)))
+        expected = np.where(values == transparent, 255, values * 255 // (2**bits - 1))
+        np.testing.assert_array_equal(np.asarray(decode(content, 1))[0], expected)
+        np.testing.assert_array_equal(
+            np.asarray(decode(content, 4))[0, :, 3], np.where(values == transparent, 0, 255)
+        )
+
+
+def test_a_transparent_color_of_16_bits_is_refused():
+    colors = np.array([[1000, 2000, 3000], [1001, 2000, 3000]], ">u2").tobytes()
+    content = png(16, 2, colors, (b"tRNS", colors[:6]))
+    with pytest.raises(BadImageError, match="transparent color"):
+        decode(content, 3)
+    assert decode(png(16, 2, colors), 3).getpixel((0, 0)) == (3, 7, 11)
+
+
 ORIENTED = {  # the eight transpositions of EXIF 2.32, written for arrays
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
@@ -408,6 +442,43 @@ def test_photometric_interpretations_that_are_refused():
         content = tif(array, photometric=photometric)
         with pytest.raises(BadImageError):
             decode(content, 3)
+
+
+def test_tiffs_that_libraries_read_differently_are_refused():
+    gray = pixels(channels=1)[..., 0]
+    pytest.importorskip("imagecodecs")
+    content = tif(gray, compression="packbits", predictor=True)
+    assert (np.asarray(Image.open(io.BytesIO(content))) != gray).any()
+    with pytest.raises(BadImageError, match="predictor"):
+        decode(content, 1)
+    content = tif(gray, photometric="palette", colormap=COLORS >> 8)
+    with pytest.raises(BadImageError, match="palette of 8 instead of 16 bits"):
+        decode(content, 3)
+
+
+def test_missing_pixels_of_numbers_are_refused():
+    values = pixels(channels=1)[..., 0].astype(np.float32)
+    values[0, 0] = np.finfo(np.float32).min
+    for dtype, nodata in ((np.float32, "-3.4028235e+38"), (np.int16, "-32768")):
+        stored = np.maximum(values, float(nodata)).astype(dtype)
+        tag = [(42113, "s", 0, nodata, True)]
+        with pytest.raises(BadImageError, match="declared as missing"):
+            decode(tif(stored, extratags=tag), 1, "float32")
+        whole = stored[1:]
+        np.testing.assert_array_equal(
+            decode(tif(whole, extratags=tag), 1, "float32")[..., 0], whole
+        )
+
+
+def test_separate_planes_of_premultiplied_colors():
+    colors = np.array([[[40, 80, 100, 100], [0, 0, 0, 0]]], np.uint8)
+    content = tif(
+        colors.transpose(2, 0, 1),
+        photometric="rgb",
+        planarconfig="separate",
+        extrasamples=["assocalpha"],
+    )
+    np.testing.assert_array_equal(decode(content, 4), [[[102, 204, 255, 100], [0, 0, 0, 0]]])
 
 
 def twelve_bits(values):

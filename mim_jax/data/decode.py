@@ -157,12 +157,28 @@ def opened(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
         image = Image.open(file, formats=FORMATS)
         if image.format == "JPEG2000" and image.mode in ("LA", "RGBA"):
             return image if declares_alpha(file) else bands_of(image)
+        if image.format == "PNG":
+            scale_transparency(image, bits=start[24])
         return image
     except Image.UnidentifiedImageError:
         for (offset, signature), reason in OTHER_FORMATS.items():
             if start[offset:].startswith(signature):
                 raise BadImageError(reason) from None
         raise BadImageError("not an image of a known format") from None
+
+
+def scale_transparency(image: Image.Image, bits: int) -> None:
+    """Scales the transparent value of a PNG as Pillow scales its pixels, but not this value.
+
+    Raises BadImageError for 16-bit color, where pixels of 8 bits do not identify one color.
+    """
+    transparent = image.info.get("transparency")
+    if image.mode == "L" and bits < 8 and transparent is not None:
+        image.info["transparency"] = transparent * 255 // (2**bits - 1)
+    if image.mode == "RGB" and bits == 16 and transparent is not None:
+        raise BadImageError(
+            "a 16-bit color PNG with a transparent color (tRNS); convert it to 8 bits or to alpha"
+        )
 
 
 def declares_alpha(file: BinaryIO) -> bool:

@@ -31,13 +31,15 @@ PAGES = 1024  # files with more pages are refused
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR = 0, 1, 2, 3, 5, 6  # photometrics
 JPEGS = (6, 7)  # compressions
-PACK_BITS, LZMA = 32773, 34925
+PACK_BITS, LZMA, WEBP = 32773, 34925, 50001
 DEFLATES = (8, 32946, 50013)
+PREDICTED = (5, *DEFLATES, LZMA, 50000)  # compressions with a predictor: LZW, deflate, LZMA, Zstd
 IMAGES = (7, 33003, 33004, 33005, 34712, 34933, 50001)  # JPEG, JPEG 2000, PNG, WebP
 INFLATED = 2**20  # bytes that are inflated at once
 REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # bits of a byte
 HAS_IMAGECODECS = importlib.util.find_spec("imagecodecs") is not None
 NO_ALPHA, PREMULTIPLIED, STRAIGHT = 0, 1, 2  # in ExtraSamples
+GDAL_NODATA = 42113  # tag with the value of missing pixels
 REDUCED, MASK = 1, 4  # bits of NewSubfileType
 ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda x: x,
@@ -65,6 +67,7 @@ def open_tiff(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
     tiff = tifffile.TiffFile(file, _multifile=False)  # reads no other files
     pages = full_pages(tiff)
     page, shape, axes = pages[0], pages[0].shape, pages[0].axes
+    require_one_meaning(page)
     read = page_reader(file, page)
     gray = page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and page.samplesperpixel == 1
     if gray and (stack := stacked(file, tiff, pages)):
@@ -88,6 +91,18 @@ def open_tiff(file: BinaryIO, large: bool = False) -> Image.Image | Pixels:
         rgb=page.photometric == RGB,
         alpha=alpha_of(page) != NO_ALPHA,
     )
+
+
+def require_one_meaning(page: tifffile.TiffPage) -> None:
+    """Raises BadImageError for a page in which libraries see different pixels."""
+    if page.predictor != 1 and page.compression not in PREDICTED:
+        raise BadImageError(
+            "a TIFF with a predictor, which its compression does not have; save it again without "
+            "the predictor"
+        )
+    palette = page.colormap if page.photometric == PALETTE else None
+    if palette is not None and 0 < palette.max() < 256:
+        raise BadImageError("a TIFF with a palette of 8 instead of 16 bits; convert it to RGB")
 
 
 def pillow_image(file: BinaryIO, page: tifffile.TiffPage) -> Image.Image | None:
@@ -295,10 +310,13 @@ def pillow_reads(page: tifffile.TiffPage) -> bool:
     bits, signed = page.bitspersample, page.sampleformat != 1
     if signed or bits not in (1, 2, 4, 8) or (bits < 8 and samples > 1):
         return False
+    if page.compression == WEBP:  # its wheels are built without it
+        return False
     if kind in (WHITE_IS_ZERO, BLACK_IS_ZERO, PALETTE) and samples == 1:
         return True
     if kind == RGB:
-        return samples == 3 or (samples == 4 and extra in ((PREMULTIPLIED,), (STRAIGHT,)))
+        premultiplied = extra == (PREMULTIPLIED,) and page.planarconfig == 1
+        return samples == 3 or (samples == 4 and (premultiplied or extra == (STRAIGHT,)))
     if kind in (BLACK_IS_ZERO, PALETTE) and samples == 2:
         return extra == (STRAIGHT,)
     if kind == SEPARATED:
@@ -320,6 +338,9 @@ def interpret(page: tifffile.TiffPage, array: np.ndarray) -> np.ndarray:
 
     These are bits per sample, white as zero, premultiplied alpha and orientation.
     """
+    missing = missing_value(page)
+    if missing and array.dtype.kind in "if" and (array == missing).any():
+        raise BadImageError(f"some of its values are {missing:g}, declared as missing (nodata)")
     bits = page.bitspersample
     unsigned = array.dtype.kind == "u" and array.dtype.itemsize <= 2
     if unsigned and bits < 8 * array.dtype.itemsize:
@@ -333,6 +354,14 @@ def interpret(page: tifffile.TiffPage, array: np.ndarray) -> np.ndarray:
         array = straight(array)
     orientation = page.tags.valueof(274, 1)
     return ORIENTATIONS.get(orientation, ORIENTATIONS[1])(array)
+
+
+def missing_value(page: tifffile.TiffPage) -> float:
+    """Returns the value of missing pixels in the tag of GDAL, 0 if there is none."""
+    try:
+        return float(page.tags.valueof(GDAL_NODATA, "0"))
+    except (ValueError, TypeError):
+        return 0.0
 
 
 def straight(array: np.ndarray) -> np.ndarray:
