@@ -1,5 +1,6 @@
 """Images with masks: what is paired, how values are read, and what is refused by its name."""
 
+import os
 import pickle
 import tracemalloc
 import zipfile
@@ -10,7 +11,7 @@ from PIL import Image
 
 from mim_jax import UserError
 from mim_jax.data import masks, pairs, tree
-from mim_jax.data.classes import palette, parse_classes
+from mim_jax.data.classes import palette, parse_ade20k, parse_classes
 from mim_jax.data.decode import BadImageError
 
 RNG = np.random.default_rng(0)
@@ -191,6 +192,19 @@ def broken(root, how):
         exif = Image.Exif()
         exif[masks.ORIENTATION] = 6
         save(root / "images/train/a.jpg", RNG.integers(0, 256, (5, 7, 3)), exif=exif)
+    elif how == "turned mask":
+        exif = Image.Exif()
+        exif[masks.ORIENTATION] = 3
+        save(mask, RNG.integers(0, 2, (5, 7)), exif=exif)
+    elif how == "alpha":
+        save(mask, RNG.integers(0, 2, (5, 7, 2)), "LA")
+    elif how == "two images":
+        save(root / "images/train/a.png", RNG.integers(0, 256, (5, 7, 3)))
+    elif how == "not UTF-8":
+        (root / "images/train/a.jpg").rename(root / "images/train" / os.fsdecode(b"\xe9.jpg"))
+    elif how == "broken link":
+        (root / "images/train/a.jpg").unlink()
+        (root / "images/train/a.jpg").symlink_to("nowhere")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +220,11 @@ def broken(root, how):
         ("image", r"images/train/a\.jpg"),
         ("cut image", r"images/train/a\.png: image file is truncated"),
         ("turned", r"images/train/a\.jpg has an EXIF orientation"),
+        ("turned mask", r"masks/train/a\.png has an EXIF orientation"),
+        ("alpha", r"masks/train/a\.png: it has an alpha channel \(LA\)"),
+        ("two images", r"images/train/a\.jpg and images/train/a\.png differ only in their suffix"),
+        ("not UTF-8", r"images/train/\\xe9\.jpg has no mask: masks/train/\\xe9\.png is missing"),
+        ("broken link", r"masks/train/a\.png has no image"),
     ],
 )
 def test_refused_by_name(tmp_path, how, words):
@@ -214,6 +233,54 @@ def test_refused_by_name(tmp_path, how, words):
     broken(root, how)
     with pytest.raises(UserError, match=words):
         opened(root)
+
+
+def test_links_and_names_of_any_bytes(tmp_path):
+    root = build(tmp_path / "set")
+    for name in ("images/train/a.jpg", "masks/train/a.png"):
+        path = root / name
+        path.rename(path.with_name(os.fsdecode(b"\xe9[*]\n") + path.suffix))
+        save(path.parent / "@eaDir" / path.name, np.zeros((5, 7)))
+    (root / "images/train/z.jpg").symlink_to("nowhere.jpg")
+    (root / "images/loop").symlink_to("..")
+    train, _ = opened(root)
+    names = sorted(map(train.name_of, range(len(train.examples))))
+    assert names == ["images/train/\\xe9[*]\\n.jpg", "images/train/b.jpg"]
+    assert dict(train.unread) == {
+        "images/train/z.jpg": "a broken link",
+        "images/loop": "a link to a folder that is scanned already",
+    }
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (3, 5, 7)])
+def test_arrays_with_masks(tmp_path, shape):
+    root = build(tmp_path / "set")
+    for path in (root / "images").rglob("*.jpg"):
+        np.save(path.with_suffix(".npy"), RNG.integers(0, 256, shape, np.uint8))
+        path.unlink()
+    train, _ = opened(root, channels=3)
+    np.testing.assert_array_equal(train.sizes, [[5, 7], [5, 7]])
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"words"])
+def test_damaged_cache_of_checks_is_ignored(tmp_path, cache, damage):
+    root = build(tmp_path / "set")
+    opened(root)
+    (kept,) = cache.rglob("masks/*.npy")
+    kept.write_bytes(damage)
+    np.testing.assert_array_equal(opened(root)[0].sizes, [[5, 7], [5, 7]])
+
+
+def test_zip_with_a_password_is_refused(tmp_path):
+    root = build(tmp_path / "set")
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for name in sorted(x for x in root.rglob("*") if x.is_file()):
+            file.write(name, name.relative_to(root))
+        for member in file.filelist:
+            member.flag_bits |= tree.ENCRYPTED
+    with pytest.raises(UserError, match="it is encrypted"):
+        opened(path)
 
 
 def test_large_files_are_refused_before_they_are_read(tmp_path, monkeypatch):
@@ -266,11 +333,26 @@ def test_how_many_are_wrong(tmp_path):
         ("0,sky\nroad,1\n", "line 2: .*must be VALUE,NAME"),
         ("0,sky,blueish\n1,road\n", "'blueish' is not a color"),
         ("0,sky\n70000,road\n", "must be VALUE,NAME"),
+        ("-1,sky\n0,road\n1,car\n", "line 1: .*must be VALUE,NAME"),
+        ("0,sky\n1,sky\n", "line 2: .*name 'sky' occurs twice"),
+        (f"0,{'s' * 200_000}\n1,road\n", "cannot be read: field larger"),
     ],
 )
 def test_classes_refused(text, words):
     with pytest.raises(UserError, match=words):
         parse_classes(text, "classes.csv")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_classes(end):
+    classes = parse_classes(end.join(("value,name", "0,sky", "1,road", "7,", "")), "classes.csv")
+    assert classes[:1] + classes[2:] == (("sky", "road"), (0, 1), (7,))
+
+
+def test_ade20k_list_that_is_malformed():
+    for text in ("", "Idx\tName\nx\twall\n2\tsky\n"):
+        with pytest.raises(UserError, match=r"objectInfo150\.txt must"):
+            parse_ade20k(text)
 
 
 def test_classes_are_needed(tmp_path):

@@ -276,7 +276,7 @@ def make(
     if name.startswith(PREFIX):
         train, evaluation = open_described(name, splits, channels, segmented)
     elif segmented:
-        train, evaluation = open_masked(name, splits, classes)
+        train, evaluation = open_masked(name, splits, classes, channels)
     else:
         train, evaluation = open_sources(name, splits, data_dir=data_dir, labels=labels)
     if class_names:

@@ -12,7 +12,7 @@ are the classes, and 0 is ignored ("reduce zero label").
 """
 
 import csv
-import io
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,11 +102,16 @@ def read_classes(tree: Tree, path: str) -> Classes:
 
 def parse_classes(text: str, source: str) -> Classes:
     """Parses lines VALUE,NAME,COLOR, in which name and color may be missing."""
-    classes, ignored = {}, []
-    for number, line in enumerate(csv.reader(io.StringIO(text)), 1):
+    classes: dict[int, tuple[str, tuple[int, ...] | None]] = {}
+    ignored = []
+    try:
+        lines = list(csv.reader(text.splitlines()))
+    except csv.Error as error:
+        raise UserError(f"{source} cannot be read: {error}.") from error
+    for number, line in enumerate(lines, 1):
         cells = [cell.strip() for cell in line] + ["", "", ""]
         value, name, color = cells[:3]
-        if not any(cells) or (number == 1 and not value.isdecimal()):
+        if not any(cells) or (number == 1 and not re.search(r"\d", value)):
             continue
         where = f"{source}, line {number}: {','.join(line)!r}"
         if not value.isdecimal() or int(value) >= VALUES or len(line) > 3:
@@ -116,6 +121,8 @@ def parse_classes(text: str, source: str) -> Classes:
         if not name:
             ignored.append(int(value))
             continue
+        if any(name == known for known, _ in classes.values()):
+            raise UserError(f"{where}: the name {name!r} occurs twice.")
         try:
             classes[int(value)] = name, ImageColor.getrgb(color)[:3] if color else None
         except ValueError:
@@ -131,5 +138,12 @@ def parse_ade20k(text: str) -> Classes:
     """Parses ADE20K's objectInfo150.txt: a header, then index, ..., name, separated by tabs."""
     rows = [line.split("\t") for line in text.splitlines()[1:] if line.strip()]
     names = tuple(row[-1].strip().partition(",")[0] for row in rows)
-    values = tuple(int(row[0]) for row in rows)
+    try:
+        values = tuple(int(row[0]) for row in rows)
+    except ValueError as error:
+        raise UserError(
+            f"objectInfo150.txt must start its lines with a number: {error}."
+        ) from error
+    if len(names) < 2:
+        raise UserError("objectInfo150.txt must name at least 2 classes.")
     return Classes(names, palette(len(names)), values, ignored=(0,))

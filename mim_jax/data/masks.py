@@ -5,6 +5,7 @@ image these are the indices.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import math
@@ -21,7 +22,7 @@ from mim_jax import UserError
 from mim_jax.data.arrays import LARGE
 from mim_jax.data.classes import UNKNOWN, VALUES, Classes
 from mim_jax.data.decode import BadImageError, header
-from mim_jax.data.manifest import in_threads
+from mim_jax.data.manifest import in_threads, printable
 from mim_jax.data.tree import Tree
 
 ORIENTATION = 274  # the EXIF tag
@@ -53,35 +54,42 @@ def read_values(encoded: bytes, size: tuple[int, int] | None = None) -> np.ndarr
             values = np.asarray(image)
     except BadImageError:
         raise
+    except Image.UnidentifiedImageError:
+        raise BadImageError("it is not a whole PNG") from None
     except Exception as error:
         raise BadImageError(f"it is not a whole PNG ({error or type(error).__name__})") from error
     if mode not in ("1", "L", "P") and not mode.startswith("I"):
-        raise BadImageError(
-            f"it is in color ({mode}): a mask must have one channel of class numbers"
-        )
+        problem = "has an alpha channel" if mode == "LA" else "is in color"
+        raise BadImageError(f"it {problem} ({mode}): a mask must have one channel of class numbers")
     if mode == "L" and bits < 8:  # Pillow scales these to 0 to 255
         values = values // (255 // (2**bits - 1))
     return values.astype(np.uint16)
 
 
-def check_pairs(tree: Tree, pairs: Sequence[Pair], classes: Classes) -> dict[Pair, tuple[int, int]]:
+def check_pairs(
+    tree: Tree, pairs: Sequence[Pair], classes: Classes, channels: int = 0
+) -> dict[Pair, tuple[int, int]]:
     """Checks the files of all pairs, unless they were checked before -> height and width of each.
 
+    `channels` identifies the axes of arrays whose files do not.
     Raises UserError with the name of the first file that is wrong, and the number of others.
     """
     stamps = [tree.stamps[name] for pair in pairs for name in pair]
-    key = hashlib.sha256(repr((tree.root, pairs, stamps, classes)).encode()).hexdigest()[:20]
+    key = hashlib.sha256(repr((tree.root, pairs, stamps, classes, channels)).encode()).hexdigest()[
+        :20
+    ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     kept = cache / "mim_jax" / "masks" / f"{key}.npy"
-    if kept.is_file():
+    with contextlib.suppress(OSError, ValueError, EOFError):  # absent or damaged
         sizes = np.load(kept)
         if sizes.shape == (len(pairs), 2):
             return dict(zip(pairs, map(tuple, sizes.tolist()), strict=True))
-    results = list(in_threads(lambda pair: check_pair(tree, pair, classes), pairs, at_once=16))
+    check = functools.partial(check_pair, tree, classes=classes, channels=channels)
+    results = list(in_threads(check, pairs, at_once=16))
     wrong = [result for result in results if isinstance(result, str)]
     if wrong:
         others = f" ({len(wrong) - 1:,} other files are wrong too)" if len(wrong) > 1 else ""
-        raise UserError(f"{wrong[0]}.{others}")
+        raise UserError(f"{printable(wrong[0])}.{others}")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         np.save(kept, np.array(results, np.int32))
@@ -90,12 +98,14 @@ def check_pairs(tree: Tree, pairs: Sequence[Pair], classes: Classes) -> dict[Pai
     return dict(zip(pairs, results, strict=True))
 
 
-def check_pair(tree: Tree, pair: Pair, classes: Classes) -> tuple[int, int] | str:
+def check_pair(
+    tree: Tree, pair: Pair, classes: Classes, channels: int = 0
+) -> tuple[int, int] | str:
     """Returns height and width of an image and its mask, or the problem with them."""
     try:
         name = pair.image
         with tree.open(name) as file:
-            width, height, _ = header(file)
+            width, height, _ = header(file, channels)
             file.seek(0)
             if orientation(file) != 1:
                 return (
@@ -104,6 +114,9 @@ def check_pair(tree: Tree, pair: Pair, classes: Classes) -> tuple[int, int] | st
                 )
         name = pair.mask
         with tree.open(name) as file:
+            if orientation(file) != 1:
+                return f"{name} has an EXIF orientation: store its pixels upright"
+            file.seek(0)
             values = read_values(file.read(), (width, height))
     except BadImageError as error:
         return f"{name}: {error}"

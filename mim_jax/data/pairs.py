@@ -7,6 +7,7 @@ and classes.py for the list of the classes.
 """
 
 import hashlib
+import os
 import posixpath
 import zlib
 from collections import defaultdict
@@ -21,6 +22,7 @@ from mim_jax.data.classes import Classes, read_classes
 from mim_jax.data.decode import BadImageError, header
 from mim_jax.data.folder import MASK_FOLDERS, select
 from mim_jax.data.layout import layout
+from mim_jax.data.manifest import printable
 from mim_jax.data.masks import Pair, check_pairs, read_values
 from mim_jax.data.sources import Source, open_sources
 from mim_jax.data.tree import Tree
@@ -46,7 +48,9 @@ class Pairs:
         return self.pairs[i].image
 
 
-def open_masked(name: str, splits: Sequence[str], classes: str = "") -> list[Source]:
+def open_masked(
+    name: str, splits: Sequence[str], classes: str = "", channels: int = 0
+) -> list[Source]:
     """Opens the splits of a data set with masks, and checks each of its files.
 
     Args:
@@ -54,6 +58,7 @@ def open_masked(name: str, splits: Sequence[str], classes: str = "") -> list[Sou
             colors.
         classes: the CSV file of the classes; "" is `classes.csv` in the folder, or ADE20K's own
             list.
+        channels: data.channels, which decides the axes of arrays whose files do not name them.
 
     Raises UserError, with the name of the file, for an image without a mask or a mask without an
     image, different sizes, a colored mask, a value without a class, or a file that is not an image.
@@ -69,7 +74,7 @@ def open_masked(name: str, splits: Sequence[str], classes: str = "") -> list[Sou
     pairs = pairs_of(tree)
     rows = split_rows(pairs)
     chosen = [[pairs[row] for row in select(rows, split, tree.root)] for split in splits]
-    sizes = check_pairs(tree, sorted({pair for pairs in chosen for pair in pairs}), known)
+    sizes = check_pairs(tree, sorted({pair for pairs in chosen for pair in pairs}), known, channels)
     return [
         make_source(tree, pairs, split, known, sizes)
         for pairs, split in zip(chosen, splits, strict=True)
@@ -92,7 +97,8 @@ def make_source(
             name="masks", version=digest.hexdigest()[:16], split=split, examples=len(pairs)
         ),
         mode=mode_of(tree, pairs[0].image),
-        name_of=examples.name,
+        name_of=lambda i: printable(examples.name(i)),
+        unread=[(printable(name), reason) for name, reason in tree.unread],
         classes=classes,
         sizes=np.array([sizes[pair] for pair in pairs], np.int32),
     )
@@ -124,17 +130,22 @@ def pairs_in_folders(names: Sequence[str], folder: str) -> list[Pair]:
     """Returns the pairs of images/... and of the folder of masks."""
 
     def by_key(top: str) -> dict[str, str]:
-        return {
-            posixpath.splitext(name.removeprefix(f"{top}/"))[0]: name
-            for name in names
-            if name.startswith(f"{top}/") and name.lower().endswith(IMAGE_ENDINGS)
-        }
+        files: dict[str, str] = {}
+        for name in names:
+            if name.startswith(f"{top}/") and name.lower().endswith(IMAGE_ENDINGS):
+                key = posixpath.splitext(name.removeprefix(f"{top}/"))[0]
+                if files.setdefault(key, name) != name:
+                    both = f"{printable(files[key])} and {printable(name)}"
+                    raise UserError(f"{both} differ only in their suffix: keep one of them.")
+        return files
 
     images, masks = by_key("images"), by_key(folder)
     for key in images.keys() - masks.keys():
-        raise UserError(f"{images[key]} has no mask: {folder}/{key}.png is missing.")
+        missing = f"{folder}/{printable(key)}.png is missing"
+        raise UserError(f"{printable(images[key])} has no mask: {missing}.")
     for key in masks.keys() - images.keys():
-        raise UserError(f"{masks[key]} has no image: images/{key} is missing.")
+        missing = f"images/{printable(key)} is missing"
+        raise UserError(f"{printable(masks[key])} has no image: {missing}.")
     return [Pair(image, masks[key]) for key, image in sorted(images.items())]
 
 
@@ -144,7 +155,7 @@ def pair_by_stem(tree: Tree, names: Sequence[str]) -> Pair:
     if len(names) == 2 and len(masks) == 2:  # both are PNGs
         masks = [name for name in masks if problem_of_mask(tree, name) == ""]
     if len(names) != 2 or len(masks) != 1:
-        listed = ", ".join(names)
+        listed = ", ".join(map(printable, names))
         raise UserError(
             f"{listed}: an image and its mask, a PNG of one channel, must share a stem, but "
             f"there are {len(names)} files, {len(masks)} of them masks."
@@ -172,7 +183,7 @@ def split_rows(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
     folders = [posixpath.dirname(pair.image.removeprefix("images/")) for pair in pairs]
     unique = sorted(set(folders))
     splits = dict(zip(unique, layout(unique).splits or repeat("train"), strict=False))
-    for row in sorted(range(len(pairs)), key=lambda row: zlib.crc32(pairs[row].image.encode())):
+    for row in sorted(range(len(pairs)), key=lambda row: zlib.crc32(os.fsencode(pairs[row].image))):
         rows[splits[folders[row]]].append(row)
     rows.pop("", None)
     if "validation" not in rows:

@@ -10,12 +10,17 @@ from typing import BinaryIO
 from mim_jax import UserError
 from mim_jax.data.arrays import LARGEST
 from mim_jax.data.decode import BadImageError
+from mim_jax.data.manifest import walk
+from mim_jax.data.tars import is_hidden
+
+ENCRYPTED = 1  # bit of a zip member's flags
 
 
 class Tree:
     """The files of a folder or of a zip file, by name: paths with slashes from the root.
 
-    A common top folder, as in most zip files, is not part of the names.
+    A common top folder, as in most zip files, is not part of the names. `unread` has the names of
+    broken links and other files that cannot be read, and the reasons.
     """
 
     def __init__(self, root: str):
@@ -25,6 +30,7 @@ class Tree:
         self.zipped = os.path.isfile(self.root)
         if self.zipped and not zipfile.is_zipfile(self.root):
             raise UserError(f"{root} is neither a folder nor a zip file.")
+        self.unread: list[tuple[str, str]] = []
         stamps = self.in_zip() if self.zipped else self.in_folder()
         tops = {name.partition("/")[0] for name in stamps}
         only = tops.pop() + "/" if len(tops) == 1 else ""
@@ -33,24 +39,19 @@ class Tree:
 
     def in_folder(self) -> dict[str, tuple]:
         """Returns {name: (bytes, time of change)} of files that are not hidden."""
-        stamps = {}
-        for folder, folders, files in os.walk(self.root, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-            for file in files:
-                if not file.startswith("."):
-                    status = os.stat(os.path.join(folder, file))
-                    name = os.path.relpath(os.path.join(folder, file), self.root)
-                    stamps[name.replace(os.sep, "/")] = (status.st_size, status.st_mtime_ns)
-        return stamps
+        files, self.unread, _ = walk(self.root)
+        return {file.name: (file.bytes, file.changed) for file in files}
 
     def in_zip(self) -> dict[str, tuple]:
         """Returns {name: (bytes, checksum)} of files that are not hidden."""
-        members = (member for member in self.zip.infolist() if not member.is_dir())
-        hidden = (".", "__MACOSX")
+        try:
+            members = [member for member in self.zip.infolist() if not member.is_dir()]
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{self.root} is not a complete zip file: {error}.") from error
         return {
             member.filename: (member.file_size, member.CRC)
             for member in members
-            if not any(part.startswith(hidden) for part in member.filename.split("/"))
+            if not any(map(is_hidden, member.filename.split("/")))
         }
 
     @cached_property
@@ -78,6 +79,8 @@ class Tree:
         That holds for `ZipFile.open` with deflate, but not for `ZipFile.read` or other methods.
         """
         member = self.zip.getinfo(self.prefix + name)
+        if member.flag_bits & ENCRYPTED:
+            raise BadImageError("it is encrypted: pack the zip file without a password")
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise BadImageError("it is not compressed by deflate: pack the zip file again")
         with self.zip.open(member) as file:
