@@ -187,6 +187,69 @@ def test_labels_that_are_no_classes(tmp_path):
     assert batch["valid"].sum() == 1
 
 
+def test_files_with_other_classes_are_refused(tmp_path):
+    write_parquet(tmp_path / "train.parquet", table(range(4)))
+    other = dict(ANIMALS, label={"_type": "ClassLabel", "names": ["dog", "cat"]})
+    for content in (table(range(4), other), table(range(4), image="img")):
+        write_parquet(tmp_path / "test.parquet", content)
+        with pytest.raises(UserError, match=r"other columns or classes than each other"):
+            make(tmp_path)
+
+
+def test_a_split_without_labels(tmp_path):
+    """Its labels are -1, as in ImageNet's test split, whichever file comes first."""
+    write_parquet(tmp_path / "train.parquet", table(range(4)))
+    write_parquet(tmp_path / "test.parquet", table(range(4, 6), label=None))
+    dataset = make(tmp_path)
+    assert dataset.class_names == ("cat", "dog")
+    (batch,) = dataset.evaluation_batches(2)
+    assert batch["label"].tolist() == [-1, -1]
+    assert not dataset.evaluation_labeled
+
+
+def test_lists_are_not_labels(tmp_path):
+    write_parquet(tmp_path / "train.parquet", table(range(4), None, labels=[[0], [1, 0], [], [1]]))
+    settings = dict(split="all", evaluation_split="all")
+    assert make(tmp_path, **settings).num_labels == 0
+    with pytest.raises(UserError, match=r"data.labels = 'label' is a column of list"):
+        make(tmp_path, labels="label", **settings)
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "names", "numbers"),
+    [
+        (None, [1.0, float("nan"), 0.0], ("0", "1"), [1, -1, 0]),
+        (None, ["b", "", " a"], ("a", "b"), [1, -1, 0]),
+        (ANIMALS, [1.0, float("nan"), 0.0], ("cat", "dog"), [1, -1, 0]),
+    ],
+)
+def test_floats_and_gaps_in_columns_of_labels(tmp_path, features, labels, names, numbers):
+    write_parquet(tmp_path / "train.parquet", table(range(3), features, labels=pa.array(labels)))
+    source = make(tmp_path, split="all", evaluation_split="all").train
+    assert tuple(source.class_names) == names
+    read = {int(row): source.examples[i]["label"] for i, row in enumerate(source.examples.rows)}
+    assert [read[row] for row in range(3)] == numbers
+
+
+def test_links_junk_and_missing_parts(tmp_path):
+    parts = tmp_path / "data"
+    write_parquet(parts / "train-00000-of-00003.PARQUET", table(range(4)))
+    write_parquet(parts / "test-00000-of-00001.parquet", table(range(2)))
+    (parts / "._test-00000-of-00001.parquet").write_bytes(b"junk")
+    (tmp_path / "loop").symlink_to(".")
+    (parts / "train-00001-of-00003.parquet").symlink_to("nowhere")
+    dataset = make(tmp_path)
+    assert dataset.examples == 4
+    assert dict(dataset.unread) == {
+        "data/train": "2 of 3 parts are missing",
+        "data/train-00001-of-00003.parquet": "a broken link",
+        "loop": "a link to a folder that is scanned already",
+    }
+    write_parquet(parts / "train-00000-of-00001.parquet", table(range(4)))
+    with pytest.raises(UserError, match="parts of different divisions of the same split"):
+        make(tmp_path)
+
+
 def test_large_row_groups_are_refused(tmp_path, monkeypatch):
     write_parquet(tmp_path / "train.parquet", table(range(8)), rows_per_group=8)
     monkeypatch.setattr(arrow, "LARGEST", 1000)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from importlib.util import find_spec
 from io import BytesIO
@@ -23,11 +23,13 @@ from mim_jax import UserError
 from mim_jax.data.decode import BadImageError, header
 from mim_jax.data.labels import number_labels
 from mim_jax.data.layout import SPLITS, split_of
-from mim_jax.data.manifest import printable
+from mim_jax.data.manifest import printable, walk
 from mim_jax.storage import in_bucket
 
 SUFFIXES = (".parquet", ".arrow")
 PARTS = re.compile(r"[-_.]?\d{5,}-of-\d{5,}(-[0-9a-f]+)?$")  # "train-00000-of-00002-<digest>"
+PART = re.compile(r"(.*?)[-_.]?(\d{5,})-of-(\d{5,})(?:-[0-9a-f]+)?\.\w+$", re.DOTALL)
+FIRST = 8  # class names in messages
 SAMPLE = 32  # images whose headers determine the mode
 GROUPS = 8  # row groups of Parquet files that are kept in memory
 LARGEST = 2**29  # bytes of the largest row group that is read
@@ -54,15 +56,16 @@ class Table:
         if in_bucket(root):
             raise UserError(f"{root} must be local or mounted: mount the bucket with gcsfuse.")
         self.root = os.path.abspath(os.path.expanduser(root))
+        paths, self.unread = list_files(self.root)
         self.files: dict[str, list[str]] = {}
-        for path in sorted(list_files(self.root)):
+        for path in paths:
             self.files.setdefault(split_name(os.path.relpath(path, self.root)), []).append(path)
         if not self.files:
             raise UserError(
                 f"{self.root} holds no .parquet or .arrow files: set data.name=hf:PATH."
             )
-        first = next(iter(self.files.values()))[0]
-        self.columns = columns_of(schema_of(first), labels, self.root)
+        self.unread += missing_parts(self.root, paths)
+        self.columns = common_columns(paths, labels, self.root)
         self.counts = {path: count_rows(path) for paths in self.files.values() for path in paths}
         self.class_names, self.numbers = self.number_labels()
 
@@ -71,9 +74,10 @@ class Table:
         if not self.columns.label or self.columns.class_names:
             return self.columns.class_names, {}
         values = {v for path in self.counts for v in read_column(path, self.columns.label)}
+        texts = {v: v.strip() if isinstance(v, str) else str(v) for v in values if not is_null(v)}
         where = f"the column {self.columns.label!r} of {self.root}"
-        names, numbers = number_labels(where, {str(v) for v in values if v is not None})
-        return names, {v: numbers[str(v)] for v in values if v is not None}
+        names, numbers = number_labels(where, texts.values())
+        return names, {v: numbers[text] for v, text in texts.items() if text}
 
     def splits(self) -> dict[str, np.ndarray]:
         """Returns the rows of each split, counted over all files.
@@ -124,12 +128,14 @@ class Rows:
             )
         if not columns.label:
             return {"image": content}
-        return {"image": content, "label": np.int32(self.number_of(record[columns.label]))}
+        return {"image": content, "label": np.int32(self.number_of(record.get(columns.label)))}
 
     def number_of(self, label: Any) -> int:
         """Returns the number of a label, -1 for none. Raises BadImageError for other values."""
-        if label is None or self.table.numbers:
+        if is_null(label) or self.table.numbers:
             return self.table.numbers.get(label, -1)
+        if isinstance(label, float) and label.is_integer():  # as in pandas' columns with gaps
+            label = int(label)
         if isinstance(label, str) and label in self.table.class_names:
             return self.table.class_names.index(label)
         if not isinstance(label, int) or not -1 <= label < 2**31:
@@ -163,15 +169,51 @@ class Rows:
         return digest.hexdigest()[:16]
 
 
-def list_files(root: str) -> list[str]:
-    """Returns the Parquet and Arrow files below a folder that are not hidden."""
+def is_null(label: Any) -> bool:
+    """Returns whether a value stands for no label: None or NaN."""
+    return label is None or label != label
+
+
+def is_arrow(path: str) -> bool:
+    """Returns whether a file is named as an Arrow file, not as a Parquet file."""
+    return path.lower().endswith(".arrow")
+
+
+def list_files(root: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Returns the Parquet and Arrow files below a folder that are not hidden.
+
+    Also returns names and reasons of those that cannot be read, such as broken links.
+    """
     if not os.path.isdir(root):
         raise UserError(f"there is no folder {root}: set data.name=hf:/path/to/files.")
-    paths = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [os.path.join(folder, name) for name in files if name.endswith(SUFFIXES)]
-    return [path for path in paths if not os.path.basename(path).startswith("cache-")]
+    files, unread, _ = walk(root)
+    paths = [
+        os.path.join(root, file.name) for file in files if file.name.lower().endswith(SUFFIXES)
+    ]
+    return [path for path in paths if not os.path.basename(path).startswith("cache-")], unread
+
+
+def missing_parts(root: str, paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the starts of names of which numbered parts are missing, and how many.
+
+    Raises UserError if files are parts of two divisions of the same split.
+    """
+    counts: dict[str, tuple[int, str]] = {}  # start of the names: number of parts, first path
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for path in paths:
+        if part := PART.match(os.path.relpath(path, root)):
+            count, first = counts.setdefault(part[1], (int(part[3]), path))
+            if count != int(part[3]):
+                raise UserError(
+                    f"{printable(first)} and {printable(path)} are parts of different divisions of "
+                    "the same split: remove the files of one of them."
+                )
+            numbers[part[1]].add(int(part[2]))
+    return [
+        (printable(start), f"{count - len(numbers[start]):,} of {count:,} parts are missing")
+        for start, (count, _) in counts.items()
+        if len(numbers[start]) < count
+    ]
 
 
 def split_name(path: str) -> str:
@@ -195,6 +237,28 @@ def features_in(schema: Any) -> dict[str, dict]:
     return {name: x for name, x in features if isinstance(x, dict) and name in schema.names}
 
 
+def common_columns(paths: Sequence[str], labels: str, root: str) -> Columns:
+    """Finds the columns of images and labels of several files; some may have no labels.
+
+    Raises UserError if the files have other columns or classes than each other.
+    """
+    columns = {path: columns_of(schema_of(path), labels, root) for path in paths}
+    first = next((path for path in paths if columns[path].label), paths[0])
+    if labels and not columns[first].label:
+        names = ", ".join(schema_of(first).names)
+        raise UserError(f"data.labels = {labels!r} is not a column of {root}; it has {names}.")
+    for path, (image, label, class_names) in columns.items():
+        if image == columns[first].image and (not label or columns[path] == columns[first]):
+            continue
+        raise UserError(
+            f"{printable(path)} and {printable(first)} have other columns or classes than each "
+            f"other: images in {image!r} and {columns[first].image!r}, labels in {label!r} and "
+            f"{columns[first].label!r}, classes {class_names[:FIRST]} and "
+            f"{columns[first].class_names[:FIRST]}."
+        )
+    return columns[first]
+
+
 def columns_of(schema: Any, labels: str, root: str) -> Columns:
     """Finds the columns of images and labels by the features of the schema's metadata."""
     features = features_in(schema)
@@ -207,17 +271,29 @@ def columns_of(schema: Any, labels: str, root: str) -> Columns:
         raise UserError(f"{root} has {problem}; its columns are {', '.join(schema.names)}.")
     classes = [name for name, x in features.items() if x.get("_type") == "ClassLabel"]
     if labels and labels not in schema.names:
-        raise UserError(
-            f"data.labels = {labels!r} is not a column of {root}; it has {', '.join(schema.names)}."
-        )
+        return Columns(images[0], "", [])
     if not labels and len(classes) > 1 and "label" not in classes:
         raise UserError(
             f"{root} has several columns of labels: set data.labels to one of {classes}."
         )
     label = labels or ("label" if "label" in schema.names else "".join(classes))
+    if label and nested(schema.field(label).type):
+        if not labels:
+            return Columns(images[0], "", [])
+        raise UserError(
+            f"data.labels = {labels!r} is a column of {schema.field(label).type} in {root}, not of "
+            "one label for each image: set it to another column."
+        )
     names = features.get(label, {}).get("names")
     names = [printable(str(name)) for name in names] if isinstance(names, list) else []
     return Columns(images[0], label, names)
+
+
+def nested(kind: Any) -> bool:
+    """Returns whether a type of pyarrow is that of lists or records."""
+    import pyarrow as pa
+
+    return pa.types.is_nested(kind)
 
 
 def schema_of(path: str) -> Any:
@@ -225,9 +301,11 @@ def schema_of(path: str) -> Any:
     import pyarrow as pa
 
     try:
-        return opened(path).schema if path.endswith(".arrow") else opened(path).schema_arrow
+        return opened(path).schema if is_arrow(path) else opened(path).schema_arrow
+    except UnicodeEncodeError as error:
+        raise UserError(f"{printable(path)} cannot be read: its name is not UTF-8.") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+        raise UserError(f"{printable(path)} cannot be read: {error}.") from error
 
 
 @functools.cache
@@ -236,7 +314,7 @@ def opened(path: str) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if path.endswith(".parquet"):
+    if not is_arrow(path):
         return pq.ParquetFile(path)
     file = pa.memory_map(path)
     try:
@@ -248,28 +326,32 @@ def opened(path: str) -> Any:
 def count_rows(path: str) -> int:
     """Returns the number of rows of a file. Raises UserError if it cannot be read."""
     schema_of(path)
-    return opened(path).num_rows if path.endswith(".arrow") else opened(path).metadata.num_rows
+    return opened(path).num_rows if is_arrow(path) else opened(path).metadata.num_rows
 
 
 def read_column(path: str, column: str) -> Sequence:
     """Returns the values of a column of a file."""
-    table = opened(path) if path.endswith(".arrow") else opened(path).read([column])
+    if column not in schema_of(path).names:
+        return []
+    table = opened(path) if is_arrow(path) else opened(path).read([column])
     return table[column].to_pylist()
 
 
 def read_row(path: str, row: int, *columns: str) -> dict:
-    """Returns the values of some columns in a row of a file. Raises BadImageError."""
+    """Returns the values of those columns that a file has in a row. Raises BadImageError."""
     names = [name for name in columns if name]
     try:
-        if path.endswith(".arrow"):
-            return {name: opened(path)[name][row].as_py() for name in names}
+        if is_arrow(path):
+            table = opened(path)
+            return {x: table[x][row].as_py() for x in names if x in table.column_names}
         starts = group_starts(path)
         group = int(np.searchsorted(starts, row, side="right")) - 1
         size = opened(path).metadata.row_group(group).total_byte_size
         if size > LARGEST:
             raise BadImageError(f"its row group has {size:,} bytes: write smaller row groups")
         table = read_group(path, group, tuple(names))
-        return {name: table[name][row - int(starts[group])].as_py() for name in names}
+        place = row - int(starts[group])
+        return {x: table[x][place].as_py() for x in names if x in table.column_names}
     except (OSError, ValueError) as error:  # pyarrow's errors are among these
         raise BadImageError(f"cannot be read: {error}") from error
 

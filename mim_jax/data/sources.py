@@ -93,6 +93,7 @@ def of_table(table: Table, split: str) -> Source:
         fingerprint=dict(name="hf", version=rows.digest(), split=split, examples=len(rows)),
         mode=rows.mode(),
         name_of=rows.name,
+        unread=[(printable(name), reason) for name, reason in table.unread],
         class_names=table.class_names,
     )
 
