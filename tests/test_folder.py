@@ -177,6 +177,8 @@ def test_masks_are_not_images(tmp_path, root, masks):
 
 def test_names_of_splits():
     words = {"train": "train", "Val2017": "val", "test-images": "test", "DEV": "dev", "tst": "tst"}
+    words |= {"TrainingSet": "training", "testimages": "test", "ValDataset": "val"}
+    words |= {"testset": "testset"}
     for name, word in words.items():
         assert split_of(name) == word
     for name in (
@@ -184,6 +186,7 @@ def test_names_of_splits():
         "trained",
         "latest",
         "validator",
+        "trainers",
         "train_test",
         "data",
         "2017",
@@ -280,6 +283,20 @@ def test_labels_of_webdataset_shards(tmp_path):
     pack.pack(tmp_path / "set", tmp_path / "packed", labels="cls")
     (packed,) = open_sources(f"tfds:{tmp_path / 'packed'}", ("train",))
     assert packed.class_names == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("stem, suffix", [("a.{}", ".cls"), ("{}", ".CLS"), ("a.{}", ".CLS")])
+def test_names_of_files_of_labels(tmp_path, stem, suffix):
+    """Names may have other dots, and suffixes may be in upper case."""
+    files = {}
+    for i in range(3):
+        files[stem.format(i) + ".jpg"] = jpeg(i)
+        files[stem.format(i) + suffix] = str(2 - i).encode()
+    tar(tmp_path / "set" / "data.tar", files)
+    plant(tmp_path / "tree", files)
+    for root in (tmp_path / "set", tmp_path / "tree"):
+        found = {name[-5:-4]: label for name, label in labels_of(root, "cls").items()}
+        assert found == {"0": "2", "1": "1", "2": "0"}
 
 
 def test_shards_named_as_splits(tmp_path):
@@ -411,6 +428,14 @@ def test_names_in_tables_are_sorted(tmp_path, images):
         assert folder.label_names[label] == f"kind {int(name[2:4]) % 12}"
 
 
+def test_a_first_line_of_a_missing_image_is_no_header(tmp_path):
+    tree(tmp_path / "set", "a.png", "b.png")
+    (tmp_path / "labels.csv").write_text("gone.jpg,cat\na.png,cat\nb.png,dog\n")
+    folder = Folder(tmp_path / "set", str(tmp_path / "labels.csv"))
+    assert folder.label_names == ["cat", "dog"]
+    assert "gone.jpg" in dict(folder.unread)
+
+
 @pytest.mark.parametrize(
     "lines, sentence",
     [
@@ -429,6 +454,7 @@ def test_names_in_tables_are_sorted(tmp_path, images):
         ("a.png,-1\nb.png,0\n", "the label -1 is negative"),
         ("a.png,0.5\nb.png,1.5\n", r"the label '0.5' is not an integer"),
         ("a.png,train\nb.png,test\n", "are names of splits"),
+        ("id,path\n7,a.png\n8,b.png\n", "name the one with the labels 'label'"),
         ("path,split\na.png,train\nb.png,test\n", "name the one with the labels 'label'"),
         (
             "path,breed,color\na.png,x,red\nb.png,y,red\n",

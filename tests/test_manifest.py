@@ -95,6 +95,7 @@ def test_folders_keep_their_names_beside_links_to_them(tmp_path):
 
 def test_folders_of_operating_systems_are_skipped(tmp_path):
     junk = ("@eaDir", "__MACOSX", "lost+found", ".ipynb_checkpoints", "$RECYCLE.BIN", ".git")
+    junk += ("RECYCLER", "@Recycle", "@Recently-Snapshot", "Network Trash Folder")
     plant(tmp_path / "set", {f"{name}/a/x.png": PIXEL for name in junk} | {"cat/1.png": PIXEL})
     plant(tmp_path / "set", {f"cat/{name}/x.png": PIXEL for name in junk})
     members = {f"{name}/x.png": PIXEL for name in junk} | {f"./dog/{j}/x.png": PIXEL for j in junk}

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from mim_jax import UserError
 from mim_jax.data.layout import split_of
 
@@ -22,7 +24,7 @@ WHOLE = re.compile(
 )  # "3", and "3.0" as pandas writes it in a column with gaps
 OTHERS = {  # headers of columns without labels
     *("split", "set", "subset", "fold", "width", "height", "size", "date", "time", "url", "md5"),
-    *("caption", "text", "description", "bbox", "x", "y", "w", "h"),
+    *("id", "index", "caption", "text", "description", "bbox", "x", "y", "w", "h"),
 }
 DELIMITERS = (",", ";", "\t", " ")  # delimiters of cells, in order of preference
 SAMPLE = 1000  # lines that determine which column names images
@@ -140,7 +142,9 @@ def is_header(lines: Sequence[list[str]], at: int, image_of: Callable) -> bool:
         for line in lines[1:]
         if at < len(line) and image_of(line[at]) is not None
     }
-    return cell.lower() in HEADERS or os.path.splitext(cell)[1].lower() not in suffixes - {""}
+    suffix = os.path.splitext(cell)[1].lower()
+    is_image = suffix in suffixes - {""} or suffix in Image.registered_extensions()
+    return cell.lower() in HEADERS or not is_image
 
 
 def label_column(where: str, lines: Sequence[list[str]], header: list[str] | None, at: int) -> int:

@@ -34,13 +34,23 @@ class Layout(NamedTuple):
 def split_of(name: str, is_tar: bool = False) -> str:
     """Returns the word in a folder's name that names a split, "" if there is none.
 
-    "train", "Training", "val2017", "test_set" name splits; "bullet_train" does not, but is_tar
+    "train", "TrainImages", "val2017", "test_set" name splits; "bullet_train" does not, but is_tar
     allows other words too: "ILSVRC2012_img_train", "imagenet-train-00012".
     """
-    words = re.findall(r"[a-z]+", name.lower())
+    parts = re.findall(r"[a-z]+", name.lower())
+    words = [word for part in parts for word in words_in(part)]
     splits = {word for word in words if word in SPLITS}
     others = {word for word in words if word not in SPLITS} - NEUTRAL - {"of"}
     return splits.pop() if len(splits) == 1 and (is_tar or not others) else ""
+
+
+def words_in(compound: str) -> tuple[str, ...]:
+    """Returns the words of a compound such as "trainimages", or any other word itself."""
+    if compound not in SPLITS:
+        for word in SPLITS:
+            if compound.startswith(word) and compound.removeprefix(word) in NEUTRAL:
+                return word, compound.removeprefix(word)
+    return (compound,)
 
 
 def is_shard(name: str, is_tar: bool = False) -> bool:

@@ -35,7 +35,7 @@ from mim_jax.data.tiff import STARTS
 from mim_jax.progress import Bar
 from mim_jax.storage import in_bucket, objects, open_path, storage_of
 
-FORMAT = 2  # version of the cached files; others are ignored
+FORMAT = 3  # version of the cached files; others are ignored
 ROW = np.dtype(
     [
         *(("tar", "i4"), ("offset", "i8"), ("bytes", "i8"), ("changed", "i8")),
@@ -107,8 +107,10 @@ class Manifest(NamedTuple):
         if size > COMPANION:
             raise ValueError(f"it has {size:,} bytes")
         in_tar = row["tar"] >= 0
-        path = self.tars[row["tar"]] if in_tar else key_of(name) + suffix
-        return read_part(self.root, path, row[f"{kind}_offset"], size)
+        for path in [self.tars[row["tar"]]] if in_tar else companion_names(name, suffix):
+            with contextlib.suppress(FileNotFoundError):
+                return read_part(self.root, path, row[f"{kind}_offset"], size)
+        return None
 
 
 class Entry(NamedTuple):
@@ -256,7 +258,9 @@ def row_of(file: Entry, width: int, height: int, mode: int, companions: dict) ->
     """Returns the row of an image, of type ROW."""
     row = [file.tar, file.offset, file.bytes, file.changed, width, height, mode]
     for suffix in (".cls", ".json"):
-        companion = companions.get((file.tar, key_of(file.name) + suffix))
+        names = companion_names(file.name, suffix)
+        places = ((file.tar, name) for name in names)
+        companion = next((companions[place] for place in places if place in companions), None)
         row += (companion.offset, companion.bytes) if companion else (0, 0)
     return tuple(row)
 
@@ -265,6 +269,16 @@ def key_of(name: str) -> str:
     """Returns a path up to the first dot of its last part, WebDataset's key of an example."""
     folder, _, file = name.rpartition("/")
     return os.path.join(folder, file.partition(".")[0])
+
+
+def companion_names(name: str, suffix: str) -> list[str]:
+    """Returns the names that the file .cls or .json next to an image may have, by preference.
+
+    WebDataset ignores the case of suffixes. It does not support names with other dots, which other
+    programs write.
+    """
+    stems = (os.path.splitext(name)[0], key_of(name))
+    return [stem + ending for stem in stems for ending in (suffix, suffix.upper())]
 
 
 def walk(root: str) -> tuple[list[Entry], list[tuple[str, str]], dict[str, int]]:

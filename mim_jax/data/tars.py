@@ -8,7 +8,8 @@ from mim_jax.data.layout import split_of
 
 JUNK = {  # folders and files that operating systems and tools create, in lower case
     *("__macosx", "@eadir", "#recycle", "#snapshot", "lost+found", "$recycle.bin", "__pycache__"),
-    *("system volume information", "thumbs.db", "desktop.ini"),
+    *("system volume information", "thumbs.db", "desktop.ini", "recycler", "@recycle"),
+    *("@recently-snapshot", "network trash folder", "temporary items"),
 }
 REST = 2**16  # bytes that are read at a time after the end of an archive
 
