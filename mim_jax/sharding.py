@@ -4,6 +4,7 @@ A mesh has two axes. The rows of a batch are split over both. The devices along 
 copy of the state, each holding a part (FSDP, ZeRO 3); along `data` the state is replicated.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -182,9 +183,26 @@ def in_parts(gradient: Callable, parts: int) -> Callable:
     return call
 
 
+@functools.cache
+def gather_step(mesh: Mesh) -> Callable:
+    """Returns a function that gathers a list of sharded arrays."""
+    return jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))
+
+
 def all_gather(tree, mesh: Mesh):
-    """Gathers sharded arrays, so that each device has a complete copy."""
-    return jax.device_put(tree, replicated(mesh))
+    """Gathers sharded arrays, so that each device has a complete copy.
+
+    One program gathers all of them: `device_put` runs one for each, which can block each other if
+    a process has several CPU devices.
+    """
+    arrays, structure = jax.tree.flatten(tree)
+    sharded = [isinstance(x, jax.Array) and not x.is_fully_replicated for x in arrays]
+    gathered = iter(gather_step(mesh)([x for x, flag in zip(arrays, sharded, strict=True) if flag]))
+    arrays = [
+        next(gathered) if flag else jax.device_put(x, replicated(mesh))
+        for x, flag in zip(arrays, sharded, strict=True)
+    ]
+    return jax.tree.unflatten(structure, arrays)
 
 
 def to_global(batch: dict, mesh: Mesh) -> dict:
