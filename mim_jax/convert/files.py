@@ -26,7 +26,7 @@ from mim_jax.convert.hugging_face import (
 )
 from mim_jax.convert.names import printable
 from mim_jax.convert.network import Network, depth_of, describe, extra, kind_of, segmenter
-from mim_jax.convert.read import read, read_file
+from mim_jax.convert.read import FREE, read, read_file
 from mim_jax.convert.states import from_torch, to_torch
 from mim_jax.convert.tables import LAYOUTS
 from mim_jax.models.decoder import Decoder
@@ -103,7 +103,9 @@ def read_folder(path: Path) -> dict[str, np.ndarray]:
                     f"{printable(path / name)}.index.json must have a weight_map with the names of "
                     "files in its folder."
                 )
-            files = [read_file(path / part, whole=True) for part in sorted(set(parts))]
+            parts = sorted(set(parts))
+            free = FREE // len(parts)
+            files = [read_file(path / part, whole=True, free=free) for part in parts]
             return {name: x for file in files for name, x in file.arrays.items()}
     raise UserError(
         f"{printable(path)} is neither a run with checkpoints nor a Hugging Face folder with "

@@ -117,6 +117,8 @@ def with_decoder(
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises UserError if the file is something else."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{printable(path)} is not a file.")
         if path.stat().st_size > MAX_JSON:
             raise UserError(f"{printable(path)} is longer than {MAX_JSON / 2**20:.0f} MiB.")
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -170,6 +172,8 @@ def read_metadata(entries: dict[str, Any]) -> dict[str, Any]:
         elif name in ("crop_fraction", "mask_ratio", "layer_norm_eps"):
             metadata[name] = number(name, value, least=0.0, most=1.0)
         elif name == "layers":
+            if not isinstance(value, list):
+                raise UserError(f"layers = {printable(value)} must be a list of whole numbers.")
             metadata[name] = tuple(number(name, x, least=0) for x in value)
         elif name in ("target", "pooling") and isinstance(value, str):
             metadata[name] = value

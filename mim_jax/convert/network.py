@@ -28,6 +28,8 @@ from mim_jax.objectives.segment import Segmenter, default_layers
 
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
 DECODER_HEADS = {512: 16}  # the official MAE
+MAX_DEPTH = 256  # blocks of an encoder or decoder
+MAX_BLOCKS = 16  # blocks of a layer of a dVAE
 
 
 class Network(NamedTuple):
@@ -137,7 +139,8 @@ def describe_dvae(shapes: dict[str, tuple]) -> DVAE:
     dalle = any("group_" in path for path in shapes)
     encoder = shapes.get("tokenizer/output/kernel", ())
     decoder = shapes.get("decoder/output/kernel", ())
-    if not 0 < len(layers) <= 10 or not (encoder or decoder):
+    known = 0 < len(layers) <= 10 and len(blocks) <= MAX_BLOCKS
+    if not known or not (encoder or decoder):
         raise UserError("the weights belong to neither an encoder nor a dVAE.")
     codebook = shapes.get("decoder/input/kernel" if dalle else "decoder/codebook", (8192, 0))
     first = shapes.get("tokenizer/input/kernel") or shapes.get("tokenizer/layer_1/kernel")
@@ -182,8 +185,14 @@ def kind_of(params: dict) -> str:
 
 
 def depth_of(params: dict) -> int:
-    """Returns the number of blocks; if one is missing, the last one counts as unexpected."""
-    return sum(name.startswith("block_") for name in params)
+    """Returns the number of blocks; if one is missing, the last one counts as unexpected.
+
+    Raises UserError if there are too many, because tracing a network takes time for each.
+    """
+    depth = sum(name.startswith("block_") for name in params)
+    if depth > MAX_DEPTH:
+        raise UserError(f"the network has {depth:,} blocks, more than {MAX_DEPTH}.")
+    return depth
 
 
 def square(count: int, what: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-MAX_OPCODES = 2**22
+MAX_OPCODES = 2**20
 MAX_NODES = 2**19  # entries of nested containers
 MAX_DEPTH = 64  # depth of nested containers
 MAX_CHARACTERS = 2**26  # total length of all names

@@ -5,9 +5,11 @@ Torch is not needed. The memory that is allocated is bounded by the size of the 
 
 import functools
 import json
+import os
+import stat
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,7 +25,10 @@ from mim_jax.convert.pickles import RefusedError, Tensor
 
 LEGACY = 0x1950A86A20F9469CFC6C  # the first pickle of torch.save before 1.6
 MAX_PICKLE = 2**26  # bytes
-FREE = 2**26  # bytes that may be allocated for a file of any size
+MAX_HEADER = 2**23  # bytes of the JSON in a safetensors file
+MAX_ARRAYS = 2**14
+MAX_NAME = 256  # characters
+FREE = 2**24  # bytes that may be allocated for a file of any size
 PER_BYTE = 4  # further bytes per byte of the file, because shared weights are read twice
 SAFETENSORS = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
@@ -63,14 +68,14 @@ Loaders = dict[str, Callable[[], np.ndarray]]  # functions that load arrays, by 
 class Budget:
     """The bytes that may still be allocated for a file."""
 
-    def __init__(self, size: int):
-        self.limit = self.left = FREE + PER_BYTE * size
+    def __init__(self, size: int, free: int = FREE):
+        self.limit = self.left = free + PER_BYTE * size
 
     def spend(self, count: int) -> None:
         """Reduces the budget. Raises RefusedError if it is exhausted."""
         self.left -= count
         if self.left < 0:
-            raise RefusedError(f"its arrays take more than {self.limit / 2**20:,.0f} MiB")
+            raise RefusedError(f"its content takes more than {self.limit / 2**20:,.0f} MiB")
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -78,7 +83,7 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return read_file(path)[:2]
 
 
-def read_file(path: str | Path, entry: str = "", whole: bool = False) -> Contents:
+def read_file(path: str | Path, entry: str = "", whole: bool = False, free: int = FREE) -> Contents:
     """Reads a .safetensors file, or one that torch.save wrote.
 
     The latter may hold a state dict, a checkpoint that contains one under any key, or a module,
@@ -87,16 +92,19 @@ def read_file(path: str | Path, entry: str = "", whole: bool = False) -> Content
     Args:
         entry: the entry to read, if there are several networks.
         whole: whether to read all arrays, for a file that is one of several.
+        free: bytes that may be allocated beyond a multiple of the file's size.
 
     Raises UserError for other files, damaged files, and pickles that call functions.
     """
     name = printable(path)
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):
+            raise UnsupportedError("a pipe, not a file")
         with open(path, "rb") as file:
             start = file.read(512)
             size = file.seek(0, 2)
             file.seek(0)
-            budget = Budget(size)
+            budget = Budget(size, free)
             if start.startswith(b"PK"):
                 loaders, entries = from_zip(file, budget)
             elif start[8:9] == b"{":
@@ -105,6 +113,7 @@ def read_file(path: str | Path, entry: str = "", whole: bool = False) -> Content
                 loaders, entries = from_stream(file, budget, size)
             else:
                 raise UnsupportedError(other(start))
+            require_usual_names(loaders)
             names = unwrap(loaders)
             prefix, _, entry = ("", "", "") if whole else find(names, entry)
             arrays = {
@@ -128,6 +137,18 @@ def read_file(path: str | Path, entry: str = "", whole: bool = False) -> Content
     if not arrays:
         raise UserError(f"{name} contains no weights.")
     return Contents(arrays, entries, entry, left_out)
+
+
+def require_usual_names(names: Collection[str]) -> None:
+    """Limits the number and the length of names, because searching them takes time.
+
+    Raises RefusedError.
+    """
+    if len(names) > MAX_ARRAYS:
+        raise RefusedError(f"it has more than {MAX_ARRAYS:,} arrays")
+    if long := [name for name in names if len(name) > MAX_NAME]:
+        start = printable(long[0], 40)
+        raise RefusedError(f"the name {start} is longer than {MAX_NAME} characters")
 
 
 def other(start: bytes) -> str:
@@ -165,9 +186,13 @@ def from_zip(file: BinaryIO, budget: Budget) -> tuple[Loaders, dict]:
 
 
 def part(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytes:
-    """Reads a member of a zip archive."""
-    budget.spend(archive.getinfo(name).file_size)
-    return archive.read(name)
+    """Reads a member of a zip archive, at most as many bytes as its entry states."""
+    entry = archive.getinfo(name)
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise RefusedError("it is compressed by another method than deflate")
+    budget.spend(entry.file_size)
+    with archive.open(entry) as member:
+        return member.read(entry.file_size)  # without a size, it would be decompressed to its end
 
 
 def from_stream(file: BinaryIO, budget: Budget, size: int) -> tuple[Loaders, dict]:
@@ -209,14 +234,19 @@ def from_tree(tree: Any, content: Callable[[str], bytes], budget: Budget) -> tup
         name: functools.partial(load, x) for name, x in pickles.tensors(tree).items()
     }
     entries = tree if isinstance(tree, dict) else {}
-    return loaders, {k: v for k, v in entries.items() if isinstance(v, bool | int | float | str)}
+    scalars = bool | int | float | str
+    named = {k: v for k, v in entries.items() if isinstance(k, str | int)}
+    return loaders, {k: v for k, v in named.items() if isinstance(v, scalars)}
 
 
 def from_safetensors(file: BinaryIO) -> tuple[Loaders, dict]:
     """Reads a safetensors file with its library, which checks that arrays fill the file exactly."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > MAX_HEADER:
+        raise RefusedError(f"its header is longer than {MAX_HEADER / 2**20:.0f} MiB")
+    file.seek(0)
     content = file.read()
     views = dict(safetensors.deserialize(content))
-    (length,) = struct.unpack("<Q", content[:8])
     metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
 
     def load(view: dict[str, Any]) -> np.ndarray:

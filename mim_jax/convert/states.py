@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import einops
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -243,7 +244,14 @@ def split(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def our_value(path: str, name: str, value: np.ndarray) -> np.ndarray:
-    """Transposes kernels of linear layers and convolutions; the patch embedding's to a matrix."""
+    """Transposes kernels of linear layers and convolutions; the patch embedding's to a matrix.
+
+    Raises UserError for arrays of another shape, and for quantized, complex or boolean weights.
+    """
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise UserError(
+            f"{name} has the type {value.dtype}, but weights are floating-point numbers."
+        )
     try:
         if path == EMBED:
             value = einops.rearrange(value, "d c p q -> (p q c) d")
