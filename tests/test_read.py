@@ -335,7 +335,7 @@ def test_deflated_members_are_bounded(tmp_path, member):
         for name, value in content.items():
             archive.writestr(f"archive/{name}", value)
     assert (tmp_path / "w").stat().st_size < 2**18
-    with pytest.raises(UserError, match=r"w is refused.*(16|17|64) MiB"):
+    with pytest.raises(UserError, match=r"w is refused.*(16|64)[.0-9]* MiB"):
         read(tmp_path / "w")
 
 
@@ -397,7 +397,7 @@ def test_files_of_a_folder_share_the_limit(tmp_path):
     index = json.dumps({"weight_map": {name: name for name in names}})
     (tmp_path / "pytorch_model.bin.index.json").write_text(index)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    with pytest.raises(UserError, match="its arrays takes more than"):
+    with pytest.raises(UserError, match="its content takes more than"):
         load_weights(tmp_path)
 
 

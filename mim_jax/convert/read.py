@@ -75,7 +75,7 @@ class Budget:
         """Reduces the budget. Raises RefusedError if it is exhausted."""
         self.left -= count
         if self.left < 0:
-            raise RefusedError(f"its content takes more than {self.limit / 2**20:,.0f} MiB")
+            raise RefusedError(f"its content takes more than {self.limit / 2**20:,.1f} MiB")
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
