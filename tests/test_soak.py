@@ -21,7 +21,7 @@ def run(changed=(), steps=soak.STEPS):
 
 
 def compared(tmp_path, lines, complete=True):
-    test = soak.Soak(tmp_path, seed=0)
+    test = soak.Soak(tmp_path, tmp_path / "cache", seed=0)
     write(tmp_path / "mae_reference", run())
     test.reference("mae")  # is there already
     write(tmp_path / "mae", lines)
