@@ -30,7 +30,6 @@ from typing import Any
 
 from etils import epath
 
-from benchmarks import bucket
 from mim_jax import workdir
 
 CONFIGS = {  # objective: its arguments
@@ -356,6 +355,8 @@ def main() -> int:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         runs = str(work)
         if options.bucket:
+            from benchmarks import bucket  # late: it needs PyTorch
+
             stack.enter_context(bucket.emulator())
             runs = "gs://runs/soak"
         end = time.monotonic() + 60 * options.minutes
