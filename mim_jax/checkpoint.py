@@ -28,7 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mim_jax import UserError
-from mim_jax.storage import open_path, storage_of
+from mim_jax.storage import open_path, read_json, storage_of
 from mim_jax.train import TrainState
 
 COMMITTED = "commit_success.txt"  # Orbax's mark of a complete checkpoint in a bucket
@@ -195,7 +195,7 @@ def digests(folder: epath.Path, kind: str) -> dict[str, str]:
 def find_fault(folder: epath.Path) -> str:
     """Returns what is wrong with a checkpoint, or "" if it is intact."""
     try:
-        saved = json.loads((folder / "digests.json").read_text())
+        saved = read_json(folder / "digests.json")
     except (OSError, ValueError):
         return "digests.json cannot be read"
     if not isinstance(saved, dict):
@@ -329,10 +329,10 @@ def record_in(workdir: str) -> dict:
     folder = folder_of(workdir)
     step = newest(folder)
     try:
-        record = json.loads((folder / str(step) / "metadata" / "metadata").read_text())
-        if not {"config", "trajectory"} <= record.keys():
+        record = read_json(folder / str(step) / "metadata" / "metadata")
+        if not all(isinstance(record[name], dict) for name in ("config", "trajectory")):
             raise ValueError
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{workdir} has checkpoints without a record of their run: choose another --workdir."
         ) from None

@@ -9,6 +9,7 @@ cannot be seen, a run without a record for ten minutes is stale. Exit codes: 0 d
 """
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,8 @@ from mim_jax import UserError, cli, workdir
 
 QUIET = 600  # seconds without a record after which a run is stale, at least, if locks are invisible
 REQUIRED = ("objective", "batch_size", "steps", "epochs")  # keys that every recorded config has
+EXAMPLES = "data set's examples"  # key of a trajectory
+LARGEST = 2**53  # of numbers that are shown: integers up to it are exact as floats
 LOWER_IS_BETTER = ("loss", "error", "kl", "norm")  # parts of the names of such metrics
 
 
@@ -44,7 +47,9 @@ class RecordedRun(NamedTuple):
 
     @property
     def objective(self) -> str:
-        return str(self.config["objective"]["name"])
+        """The name of the objective, with control characters escaped."""
+        name = str(self.config["objective"]["name"])
+        return name if name.isprintable() else ascii(name)[1:-1]
 
     @property
     def class_names(self) -> list[str]:
@@ -61,7 +66,7 @@ class RecordedRun(NamedTuple):
         """The length of the run, 0 if it is unknown."""
         if self.config["steps"]:
             return int(self.config["steps"])
-        examples = self.record["trajectory"].get("data set's examples", 0)
+        examples = self.record["trajectory"].get(EXAMPLES, 0)
         return int(self.config["epochs"] * examples / self.config["batch_size"])
 
     @property
@@ -118,42 +123,64 @@ def read_run(path: str | epath.PathLike) -> RecordedRun:
     record = workdir.read(folder)
     if not record or workdir.is_converted(record):
         raise UserError(f"{path} is not the directory of a training run.")
-    if problem := damage_of(record["config"]):
+    if problem := damage_of(record):
         raise UserError(f"{folder / 'config.json'} is damaged: {problem}.")
     files = [folder / name for name in ("metrics.jsonl", "events.jsonl")]
     parts = [part for file in files for part in workdir.parts_of(file)]
     changed = max((part.stat().mtime for part in parts), default=0.0)
     metrics, events = ([x for x in workdir.read_lines(file) if is_step(x)] for file in files)
     metrics = sorted(metrics, key=lambda x: x["step"])
-    events = [event for event in events if {"event", "time"} <= event.keys()]
+    events = [x for x in events if is_number(x.get("time")) and isinstance(x.get("event"), str)]
     events = sorted(events, key=lambda x: x["time"])
     return RecordedRun(folder, record, metrics, events, changed, time.time())
 
 
-def damage_of(config: Any) -> str:
-    """Returns what is wrong with a recorded config, "" if it has the keys that are read here."""
-    if not isinstance(config, dict):
-        return "its config is not an object"
+def damage_of(record: Mapping[str, Any]) -> str:
+    """Returns what is wrong with a run's record, "" if it has the entries that are read here."""
+    config, data = record["config"], record.get("data", {})
     if missing := [key for key in REQUIRED if key not in config]:
         return f"it lacks {', '.join(missing)}"
     if not isinstance(config["batch_size"], int) or config["batch_size"] < 1:
         return f"batch_size = {config['batch_size']!r} must be at least 1"
+    if "name" not in config["objective"]:
+        return "it lacks objective.name"
+    numbers = {name: config[name] for name in ("steps", "epochs")}
+    numbers |= {EXAMPLES: record["trajectory"].get(EXAMPLES, 0)}
+    numbers |= {name: data.get(name, 0) for name in ("images", "evaluation_images")}
+    numbers |= {"vocabulary": config.get("tokenizer", {}).get("vocabulary", 0)}
+    for name, value in numbers.items():
+        if not is_number(value) or value < 0:
+            return f"{name} = {value!r} must be a number of at least 0"
     return ""
 
 
+def is_number(value: Any) -> bool:
+    """Returns whether a value is a finite number of usual size."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST
+
+
 def is_step(record: Mapping[str, Any]) -> bool:
-    step = record.get("step")
-    return isinstance(step, int | float) and math.isfinite(step)
+    return is_number(record.get("step"))
 
 
 def runs_below(root: str | epath.PathLike) -> Iterator[RecordedRun]:
     """Yields the runs in and below a directory, by name, without searching inside runs.
 
-    A run whose record is damaged is left out, with a warning.
+    A run whose record is damaged is left out, with a warning. Links to a directory that contains
+    them are not followed.
     """
+    yield from unseen_runs(root, set())
+
+
+def unseen_runs(root: str | epath.PathLike, seen: set[str]) -> Iterator[RecordedRun]:
+    """Yields the runs in and below a directory, except in directories already seen."""
     folder = workdir.open_path(root)
     if not folder.is_dir():
         raise UserError(f"there is no directory {root}.")
+    target = os.path.realpath(folder)  # without links
+    if target in seen:
+        return
+    seen.add(target)
     if workdir.is_run(folder):
         try:
             if not workdir.is_converted(workdir.read(folder)):
@@ -163,7 +190,7 @@ def runs_below(root: str | epath.PathLike) -> Iterator[RecordedRun]:
         return
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):
-            yield from runs_below(path)
+            yield from unseen_runs(path, seen)
 
 
 def is_better(metric: str, value: float, other: float) -> bool:

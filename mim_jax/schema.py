@@ -266,6 +266,9 @@ def load(
             raise UserError(f"--config.{override} has no value: write --config.{override}=VALUE.")
         changes.append(override.split("=", 1))
     given = read(path)
+    for block in CHOICES:
+        if not isinstance(given.get(block, {}), dict):
+            raise UserError(f"{path}: {block} is a block: set {block}.name.")
     named_by_user = not workdir.is_run(path)
     changed = ""
     for key, text in changes:

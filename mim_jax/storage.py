@@ -23,6 +23,8 @@ from etils import epath
 
 from mim_jax import UserError, bucket
 
+MAX_JSON = 2**24  # bytes of a file with one JSON object
+
 
 class Lines(Protocol):
     """A file of JSON objects, one per line."""
@@ -109,6 +111,36 @@ def in_bucket(path: str | epath.Path) -> bool:
     return "://" in str(path)
 
 
+def is_file(path: epath.Path) -> bool:
+    """Returns whether there is a file. A pipe or a device is none: reading it may never end."""
+    return path.is_file() if in_bucket(path) else Path(path).is_file()
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """Reads a JSON file. Raises ValueError if it is damaged or has no usual size or depth."""
+    path = open_path(path)
+    if not is_file(path):
+        raise ValueError("it is not a file")
+    if path.stat().length > MAX_JSON:
+        raise ValueError(f"it is longer than {MAX_JSON / 2**20:.0f} MiB")
+    return parse_json(path.read_text())
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON. Raises ValueError, also for deep nesting and for integers of over 64 bits."""
+    try:
+        return json.loads(text, parse_int=integer)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def integer(text: str) -> int:
+    """Parses an integer of at most 64 bits, because larger ones cannot become floats."""
+    if len(text) > 20:
+        raise ValueError(f"it has an integer of {len(text):,} digits")
+    return int(text)
+
+
 def require_access(path: str, error: Exception) -> None:
     """Raises UserError or BucketError if a record could not be read because of its bucket.
 
@@ -142,6 +174,7 @@ class Disk:
 
     def write_text(self, path: epath.Path, text: str) -> None:
         part = path.with_suffix(".part")
+        part.unlink(missing_ok=True)  # it may be a link
         part.write_text(text)
         part.replace(path)
 

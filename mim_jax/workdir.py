@@ -26,28 +26,50 @@ from typing import Any
 from etils import epath
 
 from mim_jax import UserError, __version__
-from mim_jax.storage import Lines, open_path, storage_of
+from mim_jax.storage import (
+    Lines,
+    in_bucket,
+    is_file,
+    open_path,
+    parse_json,
+    read_json,
+    storage_of,
+)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+OBJECTS = ("config", "trajectory", "data", "versions", "git")  # entries of a record
+BLOCKS = ("objective", "data", "optimizer", "model", "tokenizer")  # of a config
 CONVERTED = "converted from"  # the only key in the trajectory of converted weights
 
 
 def is_run(workdir: str | epath.PathLike) -> bool:
     """Returns whether a path is a run directory, or one of converted weights."""
-    return (open_path(workdir) / "config.json").is_file()
+    return is_file(open_path(workdir) / "config.json")
 
 
 def read(workdir: str | epath.PathLike) -> dict[str, Any]:
     """Returns the record in config.json, {} if there is none. Raises UserError if it is damaged."""
     path = open_path(workdir) / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
-        record = json.loads(path.read_text())
-        if not {"config", "trajectory"} <= record.keys():
-            raise ValueError("it has no config or no trajectory")
-    except (ValueError, AttributeError) as error:
+        return checked(read_json(path))
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}.") from None
+
+
+def checked(record: Any) -> dict[str, Any]:
+    """Returns a record if its parts are of the types that are read. Raises ValueError."""
+    if not isinstance(record, dict) or not {"config", "trajectory"} <= record.keys():
+        raise ValueError("it has no config or no trajectory")
+    wrong = [name for name in OBJECTS if not isinstance(record.get(name, {}), dict)]
+    if not wrong:
+        blocks = record["config"]
+        wrong = [name for name in BLOCKS if not isinstance(blocks.get(name, {}), dict)]
+    if wrong:
+        raise ValueError(f"its {wrong[0]} is not an object")
+    if not isinstance(record.get("data", {}).get("class_names", []), list):
+        raise ValueError("its class_names are not a list")
     return record
 
 
@@ -110,6 +132,7 @@ def parts_of(path: str | epath.PathLike) -> list[epath.Path]:
         return []
     part = re.compile(rf"{re.escape(path.stem)}(-\d{{5}}.*)?{re.escape(path.suffix)}")
     parts = [file for file in path.parent.iterdir() if part.fullmatch(file.name)]
+    parts = [file for file in parts if in_bucket(file) or is_file(file)]
     return sorted(parts, key=lambda file: (file.name != path.name, file.name))
 
 
@@ -126,7 +149,7 @@ def read_part(path: epath.Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_bytes().decode(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line))
         except ValueError:
             continue
     return [record for record in records if isinstance(record, dict)]

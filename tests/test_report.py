@@ -14,7 +14,7 @@ from PIL import Image
 
 from mim_jax import cli, main, schema
 from mim_jax.report import __main__ as page_of_runs
-from mim_jax.report import charts, facts, findings
+from mim_jax.report import charts, facts, findings, images
 from mim_jax.runs import read_run
 from tests.conftest import ROOT
 
@@ -244,6 +244,48 @@ def test_pictures_leave_a_page_below_its_size(tmp_path, monkeypatch):
     monkeypatch.setattr(page_of_runs, "LARGEST", 400_000)
     _, page = written(folder)
     assert 0 < len(page.of("img")) < page_of_runs.FRAMES
+
+
+def test_damaged_pictures_are_left_out(tmp_path, monkeypatch):
+    folder = make(tmp_path / "run", training(2)) / "pictures"
+    folder.mkdir()
+    image = Image.fromarray(np.zeros((40, 40, 3), np.uint8))
+    for name in ("step_1.png", "step_all.png"):
+        image.save(folder / name)
+    image.resize((400, 400)).save(folder / "step_2.png")  # above the limit below
+    (folder / "step_3.png").write_bytes((folder / "step_1.png").read_bytes()[:60])
+    (folder / "step_4.png").symlink_to("/dev/zero")
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
+    _, page = written(folder.parent)
+    assert [image["alt"] for image in page.of("img")] == ["step 1"]
+
+
+def test_a_link_in_place_of_the_page_is_replaced(tmp_path):
+    """A stranger's directory may have links to files outside."""
+    folder, file = make(tmp_path / "run", training(2)), tmp_path / "file"
+    file.write_text("content")
+    for name in ("report.html", "report.part"):
+        (folder / name).symlink_to(file)
+    assert cli.main(["report", str(folder), "--files-only"]) == 0
+    assert file.read_text() == "content"
+    assert "<html" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"by_class": [[1, 2]], "step": "x"}',
+        '{"by_class": [[[1, 2], [1, 2]]]}',
+        '{"by_class": [[1, 1%s]]}' % ("0" * 400),
+        "[5]",
+    ],
+    ids=range(5),
+)
+def test_damaged_results_by_class_are_left_out(tmp_path, text):
+    folder = make(tmp_path / "run", training(2))
+    (folder / "evaluation.json").write_text(text)
+    written(folder)
 
 
 def test_many_runs_leave_out_what_was_computed(tmp_path, monkeypatch):

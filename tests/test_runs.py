@@ -190,9 +190,91 @@ def test_the_state_of_the_checkout(tmp_path, monkeypatch):
         ([1], "its config is not an object"),
         ({"objective": {"name": "mae"}, "steps": 5}, "it lacks batch_size, epochs"),
         (CONFIG | {"batch_size": 0}, "batch_size = 0 must be at least 1"),
+        (CONFIG | {"objective": "mae"}, "its objective is not an object"),
+        (CONFIG | {"objective": {}}, "it lacks objective.name"),
+        (CONFIG | {"data": []}, "its data is not an object"),
+        (CONFIG | {"steps": "many"}, "steps = 'many' must be a number of at least 0"),
+        (CONFIG | {"steps": float("nan")}, "steps = nan must be a number"),
+        (CONFIG | {"epochs": 1e308}, r"epochs = 1e\+308 must be a number"),
+        (CONFIG | {"steps": 10**400}, "it has an integer of 401 digits"),
+        (CONFIG | {"tokenizer": {"vocabulary": "x"}}, "vocabulary = 'x' must be a number"),
     ],
 )
 def test_incomplete_configs_are_reported(tmp_path, config, problem):
     make(tmp_path / "a", config=config)
     with pytest.raises(UserError, match=rf"config\.json is damaged: {problem}"):
         runs.read_run(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"trajectory": 5}, "its trajectory is not an object"),
+        ({"trajectory": {"data set's examples": "x"}}, "data set's examples = 'x' must be"),
+        ({"data": "x"}, "its data is not an object"),
+        ({"data": {"class_names": 5}}, "its class_names are not a list"),
+        ({"data": {"images": "x"}}, "images = 'x' must be a number"),
+        ({"versions": []}, "its versions is not an object"),
+        ({"git": "x"}, "its git is not an object"),
+    ],
+)
+def test_records_with_other_types_are_reported(tmp_path, entry, problem):
+    folder = make(tmp_path / "a")
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(record | entry))
+    with pytest.raises(UserError, match=rf"config\.json is damaged: {problem}"):
+        runs.read_run(folder)
+
+
+def test_a_config_that_is_nested_deeply_or_endless(tmp_path):
+    folder = make(tmp_path / "a")
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is damaged: it is nested too deeply"):
+        workdir.read(folder)
+    os.truncate(folder / "config.json", 2**25)
+    with pytest.raises(UserError, match="is damaged: it is longer than 16 MiB"):
+        workdir.read(folder)
+    for create in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo):
+        (folder / "config.json").unlink()
+        create(folder / "config.json")
+        assert not workdir.is_run(folder)
+        assert workdir.read(folder) == {}
+
+
+def test_records_with_other_values_are_left_out(tmp_path):
+    folder = make(tmp_path / "a", steps=[10], loss=[1.0], events=[("start", 0)])
+    for name, values in {
+        "metrics.jsonl": ["[" * 100_000, '{"step": 1e300}', '{"step": 1%s}' % ("0" * 30)],
+        "events.jsonl": [
+            '{"step": 1, "event": "done", "time": "x"}',
+            '{"step": 1, "event": [], "time": 1}',
+        ],
+    }.items():
+        with (folder / name).open("a") as file:
+            file.write("\n".join(values) + "\n")
+    run = runs.read_run(folder)
+    assert [record["step"] for record in run.metrics] == [10]
+    assert [event["event"] for event in run.events] == ["start"]
+    assert runs.row_of(run, str(tmp_path), "")["step"] == "10/100"
+    for name, create in {
+        "metrics.jsonl": lambda path: path.symlink_to("/dev/zero"),
+        "events.jsonl": os.mkfifo,
+    }.items():
+        (folder / name).unlink()
+        create(folder / name)
+    run = runs.read_run(folder)
+    assert (run.metrics, run.events) == ([], [])
+
+
+def test_links_to_the_directory_that_contains_them(tmp_path):
+    """Each level would multiply the number of directories."""
+    make(tmp_path / "run", steps=[10])
+    for i in range(3):
+        (tmp_path / f"a_loop_{i}").symlink_to(tmp_path)
+    assert [run.name for run in runs.runs_below(tmp_path)] == ["run"]
+
+
+def test_names_are_escaped(tmp_path, capsys):
+    make(tmp_path / "run", config=CONFIG | {"objective": {"name": "\x1b[31mred"}})
+    assert runs.main([str(tmp_path)]) == 0
+    assert r"\x1b[31mred" in capsys.readouterr().out

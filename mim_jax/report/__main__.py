@@ -53,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         ]
         page = fitted(recorded, findings)
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(page)
+        if options.to:
+            to.write_text(page)
+        else:  # a stranger's directory may have a link in its place
+            workdir.write_text(to, page)
         print(f"{to}: {len(page.encode()) / 1e6:.1f} MB")
         return 0
 

@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
+from mim_jax import workdir
 from mim_jax.runs import RecordedRun
 from mim_jax.sheets import to_rgb
+
+MAX_BYTES = 2**27  # of a sheet of pictures
+MAX_PIXELS = 2**26
 
 
 class Picture(NamedTuple):
@@ -32,18 +37,28 @@ def embedded(image: Image.Image, text: str = "", lossless: bool = False) -> Pict
 def sheets(run: RecordedRun, frames: int) -> list[Picture]:
     """Returns sheets of pictures over time, evenly spread, with the last one."""
     paths = sorted((run.path / "pictures").glob("step_*.png"))
+    paths = [path for path in paths if path.stem[5:].isdecimal() and workdir.is_file(path)]
     if not paths or not frames:
         return []
     places = np.linspace(0, len(paths) - 1, min(frames, len(paths))).round().astype(int)
     drawn = []
     for path in (paths[i] for i in dict.fromkeys(places.tolist())):
         try:
-            image = Image.open(io.BytesIO(path.read_bytes()))
-            image.thumbnail((1100, 1400))
-        except OSError:  # it is being written
-            continue
-        drawn.append(embedded(image, f"step {int(path.name[5:-4]):,}"))
+            drawn.append(sheet(path))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue  # it is being written, damaged or too large
     return drawn
+
+
+def sheet(path: epath.Path) -> Picture:
+    """Reads a sheet of pictures. Raises ValueError if it is too large, and Pillow's errors."""
+    if path.stat().length > MAX_BYTES:
+        raise ValueError
+    image = Image.open(io.BytesIO(path.read_bytes()))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError
+    image.thumbnail((1100, 1400))
+    return embedded(image, f"step {int(path.stem[5:]):,}")
 
 
 class Grid(NamedTuple):

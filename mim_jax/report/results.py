@@ -1,11 +1,11 @@
 """Results by token or class for a report: codes in use, confusions, IoU."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mim_jax import workdir
 from mim_jax.report.findings import Codebook, Predictions
 from mim_jax.report.images import grid_of, tile
 from mim_jax.report.svg import Reference, Series, chart
@@ -69,10 +69,12 @@ def by_class(run: RecordedRun, names: Sequence[str]) -> dict[str, Any] | None:
     """Returns the results by class of the newest evaluation, the worst class first."""
     path = run.path / "evaluation.json"
     try:
-        written = json.loads(path.read_text()) if path.exists() else {}
-        table = np.array(written["by_class"], np.float64)
+        written = workdir.read_json(path)
+        table, step = np.array(written["by_class"], np.float64), int(written.get("step", 0))
         heads = ["accuracy", "IoU"][: table.shape[1] - 1]
-    except (ValueError, KeyError, IndexError, TypeError):  # incomplete, or without classes
+        if table.ndim != 2:
+            raise ValueError
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError):  # or without classes
         return None
     rows = [
         (named(i, names), float(row[0]), [float(x) for x in row[1:3]])
@@ -80,7 +82,7 @@ def by_class(run: RecordedRun, names: Sequence[str]) -> dict[str, Any] | None:
         if row[0] > 0 and np.isfinite(row).all()
     ]
     rows.sort(key=lambda row: row[2][-1])
-    return dict(heads=heads, rows=rows[:60], all=len(rows), step=written.get("step", 0))
+    return dict(heads=heads, rows=rows[:60], all=len(rows), step=step)
 
 
 def named(label: int, names: Sequence[str]) -> str:

@@ -51,7 +51,7 @@ def test_a_damaged_config(copied, content, capsys):
         assert read_run(copied).status == "finished"
 
 
-@pytest.mark.parametrize("content", [b"[]", b'{"state": 1', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"[]", b'{"state": 1', b"\xff\xfe\x00", b"[" * 100_000])
 def test_damaged_digests(copied, content, capsys):
     """The checkpoint before is used."""
     (copied / "checkpoints" / "20" / "digests.json").write_bytes(content)
