@@ -7,10 +7,12 @@ Exit codes: 0 done, 1 failed, 2 user error, reported in one sentence, 130 interr
 """
 
 import argparse
+import difflib
 import errno
 import gc
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -114,13 +116,21 @@ def add_config(
 def workdir_of(options: argparse.Namespace) -> str:
     """Returns the run directory that --workdir names.
 
-    By default it is the run that --config names, or runs/NAME for a config NAME.
+    By default it is the run that --config names, or runs/NAME for a config NAME. A rehearsal has
+    another default, because the run itself could not continue from it.
     """
     from mim_jax import workdir  # late, so that --help is fast
 
     if not options.workdir and workdir.is_run(options.config):
         return os.path.expanduser(options.config)
-    return os.path.expanduser(options.workdir or f"runs/{Path(options.config).stem}")
+    name = Path(options.config).stem + ("_smoke" if getattr(options, "smoke", False) else "")
+    return os.path.expanduser(options.workdir or f"runs/{name}")
+
+
+def require_suffix(parser: argparse.ArgumentParser, to: str, suffix: str) -> None:
+    """Ends with an error if the value of --to has another suffix."""
+    if Path(to).suffix.lower() not in ("", suffix):
+        parser.error(f"--to={to} must end with {suffix}")
 
 
 def parse(
@@ -149,9 +159,7 @@ def parse(
         overrides.append(word.removeprefix("--config.") + (f"={words.pop(0)}" if separate else ""))
     options, unknown = parser.parse_known_args(rest)
     if unknown:
-        parser.error(
-            f"unknown argument {unknown[0]}: keys of the config are set by --config.KEY=VALUE"
-        )
+        parser.error(f"unknown argument {unknown[0]}: {hint_for(unknown[0], parser)}")
     if "source" in options:
         if bool(options.source) == bool(options.config):
             parser.error("pass one config: CONFIG or --config=CONFIG")
@@ -163,13 +171,22 @@ def parse(
     return options, overrides
 
 
+def hint_for(word: str, parser: argparse.ArgumentParser) -> str:
+    """Returns advice for an argument that a parser does not know."""
+    if not word.startswith("--"):
+        return f"`{parser.prog} --help` lists the arguments"
+    options = re.findall(r"--[\w-]+", parser.format_usage())
+    near = difflib.get_close_matches(word.split("=")[0], options, 1, cutoff=0.75)
+    return (
+        f"did you mean {near[0]}?" if near else "keys of the config are set by --config.KEY=VALUE"
+    )
+
+
 def exit_code(command: Callable[[], int], workdir: str) -> int:
     """Runs a command and returns its exit code; expected errors are printed as one sentence."""
     import jax  # late, so that --help is fast
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+    handle_interrupts()
     try:
         with failures():
             return command()
@@ -191,6 +208,13 @@ def exit_code(command: Callable[[], int], workdir: str) -> int:
         return 2
     except FloatingPointError as error:
         print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        print(
+            f"failed: this machine has too little memory ({error}): reduce the sizes of the model, "
+            "of the images or of the batch.",
+            file=sys.stderr,
+        )
         return 1
     except jax.errors.JaxRuntimeError as error:
         if not is_loss_of_process(error):
@@ -221,6 +245,13 @@ def report(error: UserError | BucketError) -> int:
     return 1
 
 
+def handle_interrupts() -> None:
+    """Installs `interrupt` as the handler of SIGINT, unless there is another one."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+
+
 def interrupt(number: int, frame: FrameType | None) -> None:
     """Raises KeyboardInterrupt; later if the garbage collector runs JAX, which swallows it."""
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
@@ -239,6 +270,7 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     """
     global owns_process
     owns_process = True
+    handle_interrupts()  # before JAX is imported
     try:
         code = main()
         sys.stdout.flush()

@@ -48,7 +48,7 @@ def find(path: str) -> Path:
     hints = [hint for hint, name in neighbors.items() if name in similar]
     hints += difflib.get_close_matches(file.stem, names(), 1)
     hint = f"did you mean {hints[0]}?" if hints else "`mim-jax configs` lists all configs."
-    raise UserError(f"there is no config {path}: {hint}")
+    raise UserError(f"there is no config or run {path}: {hint}")
 
 
 def load(path: str) -> dict:
@@ -91,7 +91,8 @@ def module_of(file: Path) -> ModuleType:
 def explain(error: Exception, file: str) -> str:
     """Formats an error with its line in `file` ("": the innermost file)."""
     if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
+        line = f"line {error.lineno}: " if error.lineno else ""  # a binary file has no lines
+        return f"{line}{type(error).__name__}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if file in ("", frame.filename)]
     return f"line {lines[-1] if lines else 1}: {type(error).__name__}: {error}"

@@ -40,6 +40,10 @@ from mim_jax.start import source_run
 from mim_jax.transfer import encoder_in, require_bands
 
 IMAGENET = dict(mean=MEAN, std=STD)
+OTHER_FORMATS = (  # suffixes of files that `embed` does not write
+    *(".pt", ".pth", ".safetensors", ".npy", ".csv", ".tsv", ".txt", ".json"),
+    *(".parquet", ".arrow", ".h5", ".hdf5", ".pkl"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_config(parser, "a run directory, or a config file")
     parser.add_argument("--to", required=True, help="the .npz file or the folder to write")
     options, overrides = cli.parse(parser, argv, cli.TRAINING_KEYS)
-    if (ending := Path(options.to).suffix) in (".pt", ".pth", ".npy", ".csv", ".parquet", ".h5"):
+    if (ending := Path(options.to).suffix) in OTHER_FORMATS:
         parser.error(
             f"--to={options.to}: {ending} files are not supported; pass an .npz file or a folder"
         )
@@ -94,6 +98,10 @@ def load(
     if "encoder" not in params:
         raise UserError(f"{source} holds a tokenizer, not an encoder: use mim_jax.tokenize.")
     statistics = statistics_of(source, network.metadata, mean, std)
+    if not (np.isfinite(statistics["mean"]).all() and min(statistics["std"]) > 0):
+        raise UserError(
+            f"mean = {statistics['mean']} must be finite, and std = {statistics['std']} positive."
+        )
     if image_size:
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if size != network.size:
@@ -109,18 +117,9 @@ def load(
                 raise UserError("there are no images: the list is empty.")
             data = dict(size=network.size, channels=network.channels)
             images = batch_of(images, data)["image"]
-        if isinstance(images, np.ndarray) and np.issubdtype(images.dtype, np.floating):
-            low, high = float(images.min(initial=0)), float(images.max(initial=0))
-            if low < 0 or high > 1:
-                raise UserError(
-                    f"float images must be in [0, 1], not {low:g} to {high:g}: pass integers, or "
-                    "divide by their largest value."
-                )
+        require_unit_range(images)
         images = jnp.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != network.channels:
-            raise UserError(
-                f"images must have the shape (b, H, W, {network.channels}), not {images.shape}."
-            )
+        require_images(images, network.channels)
         if not any_size and network.grid not in (None, model.grid(images)):
             height, width = images.shape[1:3]
             raise UserError(
@@ -130,6 +129,27 @@ def load(
         return encode(params, images)
 
     return encoder, jax.tree.map(jnp.asarray, params["encoder"])
+
+
+def require_unit_range(images: Any) -> None:
+    """Raises UserError for an array of floats outside [0, 1]. Arrays of JAX may be traced."""
+    if isinstance(images, np.ndarray) and np.issubdtype(images.dtype, np.floating):
+        low, high = float(images.min(initial=0)), float(images.max(initial=0))
+        if not 0 <= low <= high <= 1:  # also NaN
+            raise UserError(
+                f"float images must be in [0, 1], not {low:g} to {high:g}: pass integers, or "
+                "divide by their largest value."
+            )
+
+
+def require_images(images: jax.Array, channels: int) -> None:
+    """Raises UserError unless images are numbers of the shape (b, H, W, channels)."""
+    if not any(jnp.issubdtype(images.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        raise UserError(f"images must be integers or floats in [0, 1], not {images.dtype}.")
+    if images.size == 0:
+        raise UserError(f"there are no images: their shape is {images.shape}.")
+    if images.ndim != 4 or images.shape[-1] != channels:
+        raise UserError(f"images must have the shape (b, H, W, {channels}), not {images.shape}.")
 
 
 def statistics_of(

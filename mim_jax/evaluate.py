@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_config(parser, "a run directory, or a config file")
     parser.add_argument("--to", default="", help="a .json file to write")
     options, overrides = cli.parse(parser, argv, cli.TRAINING_KEYS)
+    cli.require_suffix(parser, options.to, ".json")
 
     def command() -> int:
         config = schema.load(options.config, overrides, trust_code=options.trust_code)

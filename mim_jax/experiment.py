@@ -4,6 +4,7 @@ import functools
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -83,10 +84,12 @@ class Experiment:
     def evaluate(self, state: TrainState, limit: int = 0) -> dict[str, Any]:
         """Returns the means over the first `limit` examples of the evaluation split (0: all).
 
-        Raises UserError if `state` is not a state, or if the objective needs labels and the split
-        has none.
+        Raises UserError if `state` is not a state, if `limit` is negative, or if the objective
+        needs labels and the split has none.
         """
         require_state(state, "evaluate")
+        if limit < 0:
+            raise UserError(f"limit = {limit} must be at least 0.")
         self.run.require_labels(self.config.data.evaluation_split)
         batches = self.run.data.evaluation_batches(self.run.rows, limit=limit)
         return evaluate(
@@ -96,6 +99,8 @@ class Experiment:
     def pictures(self, state: TrainState, count: int = 8) -> dict[str, np.ndarray]:
         """Returns {caption: images (n, H, W, c) in [0, 1]} of the first evaluation images."""
         require_state(state, "pictures")
+        if count < 1:
+            raise UserError(f"count = {count} must be at least 1.")
         return pictures_of(self.run, state, count, self.config.seed)
 
     def restore(self, path: str) -> TrainState:
@@ -147,7 +152,7 @@ def require_state(state: Any, method: str) -> None:
 
 
 def build(
-    config: str | ConfigDict, changes: Mapping[str, Any] | None = None, **top_level: Any
+    config: str | Path | ConfigDict, changes: Mapping[str, Any] | None = None, **top_level: Any
 ) -> Experiment:
     """Builds a run: `mim_jax.build("mae_emoji", {"optimizer.base_lr": 1e-3}, steps=100)`.
 
@@ -161,7 +166,8 @@ def build(
     Raises:
         UserError: if a key does not exist or has a wrong value, or the data cannot be read.
     """
-    if isinstance(config, str):
+    if isinstance(config, str | Path):
+        config = str(config)
         is_run = workdir.is_run(config)
         config = schema.load(config)
         config = recipe.fit_to_devices(config) if is_run else config

@@ -1,7 +1,7 @@
 """Lists the keys of a config: their values, types, ranges, defaults and meanings.
 
-mim-jax keys --config=mae_base
-mim-jax keys --config=mae_base mask ratio    # keys with these words in their name or meaning
+mim-jax keys mae_base                        # the same as mim-jax keys --config=mae_base
+mim-jax keys mae_base mask ratio             # keys with these words in their name or meaning
 mim-jax keys --markdown > docs/keys.md       # the keys of all objectives and optimizers
 """
 
@@ -18,11 +18,18 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = cli.parser_of("keys", __doc__)
     cli.add_config(parser, required=False)
-    parser.add_argument("words", nargs="*", help="parts of a name or meaning")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG WORD",
+        help="a config, unless --config names it, then parts of the name or meaning of keys",
+    )
     parser.add_argument("--markdown", action="store_true", help="print tables of all keys")
     options, overrides = cli.parse(parser, argv)
     if not options.config and not options.markdown:
-        parser.error("pass --config=NAME, or --markdown")
+        if not options.words:
+            parser.error("pass a config, which `mim-jax configs` lists, or --markdown")
+        options.config = options.words.pop(0)
 
     def command() -> int:
         if options.markdown:

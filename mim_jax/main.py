@@ -33,7 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = cli.parser_of("train", __doc__)
     cli.add_config(parser)
-    parser.add_argument("--workdir", default="", help="the run directory; default: runs/CONFIG")
+    parser.add_argument(
+        "--workdir",
+        default="",
+        help="the run directory; default: runs/CONFIG, or runs/CONFIG_smoke with --smoke",
+    )
     parser.add_argument(
         "--smoke", action="store_true", help="tiny model, built-in images, 20 steps"
     )
@@ -66,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         "--dry-run", action="store_true", help="print the config and a summary of the recipe"
     )
     options, overrides = cli.parse(parser, argv)
-    if options.max_minutes < 0:
+    if not options.max_minutes >= 0:  # also NaN
         parser.error(f"--max-minutes={options.max_minutes:g} must be at least 0")
     path = cli.workdir_of(options)
 
@@ -90,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def stop_after(minutes: float) -> None:
     """Sends SIGTERM to this process after some minutes."""
-    terminate = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    seconds = min(60 * minutes, threading.TIMEOUT_MAX)
+    terminate = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
     terminate.daemon = True
     terminate.start()
 
@@ -125,7 +130,7 @@ def train_config(
     goodput = Goodput(process_age() if cli.owns_process else 0.0)
     run = recipe.build(config)
     run.require_labels(config.data.evaluation_split)
-    start, trace, probe = Start(run, config), Trace(profile, path), probe_of(run, config)
+    start, trace, probe = Start(run, config), Trace(profile, path, run.steps), probe_of(run, config)
     trajectory, history = claim_workdir(path, run, config, start.bytes, change)
     record = record_of(run, config, trajectory) | (dict(history=history) if history else {})
     checkpoints = Checkpoints(path, config.save.keep, record)

@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="side of the images in pixels")
     parser.add_argument("--trust-code", action="store_true", default=None, help="as in train")
     options, overrides = cli.parse(parser, argv)
+    cli.require_suffix(parser, options.to, ".png")
     function = functions[options.what]
     given = {k: x for k, x in vars(options).items() if x is not None and k not in POSITIONAL}
     given |= {"overrides": overrides} if overrides else {}

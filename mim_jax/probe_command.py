@@ -12,6 +12,7 @@ encoders of the same method: MAE's and BEiT's features do not cluster like those
 methods. Exit codes: 0 done, 2 user error.
 """
 
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train", help="the training split")
     parser.add_argument("--evaluation-split", default="validation")
     parser.add_argument("--data-dir", default="", help="where TFDS prepared the data set")
-    parser.add_argument("--labels", default="", help="labels of a folder: folder, or a CSV file")
+    parser.add_argument(
+        "--labels", default="", help="as data.labels: folder, cls, json:KEY or a file"
+    )
     parser.add_argument("--images", type=int, default=2000, help="images of each split; 0: all")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--heads", type=int, default=0, help="if the weights do not record it")
@@ -72,6 +75,8 @@ def probe(options) -> int:
     print(f"{options.source}: {train.shape[1]:,} images of {options.split}", end="")
     print(f", {len(labels):,} of {options.evaluation_split}, {dataset.num_labels} classes")
     print("layer     rank" + ("    k-NN  linear" if labeled else ""))
+    if not labeled and options.data.startswith("folder:") and not options.labels:
+        print("without labels, only the rank is computed: pass --labels=folder", file=sys.stderr)
     for layer, (x, y) in enumerate(zip(train, test, strict=True), start=1):
         row = f"{layer:5d} {rank(x):8.1f}"
         if labeled:

@@ -173,6 +173,7 @@ class Save(NamedTuple):
 NETWORKS: dict[str, Callable] = {"model": vit, "tokenizer": dvae}
 FROM_DATA = ("num_labels", "segmentation_classes", "segmentation_colors", "image_size")
 SUPPLIED = (*NETWORKS, *FROM_DATA)  # arguments of an objective that are not keys
+INTEGERS = 2**32  # bound of integer keys, so that shapes do not overflow
 CHOICES = ("objective", "optimizer")  # blocks whose key `name` determines the other keys
 
 
@@ -275,14 +276,17 @@ def load(
         if key in [f"{block}.name" for block in CHOICES]:
             block = given.get(key.split(".")[0], {})
             if block.get("name", text) != text:
-                changed = f" (the file is for {block['name']}; write a config for {text})"
+                changed = f"it is for {block['name']}, and {text} has no key "
             block["name"] = text
             named_by_user |= key == "objective.name"
     load_objective(given, path, named_by_user, trust_code)
     try:
+        foreign = sorted(flatten(given).keys() - keys_of(given))
+        if changed and foreign:
+            raise UserError(f"{changed}{foreign[0]}: write a config for the latter.")
         config = complete(given)
     except UserError as error:
-        raise UserError(f"{path}: {error}{changed}") from None
+        raise UserError(f"{path}: {error}") from None
     if smoke:
         shrink(config)
     keys = keys_of(config)
@@ -384,6 +388,8 @@ def set_key(
         raise UserError(f"{key} = {value!r} must be {keys[key].range}.")
     if kind == int | tuple and isinstance(value, tuple) and len(numbers) != 2:
         raise UserError(f"{key} = {value!r} must be one number, or two: (rows, columns).")
+    if any(isinstance(x, int) and abs(x) >= INTEGERS for x in numbers):
+        raise UserError(f"{key} = {value!r} must be less than {INTEGERS}.")
     block, _, name = key.rpartition(".")
     with config.ignore_type():
         (config[block] if block else config)[name] = value

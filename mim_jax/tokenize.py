@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_config(parser, "a run directory")
     parser.add_argument("--to", required=True, help="the .npz file to write")
     options, overrides = cli.parse(parser, argv, cli.TRAINING_KEYS)
+    cli.require_suffix(parser, options.to, ".npz")
 
     def command() -> int:
         config = schema.load(options.config, overrides, trust_code=options.trust_code)

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from shlex import quote
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ ACTIONS = ("evaluate", "probe", "pictures", "save")  # blocks of the config with
 class Trace:
     """An xprof trace of the steps "FIRST:LAST", in the run's profile/."""
 
-    def __init__(self, steps: str, path: str):
+    def __init__(self, steps: str, path: str, last: int):
         self.path, self.staging = path, contextlib.ExitStack()
         try:
             self.first, self.last = (int(step) for step in steps.split(":")) if steps else (0, 0)
@@ -39,6 +40,8 @@ class Trace:
             self.first, self.last = -1, -1
         if not (0 < self.first <= self.last or not steps):
             raise UserError(f"--profile={steps} must be FIRST:LAST, for example 100:105.")
+        if self.first > last:
+            raise UserError(f"--profile={steps}: the run ends after step {last:,}.")
         self.running = False
 
     def after(self, step: int, metrics: dict | None = None) -> None:
@@ -105,7 +108,10 @@ class Training:
                 raise UserError(problem)
         unfinished = self.unfinished(first)
         if first >= run.steps and not unfinished:
-            log.say(f"{self.path} is complete: it is at step {first:,} of {run.steps:,}.")
+            log.say(
+                f"{self.path} is complete: it is at step {first:,} of {run.steps:,}. To train "
+                "longer, pass --config.steps=N --change=steps."
+            )
             return 0
         if first:
             log.say(f"continuing after step {first:,}")
@@ -280,7 +286,7 @@ class Training:
             log.say(f"stopped and saved after step {step:,}: run the same command to continue")
             log.event("stopped", step, f"by signal {number}")
             return 128 + number
-        log.say(f"done: {self.path}")
+        log.say(f"done: {self.path}; for curves and pictures: mim-jax report {quote(self.path)}")
         log.event("done", step)
         return 0
 

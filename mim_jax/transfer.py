@@ -1,6 +1,7 @@
 """Starts a run from other runs: copies parts of their newest checkpoints into its state."""
 
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -133,14 +134,28 @@ def fit_part(
         different.append(RELATIVE)
     if different:
         first = min(different, key=lambda name: (not name.startswith("embed"), name))
+        count = "1 array differs" if len(different) == 1 else f"{len(different)} arrays differ"
         raise UserError(
-            f"init_from: the {part} of {source} is a different network: {len(different)} arrays "
-            f"differ, first {first}: {wanted.get(first)} in this run, "
-            f"{saved[first].shape if first in saved else None} in {source}."
+            f"init_from: the {part} of {source} is a different network: {count}, first {first}: "
+            f"{wanted.get(first)} in this run, {saved[first].shape if first in saved else None} in "
+            f"{source}{how_to_match(ours, theirs) if part == 'encoder' else ''}."
         )
     resized = [n for n in fitted if ours.grid != theirs.grid and n.endswith((POSITIONS, RELATIVE))]
     changes = dict(resized=resized, new=new, ignored=ignored)
     return fitted, "".join(f"; {change}: {', '.join(x)}" for change, x in changes.items() if x)
+
+
+def how_to_match(ours: Encoder, theirs: Encoder) -> str:
+    """Returns advice that names the keys of the model that differ, "" if none does."""
+    if ours.model is None or theirs.model is None:
+        return ""
+    keys = {
+        name: getattr(theirs.model, name)
+        for name in ("width", "depth", "heads", "patch", "positions")
+        if getattr(theirs.model, name) not in (0, getattr(ours.model, name))
+    }
+    text = " ".join(f"--config.model.{name}={shlex.quote(str(x))}" for name, x in keys.items())
+    return f": to use its network, set {text}" if keys else ""
 
 
 def compare(ours: Encoder, theirs: Encoder, source: str, bands_fitted: bool = False) -> None:

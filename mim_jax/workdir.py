@@ -52,9 +52,16 @@ def read(workdir: str | epath.PathLike) -> dict[str, Any]:
     path = open_path(workdir) / "config.json"
     if not is_file(path):
         return {}
+    record = None
     try:
-        return checked(read_json(path))
+        record = read_json(path)
+        return checked(record)
     except ValueError as error:
+        if isinstance(record, dict) and "model_type" in record:  # in all of Hugging Face's
+            raise UserError(
+                f"{workdir} is a Hugging Face folder, not a run directory: convert it first: "
+                f"mim-jax convert {workdir} RUN --to=mim_jax."
+            ) from None
         raise UserError(f"{path} is damaged: {error}.") from None
 
 

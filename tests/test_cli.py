@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -34,6 +35,8 @@ def test_keys_are_listed_with_values_and_meanings(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 * len(keys)
     assert cli.main([*arguments, "mask", "share"]) == 0
     assert capsys.readouterr().out.startswith("objective.mask_ratio = 0.5\n")
+    assert cli.main(["keys", "mae_emoji", "mask", "share"]) == 0
+    assert capsys.readouterr().out.startswith("objective.mask_ratio = 0.75\n")
     assert cli.main([*arguments, "mask", "qqq"]) == 2
     assert "`mim-jax keys --config=mae_emoji` lists them all" in capsys.readouterr().err
 
@@ -45,11 +48,37 @@ def test_an_unknown_argument_is_refused_with_a_hint(capsys):
     assert "keys of the config are set by --config.KEY=VALUE" in capsys.readouterr().err
 
 
-def test_a_negative_time_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "mae_emoji", "--smok"], "unknown argument --smok: did you mean --smoke?"),
+        (["train", "mae_emoji", "mae_base"], "argument mae_base: `mim-jax train --help` lists"),
+        (["keys"], "pass a config, which `mim-jax configs` lists"),
+        (["train", "mae_emoji", "--max-minutes=-1"], "--max-minutes=-1 must be at least 0"),
+        (["train", "mae_emoji", "--max-minutes=nan"], "--max-minutes=nan must be at least 0"),
+        (["evaluate", "run", "--to=x.csv"], "--to=x.csv must end with .json"),
+        (["tokenize", "run", "--to=x.csv"], "--to=x.csv must end with .npz"),
+        (["report", "run", "--to=x.pdf"], "--to=x.pdf must end with .html"),
+        (["pictures", "attend", "run", "a.png", "--to=x.txt"], "--to=x.txt must end with .png"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_sentence(arguments, hint, capsys):
     with pytest.raises(SystemExit) as done:
-        cli.main(["train", "--config=mae_emoji", "--max-minutes=-1"])
+        cli.main(arguments)
     assert done.value.code == 2
-    assert "--max-minutes=-1 must be at least 0" in capsys.readouterr().err
+    assert hint in capsys.readouterr().err
+
+
+def test_a_very_long_time_is_no_error(monkeypatch):
+    errors = []
+    monkeypatch.setattr("threading.excepthook", errors.append)
+    monkeypatch.setattr("os.kill", lambda *_: errors.append("killed"))
+    before = set(threading.enumerate())
+    main.stop_after(float("inf"))
+    (timer,) = set(threading.enumerate()) - before
+    timer.join(0.2)
+    timer.cancel()
+    assert not errors
 
 
 def test_help_with_a_config_lists_its_keys(capsys):
@@ -80,6 +109,7 @@ def test_a_dry_run_prints_the_config_and_the_arithmetic(capsys, tmp_path):
         (UserError("a is wrong."), 2, "error: a is wrong.\n"),
         (PermissionError(13, "Permission denied", "/x"), 2, "cannot write to /x: Permission"),
         (FileNotFoundError(2, "No such file", "runs/x/log"), 2, "cannot write to runs/x/log: No"),
+        (MemoryError("Unable to allocate"), 1, "too little memory (Unable to allocate): reduce"),
         (FloatingPointError("the loss is nan."), 1, "failed: the loss is nan.\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
@@ -105,11 +135,13 @@ def test_a_run_is_continued_where_it_is(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {}}')
     parser = cli.parser_of("train", "")
     parser.add_argument("--workdir", default="")
+    parser.add_argument("--smoke", action="store_true")
     cli.add_config(parser)
     for words, expected in [
         ([f"--config={tmp_path}"], str(tmp_path)),
         (["--config=configs/mae_emoji.py"], "runs/mae_emoji"),
         (["--config=mae_emoji"], "runs/mae_emoji"),
+        (["--config=mae_emoji", "--smoke"], "runs/mae_emoji_smoke"),
         (["--config=mae_emoji", "--workdir=x"], "x"),
         (["--config.seed", "1", "mae_emoji"], "runs/mae_emoji"),
     ]:
@@ -157,3 +189,20 @@ def test_an_interruption_during_garbage_collection_is_not_lost():
     finally:
         signal.signal(signal.SIGINT, previous)
     assert sent
+
+
+def test_interruptions_are_handled_before_jax_is_imported(monkeypatch):
+    monkeypatch.setattr(cli, "owns_process", False)
+    handlers = []
+
+    def command():
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return 0
+
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit):
+            cli.exit_with(command)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert handlers == [cli.interrupt]

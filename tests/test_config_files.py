@@ -93,7 +93,7 @@ def test_names_find_the_configs_of_the_package(tmp_path, monkeypatch):
 def test_similar_names_are_suggested(path, hint):
     with pytest.raises(UserError) as error:
         config_files.find(path)
-    assert f"there is no config {path}: {hint}" in str(error.value)
+    assert f"there is no config or run {path}: {hint}" in str(error.value)
 
 
 def test_every_config_has_a_summary():

@@ -515,6 +515,8 @@ def test_errors_are_one_sentence(tmp_path, capsys):
         ("run", "b.txt", "mae", "must end with .safetensors or .pth"),
         ("run", "no/where/b.pth", "mae", "there is no folder"),
         ("run", "run", "mim_jax", "already holds checkpoints"),
+        ("run", "run", "hf", "is a run directory: choose another folder"),
+        ("run", "b.npz", "mim_jax", "--to=mim_jax writes a folder"),
         ("run", "b.pth", "beit", "use --to=mae or --to=timm"),
         ("a.pth", "hf", "hf", "set --heads=N"),
     ):

@@ -271,7 +271,15 @@ def test_encoders_take_images_of_any_size_and_kind(runs, tmp_path):
     assert encoder(params, [wide, pixels]).shape == (2, *expected.shape[1:])
     with pytest.raises(UserError, match=r"must be in \[0, 1\], not 0 to 255"):
         encoder(params, np.full((1, 64, 64, 3), 255.0))
-    with pytest.raises(UserError, match=r"cannot read the image nowhere\.png"):
+    with pytest.raises(UserError, match=r"must be in \[0, 1\], not nan to nan"):
+        encoder(params, np.full((1, 64, 64, 3), np.nan))
+    with pytest.raises(UserError, match=r"must be integers or floats in .*, not bool"):
+        encoder(params, pixels[None] > 9)
+    with pytest.raises(UserError, match="there are no images"):
+        encoder(params, pixels[None][:0])
+    with pytest.raises(UserError, match=r"std = \(0, 0, 0\) positive"):
+        mim_jax.load(runs / "mae_base", std=(0, 0, 0))
+    with pytest.raises(UserError, match=r"cannot read the image nowhere\.png: No such file"):
         encoder(params, ["nowhere.png"])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mim_jax
-from mim_jax import UserError, main
+from mim_jax import UserError, config_files, main
 
 TINY = {
     "model.size": "",
@@ -98,6 +98,19 @@ def test_a_state_is_needed(experiment):
         next(experiment.train(5))
     with pytest.raises(UserError, match=r"evaluate\(None\): pass a state"):
         experiment.evaluate(None)
+
+
+def test_counts_are_checked(experiment):
+    state = experiment.start.state()
+    with pytest.raises(UserError, match="limit = -1 must be at least 0"):
+        experiment.evaluate(state, limit=-1)
+    with pytest.raises(UserError, match="count = 0 must be at least 1"):
+        experiment.pictures(state, count=0)
+
+
+def test_a_config_may_be_a_path():
+    path = config_files.folder() / "mae_emoji.py"
+    assert mim_jax.build(path, steps=3).config.steps == 3
 
 
 def test_nested_changes():

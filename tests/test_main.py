@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import check, evaluate, inspect, main, recipe, schema, training
+from mim_jax import UserError, check, evaluate, inspect, main, recipe, schema, training
 from mim_jax.goodput import KINDS, REPEATED
 from tests.conftest import ROOT, environment
 
@@ -392,11 +392,16 @@ def test_a_trace_ends_with_its_last_step_or_with_the_run(steps, ends, monkeypatc
     told, step = [], 0
     monkeypatch.setattr("jax.profiler.start_trace", lambda folder: told.append(("start", step)))
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: told.append(("stop", step)))
-    trace = main.Trace(steps, "run")
+    trace = main.Trace(steps, "run", last=5)
     for step in range(6):
         trace.after(step, {})
     trace.end({})
     assert told == [("start", 1), ("stop", ends)]
+
+
+def test_a_trace_after_the_run_is_refused():
+    with pytest.raises(UserError, match="--profile=6:9: the run ends after step 5"):
+        main.Trace("6:9", "run", last=5)
 
 
 def test_missing_evaluation_labels_are_reported_at_the_start(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mim_jax import data, main, probe, probe_command
 from mim_jax.convert import files
@@ -47,6 +48,22 @@ def test_each_block_is_probed(run, capsys):
         for text, predict in zip(row[2:], (probe.neighbors, probe.linear), strict=True):
             accuracy = (predict(train, labels[True], test) == labels[False]).mean()
             assert float(text.rstrip("%")) == pytest.approx(100 * accuracy, abs=0.006)
+
+
+def test_without_labels_the_message_names_the_option(run, tmp_path, capsys):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for value in range(4):
+                Image.new("RGB", (32, 32), (60 * value, 9, 9)).save(folder / f"{value}.png")
+    arguments = [str(run), f"--data=folder:{tmp_path}", "--batch-size=8"]
+    assert probe_command.main(arguments) == 0
+    assert "only the rank is computed: pass --labels=folder" in capsys.readouterr().err
+    assert probe_command.main([*arguments, "--labels=folder"]) == 0
+    captured = capsys.readouterr()
+    assert "only the rank" not in captured.err
+    assert len(rows_of(captured.out)) == 2
 
 
 def test_mistakes(run, tmp_path, capsys):

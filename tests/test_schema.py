@@ -178,6 +178,21 @@ def test_a_damaged_config_of_a_run(tmp_path):
         schema.load(str(tmp_path))
 
 
+def test_a_hugging_face_folder_is_not_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit_mae"}')
+    with pytest.raises(
+        UserError,
+        match=rf"^{re.escape(str(tmp_path))} is a Hugging Face folder, .* convert it first",
+    ):
+        schema.load(str(tmp_path))
+
+
 def test_a_config_is_of_one_objective():
-    with pytest.raises(UserError, match=r"the file is for mae; write a config for classify"):
+    with pytest.raises(
+        UserError, match=r"for mae, and classify has no key objective\.decoder_depth"
+    ):
         schema.load(EMOJI, ["objective.name=classify"])
+    with pytest.raises(UserError, match=r"did you mean adamw\? Choose one of adamw, lars, sgd\.$"):
+        schema.load(EMOJI, ["optimizer.name=adam"])
+    with pytest.raises(UserError, match=r"batch_size = 99999999999 must be less than 4294967296"):
+        schema.load(EMOJI, ["batch_size=99999999999"])

@@ -35,9 +35,9 @@ def test_directories_of_other_runs(trained, tmp_path, capsys):
             "configs/mae_emoji.py did not train a tokenizer: it is a run of mae",
         ),
         ("configs/dvae_emoji.py", "is not a run: set --config.init_from.tokenizer=RUN"),
-        ("nowhere", "there is no config nowhere"),
+        ("nowhere", "there is no config or run nowhere"),
     ]:
-        assert tokenize.main([f"--config={run}", f"--to={tmp_path / 'x'}"]) == 2
+        assert tokenize.main([f"--config={run}", f"--to={tmp_path / 'x.npz'}"]) == 2
         assert sentence in capsys.readouterr().err
     assert tokenize.main([f"--config={trained}", f"--to={trained}/config.json/no/x.npz"]) == 2
     assert "cannot write to" in capsys.readouterr().err

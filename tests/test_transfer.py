@@ -306,6 +306,7 @@ def test_a_tokenizer_is_found_beside_maes_own_decoder(tmp_path):
     ("model", "sentence"),
     [
         (dict(width=32), r"first embed/bias: \(32,\) in this run, \(16,\) in"),
+        (dict(width=32, depth=3), r"set --config.model.width=16 --config.model.depth=2\.$"),
         (dict(patch=8), r"first embed/kernel: \(192, 16\) in this run, \(48, 16\) in"),
         (dict(patch=(2, 8)), r"its model.patch is \(4, 4\), this run's is \(2, 8\)"),
         (dict(depth=3), r"12 arrays differ, first block_2/fc1/bias: \(64,\) in this run, None in"),

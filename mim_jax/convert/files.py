@@ -39,6 +39,7 @@ RELEASED = {  # the first digits of the MD5 sums in MAE's README
     *("8cad7c", "b8b06e", "9bdbb0"),
     *("1b25e9", "51f550", "2541f2"),
 }
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # of single files
 HEADS = ("heads", "decoder_heads")
 OBJECTIVE_KEYS = ("mean", "std", "target", "mask_ratio", "pooling", "layers")  # kept in metadata
 
@@ -248,15 +249,19 @@ def save_weights(path: str | Path, params: dict, network: Network, to: str) -> s
         UserError: if the family cannot hold the network, or if the path has another suffix.
     """
     if to == "mim_jax":
+        if Path(path).suffix in (*SUFFIXES, ".npz"):
+            raise UserError(f"{printable(path)}: --to=mim_jax writes a folder, not such a file.")
         return save_run(path, params, network)
     path = workdir.open_path(path)
+    if (path / "checkpoints").is_dir():  # config.json of a run would be overwritten
+        raise UserError(f"{printable(path)} is a run directory: choose another folder.")
     layout, fitted = fit(params, network, to)
     state = to_torch(fitted, network, layout=layout)
     title = f"{LAYOUTS[layout].title}, {len(state)} arrays"
     names = [part for part in params if part not in (*fitted, "batch_statistics")]
     names += ["the mask token"] if has_mask_token(params) and not has_mask_token(fitted) else []
     title += f"; left out: {', '.join(names)}" if names else ""
-    if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+    if path.suffix in SUFFIXES:
         with workdir.staged(path.parent) as folder:
             save_file(folder / path.name, state, network)
     elif to == "hf" and not path.is_file():

@@ -52,7 +52,7 @@ def dtype_of(image: str | Path | Image.Image | np.ndarray) -> str:
         with open_path(image).open("rb") as file:
             return type_of(header(file).mode)
     except (OSError, BadImageError) as error:
-        raise UserError(f"cannot read the image {image}: {error}.") from None
+        raise unreadable(image, error) from None
 
 
 def decoded(
@@ -66,4 +66,10 @@ def decoded(
     try:
         return decode(open_path(image).read_bytes(), channels, dtype)
     except (OSError, BadImageError) as error:
-        raise UserError(f"cannot read the image {image}: {error}.") from None
+        raise unreadable(image, error) from None
+
+
+def unreadable(image: str | Path, error: OSError | BadImageError) -> UserError:
+    """Returns the error for a file that is not an image, or cannot be read."""
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"cannot read the image {image}: {reason}.")

@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--trust-code", action="store_true", help="as in mim-jax train")
     options = parser.parse_args(argv)
+    cli.require_suffix(parser, options.to, ".html")
     to = workdir.open_path(options.to or f"{options.runs[0].rstrip('/')}/report.html")
 
     def command() -> int:
