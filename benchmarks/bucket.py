@@ -34,15 +34,10 @@ ROOT = Path(__file__).parent.parent
 def emulator(latency: float = 0) -> Iterator[None]:
     """A context in which gs:// is an emulator with the bucket `runs`.
 
-    With a latency, it answers several requests at a time, in which simultaneous uploads may fail.
+    With a latency, it handles several requests at a time; then uploads fail now and then.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "tests.bucket_server",
-        "0",
-        *([str(latency)] if latency else []),
-    ]
+    command = [sys.executable, "-m", "tests.bucket_server", "0"]
+    command += [str(latency)] if latency else []
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
         assert process.stdout

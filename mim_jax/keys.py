@@ -50,6 +50,8 @@ POSITIVE = Range(1)
 NOT_NEGATIVE = Range(0)
 SHARE = Range(0, 1)
 BELOW_ONE = Range(0, 1, below=True)
+DEPTH = Range(1, 1000)  # numbers of blocks
+WIDTH = Range(1, 2**20)  # numbers of channels
 # A number of images that must divide the number of images that a device processes at once.
 # `--smoke` and `mim-jax check` set such a key to the latter, unless it is 0.
 PER_DEVICE = Marker("per device")

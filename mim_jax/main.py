@@ -139,7 +139,7 @@ def train_config(
     watchdog = Watchdog(config.stall_minutes)
     training = Training(run, config, path, start, checkpoints, probe, stop, watchdog, goodput)
     try:
-        with watchdog, processes.recording(training.left):
+        with watchdog, processes.recording(training.record_end):
             return training.train_to_end(trace)
     except Exception as error:
         training.log.event("failed", training.log.last_step, str(error) or type(error).__name__)

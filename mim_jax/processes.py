@@ -2,7 +2,7 @@
 
 JAX aborts a process with a stack trace when process 0 closes its connection, or some time after
 another process has disappeared. Therefore a process that ends before the others announces it, and
-all of them give signs of life.
+all of them send heartbeats.
 """
 
 import atexit
@@ -21,11 +21,11 @@ from mim_jax import UserError
 
 ENDED = "mim_jax/ended"  # the value is "PROCESS CODE" of the first process that ended
 LEFT = "mim_jax/left"  # has a value for each process that will end now
-ALIVE = "mim_jax/alive"  # has a number for each process, which increases while it runs
+HEARTBEATS = "mim_jax/heartbeats"  # has a number for each process, which increases
 POLL = 0.5  # seconds between two reads of ENDED
-SIGN = 5  # seconds between two signs of life
+PERIOD = 5  # seconds between two heartbeats
 JOINING = 300  # seconds in which all processes must join
-SILENCE = 60  # seconds without a sign of life after which a process counts as lost
+SILENCE = 60  # seconds without a heartbeat after which a process counts as lost
 GRACE = 10.0  # seconds in which a process may finish its save after another ended
 
 training = False  # whether a step is done
@@ -36,7 +36,7 @@ record_end: Callable[[int, str], None] | None = None  # of a run, by its exit co
 def join(processes: str) -> None:
     """Connects this process to the others of a run; with "" JAX finds them.
 
-    The process ends if others do not join, or if one of them later gives no sign of life.
+    The process ends if others do not join, or if the heartbeats of one of them stop later.
 
     Args:
         processes: "ADDRESS:PORT,PROCESSES,PROCESS".
@@ -111,7 +111,7 @@ def begin_training() -> None:
 
 
 class Peers:
-    """Watches the other processes: process 0 all of them, and they process 0.
+    """Watches the other processes: process 0 watches all of them, and they watch process 0.
 
     Time is counted in seconds in which this process itself was running.
     """
@@ -120,20 +120,21 @@ class Peers:
         state = distributed.global_state
         self.index, self.count = state.process_id, state.num_processes
         self.time = 0
-        self.heard = dict.fromkeys(range(self.count) if self.index == 0 else [0], 0)  # at a time
-        self.signs: dict[int, str] = {}  # the newest sign of life of each process
+        watched = range(self.count) if self.index == 0 else [0]
+        self.times = dict.fromkeys(watched, 0)  # of the newest heartbeat of each
+        self.heartbeats: dict[int, str] = {}  # the newest of each
 
     def follow(self) -> None:
-        """Exchanges signs of life, and ends this process soon after another announced its end.
+        """Sends heartbeats, and ends this process soon after another announced its end.
 
         After the first step, it may first end by itself, to finish the save in progress.
         """
-        next_sign = 0
+        due = 0
         while not leaving.wait(POLL):
-            if self.time >= next_sign:
-                with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is silent
-                    self.exchange_signs()
-                next_sign = self.time + SIGN
+            if self.time >= due:
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 does not respond
+                    self.exchange_heartbeats()
+                due = self.time + PERIOD
             try:
                 process, code = client().key_value_try_get(ENDED).split()
             except jax.errors.JaxRuntimeError:  # there is no value
@@ -144,31 +145,24 @@ class Peers:
             print(f"stopped: {reason}; its output tells the reason.", file=sys.stderr, flush=True)
             leave(int(code), reason)
 
-    def exchange_signs(self) -> None:
-        """Gives a sign of life, and records those of the watched processes."""
-        client().key_value_set(f"{ALIVE}/{self.index}", str(self.time), allow_overwrite=True)
-        self.heard[0] = self.time  # it has answered
+    def exchange_heartbeats(self) -> None:
+        """Sends a heartbeat to process 0, and records when those of watched processes arrived."""
+        client().key_value_set(f"{HEARTBEATS}/{self.index}", str(self.time), allow_overwrite=True)
+        self.times[0] = self.time  # it has answered
         if self.index == 0:
-            for key, sign in client().key_value_dir_get(ALIVE):
+            for key, heartbeat in client().key_value_dir_get(HEARTBEATS):
                 process = int(key.split("/")[-1])
-                if self.signs.get(process) != sign:
-                    self.signs[process], self.heard[process] = sign, self.time
+                if self.heartbeats.get(process) != heartbeat:
+                    self.heartbeats[process], self.times[process] = heartbeat, self.time
 
     def watch(self) -> None:
-        """Ends this process when a watched one has given no sign of life for SILENCE seconds."""
+        """Ends this process when a watched one has sent no heartbeat for SILENCE seconds."""
         while not leaving.wait(1):
             self.time += 1
-            for process, heard in list(self.heard.items()):
-                if self.time - heard > SILENCE:
-                    since = time.strftime("%X", time.localtime(time.time() - self.time + heard))
-                    reason = f"process {process} of {self.count} has not responded since {since}"
-                    print(
-                        f"failed: {reason}. Run the same command again to continue from the newest "
-                        "checkpoint.",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    leave(1, reason)
+            for process, newest in list(self.times.items()):
+                if self.time - newest > SILENCE:
+                    since = time.strftime("%X", time.localtime(time.time() - self.time + newest))
+                    fail(f"process {process} of {self.count} has not responded since {since}")
 
 
 @contextlib.contextmanager
@@ -180,6 +174,16 @@ def recording(record: Callable[[int, str], None]) -> Iterator[None]:
         yield
     finally:
         record_end = None
+
+
+def fail(reason: str) -> NoReturn:
+    """Prints and records why the run has failed, and ends this process and the others at once."""
+    print(
+        f"failed: {reason}. Run the same command again to continue from the newest checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    leave(1, reason)
 
 
 def leave(code: int, reason: str = "") -> NoReturn:

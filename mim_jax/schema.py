@@ -38,7 +38,7 @@ Steps = Annotated[int, NOT_NEGATIVE, FREE, "interval in steps; overrides every_e
 class Top(NamedTuple):
     """Keys outside any block."""
 
-    batch_size: Annotated[int, POSITIVE, "images per update, over all devices"]
+    batch_size: Annotated[int, Range(1, 2**24), "images per update, over all devices"]
     seed: Annotated[int, Range(0, 2**32 - 1), "seed of all random numbers"] = 0
     epochs: Annotated[float, NOT_NEGATIVE, "length of the run"] = 0.0
     steps: Annotated[int, NOT_NEGATIVE, Smoke(20), "length in steps; overrides epochs"] = 0

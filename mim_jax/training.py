@@ -298,7 +298,7 @@ class Training:
                 bar.update(result[0] - bar.n)
                 yield result
 
-    def left(self, code: int, reason: str) -> None:
+    def record_end(self, code: int, reason: str) -> None:
         """Records that this process ends at once, by a signal, a stall, or another process."""
         self.log.event("stopped" if code > 128 else "failed", self.log.last_step, reason)
 

@@ -1,7 +1,6 @@
 """Ends a process that waits too long for a worker, another process or a storage."""
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -62,14 +61,7 @@ class Watchdog:
         while not self.ended.wait(min(10.0, 20 * self.minutes)):
             minutes = (time.monotonic() - self.since) / 60
             if self.stage and minutes > self.minutes:
-                reason = (
+                processes.fail(
                     f"{self.stage} has taken {minutes:.1f} minutes, more than stall_minutes = "
                     f"{self.minutes:g}: {STAGES[self.stage]} may be stuck"
                 )
-                print(
-                    f"failed: {reason}. Run the same command again to continue from the newest "
-                    "checkpoint.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                processes.leave(1, reason)

@@ -295,8 +295,8 @@ def test_names_of_files_of_labels(tmp_path, stem, suffix):
     tar(tmp_path / "set" / "data.tar", files)
     plant(tmp_path / "tree", files)
     for root in (tmp_path / "set", tmp_path / "tree"):
-        found = {name[-5:-4]: label for name, label in labels_of(root, "cls").items()}
-        assert found == {"0": "2", "1": "1", "2": "0"}
+        labels = {name[-5:-4]: label for name, label in labels_of(root, "cls").items()}
+        assert labels == {"0": "2", "1": "1", "2": "0"}
 
 
 def test_shards_named_as_splits(tmp_path):

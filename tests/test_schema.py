@@ -194,5 +194,20 @@ def test_a_config_is_of_one_objective():
         schema.load(EMOJI, ["objective.name=classify"])
     with pytest.raises(UserError, match=r"did you mean adamw\? Choose one of adamw, lars, sgd\.$"):
         schema.load(EMOJI, ["optimizer.name=adam"])
-    with pytest.raises(UserError, match=r"batch_size = 99999999999 must be less than 4294967296"):
-        schema.load(EMOJI, ["batch_size=99999999999"])
+
+
+@pytest.mark.parametrize(
+    ("override", "range_"),
+    [
+        ("steps=99999999999", "less than 4294967296"),
+        ("batch_size=99999999999", "at least 1 and at most 16777216"),
+        ("model.depth=10000000", "at least 0 and at most 1000"),
+        ("model.width=10000000", "at least 0 and at most 1048576"),
+        ("objective.decoder_depth=10000000", "at least 1 and at most 1000"),
+        ("data.size=1000000000", "at least 1 and at most 65536"),
+    ],
+)
+def test_huge_networks_and_images_are_refused(override, range_):
+    """Their arrays do not fit into memory, or tracing them does not end."""
+    with pytest.raises(UserError, match=rf"must be {range_}\.$"):
+        schema.load(EMOJI, [override])

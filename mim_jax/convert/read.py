@@ -234,9 +234,11 @@ def from_tree(tree: Any, content: Callable[[str], bytes], budget: Budget) -> tup
         name: functools.partial(load, x) for name, x in pickles.tensors(tree).items()
     }
     entries = tree if isinstance(tree, dict) else {}
-    scalars = bool | int | float | str
-    named = {k: v for k, v in entries.items() if isinstance(k, str | int)}
-    return loaders, {k: v for k, v in named.items() if isinstance(v, scalars)}
+    return loaders, {
+        k: v
+        for k, v in entries.items()
+        if isinstance(k, str | int) and isinstance(v, bool | int | float | str)
+    }
 
 
 def from_safetensors(file: BinaryIO) -> tuple[Loaders, dict]:

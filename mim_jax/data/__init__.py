@@ -20,7 +20,7 @@ from mim_jax.data.pairs import open_masked
 from mim_jax.data.segmentation import SegmentationEvaluationView, SegmentationTrainingView
 from mim_jax.data.sources import Source, open_sources
 from mim_jax.data.transforms import EvaluationView, TrainingView
-from mim_jax.keys import FREE, NOT_NEGATIVE, POSITIVE, SHARE, Smoke
+from mim_jax.keys import FREE, NOT_NEGATIVE, POSITIVE, SHARE, Range, Smoke
 
 Photographic = Literal["bilinear", "bicubic", "lanczos"]
 
@@ -209,7 +209,9 @@ def make(
     name: Annotated[
         str, FREE, Smoke("emoji"), "emoji, folder:PATH, hf:PATH, tfds:PATH, or a TFDS name"
     ],
-    size: Annotated[int | tuple, POSITIVE, "side of the images in pixels, or (height, width)"],
+    size: Annotated[
+        int | tuple, Range(1, 2**16), "side of the images in pixels, or (height, width)"
+    ],
     tokenizer_size: Annotated[
         int | tuple, NOT_NEGATIVE, "the same for the tokenizer's images; 0: no such images"
     ] = 0,

@@ -27,8 +27,9 @@ from mim_jax.data.manifest import printable, walk
 from mim_jax.storage import in_bucket
 
 SUFFIXES = (".parquet", ".arrow")
-PARTS = re.compile(r"[-_.]?\d{5,}-of-\d{5,}(-[0-9a-f]+)?$")  # "train-00000-of-00002-<digest>"
-PART = re.compile(r"(.*?)[-_.]?(\d{5,})-of-(\d{5,})(?:-[0-9a-f]+)?\.\w+$", re.DOTALL)
+PART = re.compile(  # "train-00000-of-00002-<digest>.parquet"
+    r"(.*?)[-_.]?(\d{5,})-of-(\d{5,})(?:-[0-9a-f]+)?\.\w+$", re.DOTALL
+)
 FIRST = 8  # class names in messages
 SAMPLE = 32  # images whose headers determine the mode
 GROUPS = 8  # row groups of Parquet files that are kept in memory
@@ -219,7 +220,8 @@ def missing_parts(root: str, paths: Sequence[str]) -> list[tuple[str, str]]:
 def split_name(path: str) -> str:
     """Returns the split that the name of a file, or of its innermost folder, contains."""
     *folders, file = path.split(os.sep)
-    stem = PARTS.sub("", file.rpartition(".")[0])
+    part = PART.match(file)
+    stem = part[1] if part else file.rpartition(".")[0]
     for name in (stem, *reversed(folders)):
         if word := split_of(name):
             return SPLITS[word]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax import UserError
-from mim_jax.keys import NOT_NEGATIVE, POSITIVE, Dtype, Smoke
+from mim_jax.keys import DEPTH, NOT_NEGATIVE, POSITIVE, WIDTH, Dtype, Range, Smoke
 from mim_jax.models.layers import add_bias, at_least_float32
 
 
@@ -340,10 +340,10 @@ def dvae(
     kind: Annotated[
         Literal["dalle", "small"], "OpenAI's network, or that of BEiT's code"
     ] = "dalle",
-    vocabulary: Annotated[int, POSITIVE, Smoke(64), "number of codes"] = 8192,
-    width: Annotated[int, POSITIVE, Smoke(8), "channels of the first group"] = 256,
-    layers: Annotated[int, NOT_NEGATIVE, "number of times that the resolution is halved"] = 3,
-    blocks: Annotated[int, NOT_NEGATIVE, Smoke(1), "blocks per layer; 0: by kind"] = 0,
+    vocabulary: Annotated[int, WIDTH, Smoke(64), "number of codes"] = 8192,
+    width: Annotated[int, WIDTH, Smoke(8), "channels of the first group"] = 256,
+    layers: Annotated[int, Range(0, 10), "number of times that the resolution is halved"] = 3,
+    blocks: Annotated[int, Range(0, DEPTH.high), Smoke(1), "blocks per layer; 0: by kind"] = 0,
     stem: Annotated[
         int, POSITIVE, "side of the squares of pixels that are first moved into channels"
     ] = 1,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mim_jax import UserError
-from mim_jax.keys import BELOW_ONE, FREE, NOT_NEGATIVE, POSITIVE, Dtype, Smoke
+from mim_jax.keys import BELOW_ONE, DEPTH, FREE, NOT_NEGATIVE, POSITIVE, WIDTH, Dtype, Range, Smoke
 from mim_jax.models.layers import Dense
 from mim_jax.models.patches import patchify, sincos2d, take
 from mim_jax.models.stem import STRIDE, Stem
@@ -135,8 +135,8 @@ def vit(
         Literal["", "Ti", "S", "B", "L", "H"], Smoke(""), "width, depth and heads, by name"
     ] = "",
     patch: Annotated[int | tuple, POSITIVE, "side of a patch in pixels, or (rows, columns)"] = 16,
-    width: Annotated[int, NOT_NEGATIVE, Smoke(64), "width of the tokens; 0: by size"] = 0,
-    depth: Annotated[int, NOT_NEGATIVE, Smoke(2), "number of blocks; 0: by size"] = 0,
+    width: Annotated[int, Range(0, WIDTH.high), Smoke(64), "width of the tokens; 0: by size"] = 0,
+    depth: Annotated[int, Range(0, DEPTH.high), Smoke(2), "number of blocks; 0: by size"] = 0,
     heads: Annotated[int, NOT_NEGATIVE, Smoke(2), "attention heads; 0: by size"] = 0,
     **options: Any,
 ) -> ViT:

@@ -134,7 +134,7 @@ class DiscreteVAE:
     def cells(self, images):
         """Returns the pixels of each token (b, n, p * q, c)."""
         patches = patchify(images, self.tokenizer.patch)
-        return einops.rearrange(patches, "b n (p c) -> b n p c", c=self.tokenizer.channels)
+        return einops.rearrange(patches, "b n (p c) -> b n p c", c=images.shape[-1])
 
     def forward(self, params, batch, rng, temperature, hard) -> Forward:
         network, images = self.tokenizer, unit(batch["image"])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mim_jax import targets
-from mim_jax.keys import POSITIVE, SHARE, Smoke
+from mim_jax.keys import DEPTH, POSITIVE, SHARE, WIDTH, Smoke
 from mim_jax.masking import count_visible, hide
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.dvae import DVAE
@@ -63,8 +63,8 @@ def objective(
         Literal["decoder", "encoder"], "the network that gets mask tokens (table 1c)"
     ] = "decoder",
     target: Annotated[targets.Name, "prediction target (table 1d)"] = "normalized_pixels",
-    decoder_width: Annotated[int, POSITIVE, Smoke(32), "width of the decoder"] = 512,
-    decoder_depth: Annotated[int, POSITIVE, Smoke(1), "number of decoder blocks"] = 8,
+    decoder_width: Annotated[int, WIDTH, Smoke(32), "width of the decoder"] = 512,
+    decoder_depth: Annotated[int, DEPTH, Smoke(1), "number of decoder blocks"] = 8,
     decoder_heads: Annotated[int, POSITIVE, Smoke(2), "attention heads of the decoder"] = 16,
     mean: Mean = MEAN,
     std: Std = STD,
