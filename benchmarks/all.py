@@ -36,7 +36,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("mim_jax", "jax", "jaxlib", "flax", "optax", "grain", "torch", "transformers", "pillow")
+PACKAGES = (
+    "mim_jax",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "grain",
+    "torch",
+    "transformers",
+    "pillow",
+)
 Row = tuple[str, str, str]  # what, figure, lowest and highest
 
 

@@ -343,3 +343,12 @@ def test_a_plan_for_tpus(tmp_path, command):
     assert result["waiting_seconds"] > 0
     assert {"all-gather", "reduce-scatter", "all-reduce"} <= set(result["collectives"])
     assert Path(tmp_path, "plan").is_dir()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+@pytest.mark.parametrize(
+    ("target", "count"), [("v5e:1x1", 1), ("v6e:2x4", 8), ("v4:1x1x1", 1), ("v5p:2x2x4", 16)]
+)
+def test_slices_smaller_and_larger_than_a_host(target, count):
+    kind, _, size = target.partition(":")
+    assert len(hardware.tpus(target, kind, size)) == count

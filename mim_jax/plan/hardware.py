@@ -8,7 +8,7 @@ import contextlib
 import importlib.util
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -97,8 +97,11 @@ def tpus(name: str, kind: str, size: str) -> list:
         TPU_ACCELERATOR_TYPE=f"{accelerator}-{count}",
         TPU_WORKER_HOSTNAMES="localhost",
     )
-    # The two cores of a v4 are one device, as on the machines of the cloud.
-    options = dict(chip_config_name="megacore") if kind == "v4" else {}
+    # A host has 2 x 2 chips, which a smaller slice does not fill.
+    columns, rows = (min(int(side), 2) for side in sides[:2])
+    options: dict[str, Any] = dict(chips_per_host_bounds=(columns, rows, 1))
+    if kind == "v4":  # the two cores of a chip are one device, as on the machines of the cloud
+        options["chip_config_name"] = "megacore"
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # of many kinds, depending on what is wrong
