@@ -13,8 +13,6 @@ from mim_jax import UserError
 from mim_jax.models.patches import sincos2d
 
 POSITIONS, RELATIVE = "positions", "relative_position_bias/table"
-
-
 Grid = tuple[int, int]  # rows and columns of patches
 
 
@@ -77,9 +75,8 @@ def resize_relative(table: np.ndarray, before: Grid, after: Grid) -> np.ndarray:
     places, targets = zip(*axes, strict=True)
     image = table[:-3].reshape(2 * before[0] - 1, 2 * before[1] - 1, -1)
     for axis, side in enumerate(before):
-        image = (
-            image.repeat(2, axis) if side == 1 else image
-        )  # a single row is constant along the axis
+        if side == 1:  # a single row is constant along the axis
+            image = image.repeat(2, axis)
     kx, ky = (min(3, len(x) - 1) for x in places)
 
     def resized(column):
