@@ -22,17 +22,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
 from mim_jax import UserError
-from mim_jax.storage import open_path, read_json, storage_of
+from mim_jax.bucket import BucketError
+from mim_jax.storage import MAX_JSON, in_bucket, open_path, read_json, storage_of
 from mim_jax.train import TrainState
 
 COMMITTED = "commit_success.txt"  # Orbax's mark of a complete checkpoint in a bucket
 UNSIGNED = ("digests.json", "_CHECKPOINT_METADATA", COMMITTED)  # files that are written last
+STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # names of the folders of checkpoints
+DATA = "d"  # folders of files with arrays; all other files are short
+FREE = 2**26  # bytes of arrays that a checkpoint of any size may hold
+PER_BYTE = 16  # further bytes per byte of its files, which are compressed
 
 
 class Checkpoints:
@@ -94,15 +100,12 @@ class Checkpoints:
             self.manager.wait_until_finished()
         step = int(state.step)
         try:
-            restored = restore(self.manager, step, {"step": abstract(state.step)})
-            intact = int(restored["step"]) == step
-        except ValueError:  # raised by tensorstore
-            intact = False
-        if not intact:
+            restore(self.manager, step, {"step": abstract(state.step)})
+        except UserError as error:
             raise UserError(
                 f"the checkpoint of step {step} in {self.folder} cannot be read back: choose "
                 "another --workdir."
-            )
+            ) from error
 
     def restore(self, like: TrainState) -> TrainState:
         """Returns the latest state, with the shapes and shardings of `like` (abstract arrays).
@@ -111,10 +114,9 @@ class Checkpoints:
         """
         assert self.latest is not None  # there is a checkpoint
         restored = restore(self.manager, self.latest, like._asdict())
-        metadata = metadata_of(self.manager, self.latest)
-        self.skips = [(int(start), int(length)) for start, length in metadata.get("skips", [])]
-        self.largest = metadata.get("largest", [])
-        self.unfinished = metadata.get("unfinished", [])
+        metadata = metadata_of(self.folder, self.latest)
+        self.skips, self.largest = metadata["skips"], metadata["largest"]
+        self.unfinished = metadata["unfinished"]
         return TrainState(**restored)
 
     def set_aside(self, after: int) -> None:
@@ -168,7 +170,10 @@ def folder_of(workdir: str) -> epath.Path:
 
 def steps_in(folder: epath.Path) -> list[int]:
     """Returns the steps of the complete checkpoints in a folder, in increasing order."""
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    paths = [path for path in folder.iterdir() if STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(int(path.name) for path in paths if ocp.utils.is_checkpoint_finalized(path))
 
 
 def has_checkpoints(workdir: str) -> bool:
@@ -194,6 +199,8 @@ def digests(folder: epath.Path, kind: str) -> dict[str, str]:
 
 def find_fault(folder: epath.Path) -> str:
     """Returns what is wrong with a checkpoint, or "" if it is intact."""
+    if not in_bucket(folder) and (reason := find_unusual(Path(folder))):
+        return reason
     try:
         saved = read_json(folder / "digests.json")
     except (OSError, ValueError):
@@ -204,6 +211,26 @@ def find_fault(folder: epath.Path) -> str:
     now = digests(folder, "crc32c" if from_bucket else "sha256")
     changed = sorted(name for name in saved.keys() | now if saved.get(name) != now.get(name))
     return f"{changed[0]} has changed since it was written" if changed else ""
+
+
+def find_unusual(folder: Path) -> str:
+    """Returns which file of a checkpoint on a disk must not be read, and why, or "" if all may be.
+
+    Reading a pipe or a device may never end, and a file with holes may be longer than the disk.
+    """
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if not path.is_file():
+            return f"{name} is not a file"
+        size = path.stat().st_size
+        if path.parent.name != DATA and size > MAX_JSON:
+            return f"{name} is longer than {MAX_JSON / 2**20:.0f} MiB"
+        with path.open("rb") as file:
+            if size and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size:
+                return f"{name} has holes"
+    return ""
 
 
 def newest(folder: epath.Path, set_aside: bool = False, before: float = math.inf) -> int | None:
@@ -270,31 +297,108 @@ def without_wildcards(folder: epath.Path) -> epath.Path:
 
 
 def manager_of(workdir: str, **options) -> ocp.CheckpointManager:
+    """Opens a folder of checkpoints. Raises UserError if the metadata of one are malformed."""
     folder = folder_of(workdir)
-    return ocp.CheckpointManager(
-        without_wildcards(folder),
-        options=ocp.CheckpointManagerOptions(**options),
-        item_handlers={
-            "state": ocp.PyTreeCheckpointHandler(),
-            "metadata": ocp.JsonCheckpointHandler(),
-        },
-    )
+    try:
+        return ocp.CheckpointManager(
+            without_wildcards(folder),
+            options=ocp.CheckpointManagerOptions(**options),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "metadata": ocp.JsonCheckpointHandler(),
+            },
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"the checkpoints in {folder} cannot be read: {error}.") from error
+
+
+@contextlib.contextmanager
+def reading(folder: epath.PathLike, step: int) -> Iterator[None]:
+    """Converts any exception about the contents of a checkpoint to UserError.
+
+    Orbax and tensorstore raise exceptions of many types for malformed files.
+    """
+    try:
+        yield
+    except (UserError, BucketError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"checkpoint {step} in {folder} cannot be read: {reason}.") from error
+
+
+def saved_arrays(manager: ocp.CheckpointManager, step: int) -> dict:
+    """Returns the tree of a checkpoint; its leaves have the shapes and dtypes of the arrays.
+
+    Raises UserError if they are not arrays of numbers.
+    """
+    with reading(manager.directory, step):
+        tree = manager.item_metadata(step)["state"].tree
+        for name, x in flat(tree).items():
+            if not is_real(x.dtype):
+                raise ValueError(f"{name} has values of {x.dtype}")
+            if any(n > max(1, m) for n, m in zip(x.storage.chunk_shape, x.shape, strict=True)):
+                raise ValueError(f"{name} is stored in parts that are larger than it")
+    return tree
+
+
+def size_of(folder: epath.Path) -> int:
+    """Returns the bytes of the files in a checkpoint that hold arrays."""
+    state = folder / "state"
+    paths = [*state.glob(f"{DATA}/*"), *state.glob(f"*/{DATA}/*")]
+    return sum(path.stat().length for path in paths)
+
+
+def is_real(dtype) -> bool:
+    """Returns whether a dtype is that of real numbers or truth values."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
-    """Restores the arrays of a checkpoint that are in the tree `like`, with its shardings."""
+    """Restores the arrays of a checkpoint that are in the tree `like`, with its shardings.
+
+    Raises UserError if the checkpoint lacks some of them, or has other shapes or other steps.
+    """
+    saved, wanted = flat(saved_arrays(manager, step)), flat(like)
+    different = [
+        name
+        for name, x in wanted.items()
+        if name not in saved
+        or saved[name].shape != x.shape
+        or jnp.issubdtype(saved[name].dtype, jnp.floating) != jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    if different:
+        raise UserError(
+            f"checkpoint {step} in {manager.directory} is of a different network or optimizer: "
+            f"{min(different)} differs."
+        )
     args = ocp.args.PyTreeRestore(
         like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
         partial_restore=True,
     )
-    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+    with reading(manager.directory, step):
+        restored = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        if int(restored["step"]) != step:
+            raise ValueError(f"it holds the state of step {restored['step']}")
+    return restored
 
 
-def metadata_of(manager: ocp.CheckpointManager, step: int) -> dict:
-    """Returns the metadata of a checkpoint."""
-    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    return manager.restore(step, args=args)["metadata"]
+def metadata_of(folder: epath.Path, step: int) -> dict:
+    """Returns the metadata of a checkpoint. Raises UserError if some have other types."""
+    with reading(folder, step):
+        metadata = read_json(folder / str(step) / "metadata" / "metadata")
+        skips, largest = metadata.get("skips", []), metadata.get("largest", [])
+        metadata["skips"] = [(int(start), int(length)) for start, length in skips]
+        metadata["largest"] = [tuple(map(float, entry)) for entry in largest]
+        if any(min(skip) < 0 for skip in metadata["skips"]):
+            raise ValueError("its skips are negative")
+        if any(len(entry) != 4 for entry in metadata["largest"]):
+            raise ValueError("its largest losses are incomplete")
+        metadata["unfinished"] = [str(name) for name in metadata.get("unfinished", [])]
+    return metadata
 
 
 def open_run(workdir: str, key: str) -> tuple[ocp.CheckpointManager, int]:
@@ -319,7 +423,7 @@ def state_before(workdir: str, like: TrainState, step: int) -> tuple[TrainState,
         return None
     manager = manager_of(workdir, create=False)
     restored = restore(manager, newest_step, like._asdict())
-    metadata = metadata_of(manager, newest_step)
+    metadata = metadata_of(folder_of(workdir), newest_step)
     manager.close()
     return TrainState(**restored), metadata
 
@@ -343,7 +447,8 @@ def arrays(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
     """Restores the arrays of a checkpoint that are in the tree `like`, as NumPy arrays."""
     numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
     args = ocp.args.PyTreeRestore(like, restore_args=numpy, partial_restore=True)
-    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+    with reading(manager.directory, step):
+        return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
 def peek(workdir: str, like: TrainState) -> TrainState:
@@ -352,9 +457,9 @@ def peek(workdir: str, like: TrainState) -> TrainState:
     Raises UserError if the run has another model, or no checkpoint.
     """
     manager, step = open_run(workdir, "--config")
-    saved = manager.item_metadata(step)["state"].tree
+    saved = saved_arrays(manager, step)
     wanted = {name: tree for name, tree in like._asdict().items() if name != "opt_state"}
-    different = shapes(wanted).items() ^ shapes({name: saved[name] for name in wanted}).items()
+    different = shapes(wanted).items() ^ shapes({name: saved.get(name) for name in wanted}).items()
     if different:
         first = min(name for name, _ in different)
         raise UserError(
@@ -366,6 +471,28 @@ def peek(workdir: str, like: TrainState) -> TrainState:
     return TrainState(**restored, opt_state=())
 
 
+def weights_in(manager: ocp.CheckpointManager, step: int) -> dict[str, dict]:
+    """Returns the parts of "params", "ema" and "buffers" of a checkpoint; see `saved_arrays`.
+
+    Raises UserError if it has no params, if one of these is not a tree of arrays, or if the files
+    of the checkpoint cannot hold the arrays.
+    """
+    saved = saved_arrays(manager, step)
+    weights = {name: saved.get(name) or {} for name in ("params", "ema", "buffers")}
+    with reading(manager.directory, step):
+        leaves = jax.tree.leaves(weights, is_leaf=lambda x: not isinstance(x, dict))
+        if not all(hasattr(x, "shape") for x in leaves) or not all(
+            isinstance(tree, dict) for tree in weights.values()
+        ):
+            raise ValueError("its weights are not a tree of arrays")
+        if not weights["params"]:
+            raise ValueError("it has no weights")
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in flat(weights).values())
+        if size > FREE + PER_BYTE * size_of(epath.Path(manager.directory) / str(step)):
+            raise ValueError(f"its weights have {size:,} bytes, more than its files can hold")
+    return weights
+
+
 def load(workdir: str) -> tuple[dict, dict, dict]:
     """Returns params and buffers (NumPy arrays) and the metadata of a run's newest checkpoint.
 
@@ -373,11 +500,11 @@ def load(workdir: str) -> tuple[dict, dict, dict]:
     if there is no checkpoint.
     """
     manager, step = open_run(workdir, "weights")
-    saved = manager.item_metadata(step)["state"].tree
-    source = "ema" if saved.get("ema") else "params"
-    like = {name: saved[name] for name in (source, "buffers") if saved.get(name)}
+    saved = weights_in(manager, step)
+    source = "ema" if saved["ema"] else "params"
+    like = {name: saved[name] for name in (source, "buffers") if saved[name]}
     state = arrays(manager, step, like)
-    metadata = metadata_of(manager, step)
+    metadata = metadata_of(folder_of(workdir), step)
     manager.close()
     return state[source], state.get("buffers", {}), metadata | {"step": step}
 

@@ -9,9 +9,8 @@ import math
 import signal
 import sys
 
-from flax.traverse_util import flatten_dict
-
 from mim_jax import cli, goodput, workdir
+from mim_jax.checkpoint import flat
 from mim_jax.convert.files import license_note, load_weights, summarize
 from mim_jax.convert.names import printable
 
@@ -37,7 +36,7 @@ def show(source: str) -> int:
     if note := time_note(source):
         print(note)
     for part, tree in params.items():
-        arrays = flatten_dict(tree, sep="/")
+        arrays = flat(tree)
         count = sum(math.prod(x.shape) for x in arrays.values())
         print(f"\n{part}: {count:,} parameters in {len(arrays)} arrays")
         for path, x in arrays.items():

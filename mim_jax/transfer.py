@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax import UserError, workdir
-from mim_jax.checkpoint import arrays, flat, open_run
+from mim_jax.checkpoint import arrays, flat, open_run, weights_in
 from mim_jax.models.resize import POSITIONS, RELATIVE, fit
 from mim_jax.models.vit import ViT, vit
 from mim_jax.train import TrainState
@@ -318,8 +318,8 @@ def read_parts(source: str, key: str, head: tuple[str, ...]) -> tuple[dict[str, 
     the params is used if the run has one.
     """
     manager, step = open_run(source, f"init_from.{key}")
-    state = manager.item_metadata(step)["state"].tree
-    fields = {"buffers": "buffers", "params": "ema" if state.get("ema") else "params"}
+    state = weights_in(manager, step)
+    fields = {"buffers": "buffers", "params": "ema" if state["ema"] else "params"}
     trees = {name: state[field] for name, field in fields.items()}
     holders = [name for name, tree in trees.items() if PARTS[key][0] in tree]
     if not holders:

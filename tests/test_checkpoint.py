@@ -7,10 +7,13 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
+from etils import epath
 
 from mim_jax import UserError
-from mim_jax.checkpoint import Checkpoints, abstract, newest
+from mim_jax.checkpoint import Checkpoints, abstract, digests, find_fault, load, newest
 from mim_jax.sharding import make_mesh, replicated
 from mim_jax.train import train
 from tests.tiny_run import OBJECTIVE, OPTIMIZER, STEPS, batches_from, numbers, run, start
@@ -164,3 +167,128 @@ def test_the_first_save_is_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.manager, "wait_until_finished", lose)
     with pytest.raises(UserError, match=r"step 1 in .* cannot be read back"):
         checkpoints.save(state._replace(step=jnp.int32(1)))
+
+
+def resave(folder, change):
+    """Replaces the arrays of the newest checkpoint, as the author of a hostile run may do."""
+    step = folder / "checkpoints" / "2"
+    checkpointer = ocp.PyTreeCheckpointer()
+    tree = checkpointer.restore(step / "state")
+    shutil.rmtree(step / "state")
+    checkpointer.save(step / "state", change(tree) or tree)
+    resign(folder)
+
+
+def resign(folder):
+    step = epath.Path(folder / "checkpoints" / "2")
+    (step / "digests.json").write_text(json.dumps(digests(step, "sha256")))
+
+
+def replaced(value):
+    """A function that replaces the bias of the patch embedding in a tree of arrays."""
+    return lambda tree: tree["params"]["encoder"]["embed"].update(bias=value)
+
+
+ARRAYS = {
+    "missing": lambda tree: tree["params"]["encoder"].pop("embed"),
+    "a list": replaced([np.zeros(2), np.zeros(3)]),
+    "another shape": replaced(np.zeros((4, 4), np.float32)),
+    "complex": replaced(np.zeros(16, np.complex64)),
+    "integers": replaced(np.zeros(16, np.int32)),
+    "text": replaced("text"),
+    "one array": lambda tree: tree | {"params": np.zeros(3, np.float32)},
+    "no optimizer": lambda tree: tree.pop("opt_state"),
+    "another step": lambda tree: tree.update(step=np.int32(77)),
+    "no step": lambda tree: tree.pop("step"),
+}
+
+
+@pytest.fixture
+def hostile(saved, tmp_path):
+    """A copy of a run, with only the checkpoint 2."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    return tmp_path
+
+
+def restored(folder):
+    """Restores the newest state of a run as training does."""
+    checkpoints = Checkpoints(folder, keep=2)
+    try:
+        return checkpoints.restore(jax.tree.map(abstract, start(make_mesh())))
+    finally:
+        checkpoints.close()
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_other_arrays_are_refused(hostile, case):
+    """Orbax would convert complex numbers, and leave missing arrays out."""
+    resave(hostile, ARRAYS[case])
+    with pytest.raises(UserError, match=r"checkpoint 2 in .* (is of a different|cannot be read)"):
+        restored(hostile)
+
+
+@pytest.mark.parametrize("case", ["a list", "complex", "text", "one array"])
+def test_weights_of_other_types_are_refused(hostile, case):
+    resave(hostile, ARRAYS[case])
+    with pytest.raises(UserError, match=r"checkpoint 2 in .* cannot be read: "):
+        load(hostile)
+
+
+@pytest.mark.parametrize("key", ["shape", "chunks"])
+def test_huge_arrays_in_small_files_are_refused(hostile, key):
+    """Before memory is allocated: tensorstore would abort the process."""
+    state = hostile / "checkpoints" / "2" / "state"
+    store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{state}/"}).result()
+    name = b"params.encoder.embed.bias/.zarray"
+    store[name] = json.dumps(json.loads(store[name]) | {key: [10**12]}).encode()
+    resign(hostile)
+    with pytest.raises(UserError, match=r"parts that are larger|more than its files can hold"):
+        load(hostile)
+    with pytest.raises(UserError, match=r"parts that are larger|different network"):
+        restored(hostile)
+
+
+METADATA = {
+    "metadata/metadata": ['{"skips": [1]}', '{"largest": {"a": 1}}', '{"unfinished": 3}', "[]"],
+    "state/_METADATA": ["[]", "{", "[" * 100_000, '{"tree_metadata": {}}'],
+    "_CHECKPOINT_METADATA": ['{"item_handlers": 3}', "[]"],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(k, x) for k, texts in METADATA.items() for x in texts])
+def test_malformed_metadata_are_refused(hostile, name, text):
+    (hostile / "checkpoints" / "2" / name).write_text(text)
+    resign(hostile)
+    with pytest.raises(UserError, match="cannot be read: "):
+        restored(hostile)
+
+
+UNUSUAL = {
+    "a pipe": (os.mkfifo, "is not a file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "is not a file"),
+    "a folder elsewhere": (lambda path: path.symlink_to("/"), "is not a file"),
+    "a long file": (lambda path: path.write_bytes(bytes(2**24 + 1)), "is longer than 16 MiB"),
+    "a file with holes": (lambda path: os.truncate(path, 2**24), "has holes"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+@pytest.mark.parametrize("name", ["state/_METADATA", "_CHECKPOINT_METADATA", "digests.json"])
+def test_files_that_may_not_end_are_not_read(hostile, case, name):
+    create, reason = UNUSUAL[case]
+    path = hostile / "checkpoints" / "2" / name
+    path.unlink()
+    if case == "a file with holes":
+        path.touch()
+    create(path)
+    assert find_fault(epath.Path(path.parents[len(name.split("/")) - 1])) == f"{name} {reason}"
+    with pytest.raises(UserError, match=r"every checkpoint in .* is corrupt"):
+        newest(hostile / "checkpoints")
+
+
+@pytest.mark.parametrize("name", ["007", "9" * 30, str(2**31), "5²", "a_9", "9.5"])
+def test_folders_with_other_names_are_not_checkpoints(hostile, name):
+    shutil.copytree(hostile / "checkpoints" / "2", hostile / "checkpoints" / name)
+    assert newest(epath.Path(hostile / "checkpoints")) == 2
+    assert restored(hostile).step == 2
