@@ -1,4 +1,4 @@
-"""The figures of the other benchmarks in one dated table, with versions and spread.
+"""Prints the results of the other benchmarks in one dated table, with versions and ranges.
 
     pip install -e '.[torch,tpu]'
     python -m benchmarks.all [--only step_mae input ...] [--smoke] > table.md
@@ -10,10 +10,10 @@ tpu: time of a step of mae_base on a TPU v5e with 64 images, as `mim-jax plan` p
 first_step: seconds from the command to the first step of configs/mae_emoji.py, with an empty
     compilation cache and with a filled one.
 install: size and time of an installation in a fresh environment. It downloads packages.
-objective: lines of code of each objective, without docstrings and comments: what an objective of
-    your own takes.
+objective: lines of code of each objective, without docstrings and comments.
 
-Times are of the wall clock unless stated: run nothing else meanwhile. A part that fails says why.
+Times are wall-clock times unless stated, so nothing else should run. If a part fails, its row has
+the reason.
 """
 
 import argparse

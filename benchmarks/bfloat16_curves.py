@@ -1,4 +1,4 @@
-"""Compares training in bfloat16 with training in float32: a small BEiT on the built-in emoji.
+"""Compares the losses of a small BEiT on the built-in emoji in bfloat16 and in float32.
 
     mim-jax train --config=configs/dvae_emoji.py
     python -m benchmarks.bfloat16_curves --tokenizer=runs/dvae_emoji

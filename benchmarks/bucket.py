@@ -1,9 +1,9 @@
-"""Images per second that are read from a bucket with a latency, and from a local disk.
+"""Measures images per second read from an emulated bucket with latency, and from a local disk.
 
     python -m benchmarks.bucket [--latency=0.02] [--threads 1 16] [--images=512]
 
 The bucket is an emulator on this machine (tests/bucket_server.py), which delays every response. It
-holds JPEGs of some 100 kB in a WebDataset shard and in array_record. They are read in random order
+holds JPEGs of about 100 kB in a WebDataset shard and in array_record. They are read in random order
 and not decoded. The emulator shares the cores with the reader, so a real bucket serves more
 requests per second; the CPU time of the reader per image does not depend on that.
 """

@@ -1,4 +1,4 @@
-r"""Claims of the papers at a small size: CIFAR-10, about a million parameters, three seeds.
+r"""Tests claims of the papers at a small scale: CIFAR-10, a million parameters, three seeds.
 
     python -m benchmarks.claims few_labels --data=/data
     python -m benchmarks.claims few_labels --table
@@ -13,10 +13,10 @@ ablation: blockwise or random masks, tokens or pixels, and recovering all patche
 mask_tokens: the encoder with mask tokens takes more operations and time (MAE, table 1c: 3.3 times).
 larger: larger networks without pretraining on 1000 labels (BEiT, figure 21).
 
-A claim is a sweep of settings and seeds. Each result is appended as a row to NAME.csv in --to; rows
-that are there are skipped, and an interrupted run continues from its checkpoint in --runs. The
-settings are those of the configs for CIFAR-10 with fewer steps; none was searched. The table gives
-the smallest difference of two settings that the seeds can show: the half-width of a 95 % confidence
+A claim is a sweep of settings and seeds. Each result is appended as a row to NAME.csv in --to;
+existing rows are skipped, and an interrupted run continues from its checkpoint in --runs. The
+settings are those of the configs for CIFAR-10 with fewer steps; none was searched. The table states
+the smallest detectable difference between two settings: the half-width of a 95 % confidence
 interval, from the spread within settings.
 """
 
@@ -361,7 +361,7 @@ def by_setting(rows: list[dict], metric: str = "") -> dict[str, list[float]]:
 
 
 def table(name: str, rows: list[dict]) -> str:
-    """Returns the results of a claim as a Markdown table; unfinished settings say so."""
+    """Returns the results of a claim as a Markdown table, with the unfinished settings."""
     values, swept = by_setting(rows), name in claims()
     lines = ["| setting | mean | lowest, highest | seeds |", "|---|---|---|---|"]
     for setting in claims()[name] if swept else values:
@@ -384,7 +384,7 @@ def table(name: str, rows: list[dict]) -> str:
 
 def draw(name: str, rows: list[dict], path: Path) -> None:
     """Draws each seed as a point and the means as lines, in one panel per metric."""
-    import matplotlib.pyplot as plt  # not a dependency: the tables need none
+    import matplotlib.pyplot as plt  # not a dependency: the tables do not need it
 
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     groups = [by_setting(rows, metric) for metric in metrics]
@@ -417,7 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="the folder of the data sets")
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"))
     parser.add_argument("--to", type=Path, default=Path("docs/results/claims"))
-    parser.add_argument("--table", action="store_true", help="print the table of the rows there")
+    parser.add_argument("--table", action="store_true", help="only print the table of the rows")
     flags = parser.parse_args(arguments)
     path = flags.to / f"{flags.name}.csv"
     finished = {(row["setting"], row["seed"]) for row in read(path)}

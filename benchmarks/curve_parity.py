@@ -1,17 +1,17 @@
-"""Trains the same small network here and in PyTorch, and compares the losses of every step.
+"""Trains the same small network with mim_jax and in PyTorch, and compares all losses.
 
     pip install -e '.[torch]' timm matplotlib
     python -m benchmarks.curve_parity --model=mae [--dtype=float64] [--steps=300]
 
 Models: mae, beit (transformers), finetune (timm, with layer decay), segment (transformers' BEiT
-with UPerNet) and dvae (plain PyTorch). Both have the same initial weights, converted by this
-library, and see the same images in the same order, with the same masks and dropped branches. Here
-the library's own objective, optimizer and step train; there PyTorch's AdamW with a schedule
-written out. Losses of every step go to NAME.csv and NAME.png in --to. The classes that segmentation
-predicts are levels of brightness, so that any images will do.
+with UPerNet) and dvae (plain PyTorch). Both have the same initial weights, converted by
+`mim_jax.convert`, and the same images in the same order, masks and dropped branches. mim_jax uses
+its own objective, optimizer and step; PyTorch uses AdamW and a schedule that is written out here.
+The losses of every step are written to MODEL_DTYPE.csv and drawn in MODEL_DTYPE.png in --to. The
+classes for segmentation are levels of brightness, so that any images can be used.
 
-With --dtype=bfloat16, four runs are compared: ours in bfloat16 and float32, PyTorch's under
-autocast and in float32. The ratio printed is that of the mean differences that bfloat16 makes.
+With --dtype=bfloat16, four runs are compared: ours in bfloat16 and float32, PyTorch's with autocast
+and in float32. The printed ratio is that of the mean differences from float32.
 
 The limits are a relative difference of 1e-6 in float64, of 1e-3 in float32 over the first 100
 steps, and a ratio of 1.5 in bfloat16. The exit code is 1 if one is exceeded.
@@ -110,10 +110,12 @@ def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     schedule = warmup_and_decay(
         recipe.lr, min_lr=0.0, warmup_steps=steps // 10, steps=steps, code=recipe.schedule
     )
+
+    def rate(step: jax.Array) -> jax.Array:  # for an integer step it would be float32
+        return schedule(step.astype(jnp.result_type(float)))
+
     optimizer = adamw(
-        lambda step: schedule(
-            step.astype(jnp.result_type(float))
-        ),  # from an integer the rate would be float32
+        rate,
         b1=recipe.betas[0],
         b2=recipe.betas[1],
         weight_decay=recipe.weight_decay,
@@ -131,7 +133,7 @@ def ours(pair: Pair, state: tuple[dict, dict], stream: Callable, sizes: Sizes) -
     optimizer, loss = optimizer_of(pair.recipe, sizes.steps), pair.objective.loss
 
     def loss_at(params: dict, buffers: dict, batch: dict, rng: jax.Array, step: jax.Array):
-        # From an integer step, temperatures would be float32.
+        # For an integer step, temperatures would be float32.
         return loss(params, buffers, batch, rng, step.astype(jnp.result_type(float)))
 
     begin = TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))

@@ -1,15 +1,15 @@
-r"""What pretraining gives where labels are few: fine-tuned against from scratch, searched alike.
+r"""Compares fine-tuning with training from scratch on few labels, after the same search for both.
 
     python -m benchmarks.few_labels emoji --held-out='train[80%:]'
     python -m benchmarks.few_labels cifar10 --held-out='train[-2000:]' \
         --config.data.name=folder:/data/cifar10 --config.data.labels=folder
 
-NAME stands for configs/NAME_scratch.py and configs/NAME_finetune.py; the encoder that the second
-starts from must have been trained. For each of the two, every pair of a rate and a layer decay is
-tried once and measured on labeled images held out of the training split. The best pair runs with
-as many seeds as asked for and is measured on the evaluation split, which has chosen nothing. Runs
-lie in --runs; those that are there already are not run again. Printed are tables, and
---picture draws accuracy by step (pip install matplotlib).
+NAME selects configs/NAME_scratch.py and configs/NAME_finetune.py; the encoder that the latter
+starts from must be trained first. For each of the two, every combination of learning rate and layer
+decay is trained once and evaluated on labeled images that are held out of the training split. The
+best combination is trained with --seeds seeds and evaluated on the evaluation split, which was not
+used for the search. Runs are in --runs, and finished ones are not repeated. The results are printed
+as tables; --picture draws the accuracy by step (pip install matplotlib).
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name")
-    parser.add_argument("--held-out", required=True, help="the split that chooses")
+    parser.add_argument("--held-out", required=True, help="the split for the search")
     parser.add_argument("--base-lr", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
     parser.add_argument("--layer-decay", type=float, nargs="+", default=[0.75, 1.0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -37,7 +37,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
 
     def run(kind: str, place: str, **keys: float | str) -> list[tuple[int, float]]:
-        """-> (step, accuracy) of a run, which is done first where it has not been."""
+        """Trains a run unless it is finished. Returns the steps and accuracies of evaluations."""
         workdir = options.runs / options.name / kind / place
         command = [
             *(sys.executable, "-m", "mim_jax.main", f"--workdir={workdir}"),
@@ -46,7 +46,7 @@ def main() -> None:
             *(f"--config.{key.replace('__', '.')}={value}" for key, value in keys.items()),
         ]
         if code := subprocess.run(command, stdout=sys.stderr).returncode:
-            sys.exit(code)  # it has said why
+            sys.exit(code)  # the run has printed the reason
         lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
         return [(m["step"], m["evaluate/accuracy"]) for m in lines if "evaluate/accuracy" in m]
 
@@ -84,8 +84,8 @@ def main() -> None:
 
 
 def draw(curves: dict[str, list], path: Path) -> None:
-    """A line a seed, the mean accuracy at their end beside them."""
-    import matplotlib.pyplot as plt  # not a dependency: the tables do without
+    """Draws the accuracy of each seed as a line, labeled with the mean accuracy at the end."""
+    import matplotlib.pyplot as plt  # not a dependency: the tables do not need it
 
     figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
     for (kind, lines), color in zip(curves.items(), ("#888888", "#1f77b4"), strict=True):

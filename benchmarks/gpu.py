@@ -1,14 +1,14 @@
-"""Measures training steps on a GPU: images per second, next to PyTorch, eager and compiled.
+"""Measures images per second in training on a GPU, next to PyTorch, eager and compiled.
 
     pip install -e '.[cuda13,torch]'
     python -m benchmarks.gpu [--only mae_base ...] [--batch=128] [--rounds=5] [--steps=10]
 
-Rows are MAE with ViT-B and ViT-L, BEiT-B on given tokens, and fine-tuning of ViT-B. PyTorch is
-Hugging Face's model with scaled_dot_product_attention, under bfloat16 autocast with float32
-parameters, and AdamW, fused. Both do whole steps on images in device memory. Each round times ours,
-eager and compiled PyTorch one after another; the ratio is the median over the rounds. MFU is by the
-FLOPs that XLA counts in our step for a CPU, at --peak TFLOP/s (989: an H100).
-`--smoke` runs tiny networks on any device, as a test of this file.
+Rows are MAE with ViT-B and ViT-L, BEiT-B with given tokens, and fine-tuning of ViT-B. In PyTorch
+these are Hugging Face's models with scaled_dot_product_attention, bfloat16 autocast with float32
+parameters, and fused AdamW. Both compute whole steps on images in device memory. Each round times
+ours, eager and compiled PyTorch one after another; the ratio is the median over the rounds. MFU is
+computed from the FLOPs that XLA counts in our step for a CPU, and a peak of --peak TFLOP/s (989 for
+an H100). `--smoke` runs tiny networks on any device, to test this file.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def our_objective(name: str, shape: dict, dtype: str) -> Objective:
 
 
 def ours(name: str, shape: dict, batch: dict) -> tuple[Callable[[int], Any], float]:
-    """Returns a function that does so many steps, and the FLOPs of one."""
+    """Returns a function that performs a number of steps, and the FLOPs of a step."""
 
     def lower(dtype, device):
         objective, mesh = our_objective(name, shape, dtype), make_mesh([device])
@@ -120,7 +120,7 @@ def ours(name: str, shape: dict, batch: dict) -> tuple[Callable[[int], Any], flo
     begin, lowered = lower(dtype, jax.devices()[0])
     state, compiled = begin(), lowered.compile()
     arrays, rng = jax.device_put(batch), jax.random.key(0)
-    # XLA does not count what it leaves to a GPU's libraries, so this counts a program for a CPU.
+    # XLA does not count the FLOPs of a GPU's libraries, so those of a program for a CPU are used.
     counted = lower("float32", jax.local_devices(backend="cpu")[0])[1]
 
     def run(steps: int) -> None:
@@ -161,7 +161,7 @@ def their_model(name: str, shape: dict) -> torch.nn.Module:
 
 
 def theirs(name: str, shape: dict, batch: dict, compiled: bool) -> Callable[[int], None]:
-    """Returns a function that does so many steps of PyTorch."""
+    """Returns a function that performs a number of steps in PyTorch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = their_model(name, shape).to(device).train()
     images = torch.tensor(batch["image"]).permute(0, 3, 1, 2).contiguous().to(device)
@@ -188,7 +188,7 @@ def theirs(name: str, shape: dict, batch: dict, compiled: bool) -> Callable[[int
 
 
 def measure(row: str, flags: argparse.Namespace) -> None:
-    """Prints the line of a row."""
+    """Measures a row and prints its line."""
     name, size = ROWS[row]
     shape, batch = SMOKE if flags.smoke else SIZES[size], make_batch(flags.batch)
     step, flops = ours(name, shape, batch)

@@ -1,18 +1,18 @@
-"""Images per second of CPU time: our input pipeline against the official code's in PyTorch.
+"""Compares the CPU time of our input pipeline with that of the official code's in PyTorch.
 
     python -m benchmarks.input [--data=FOLDER_OR_TAR] [--rounds=5] [--images=1280] [--resizer=simd]
 
-Both read the same files and make MAE's views of 224 x 224 in batches of 64: a random crop of 20 to
-100 % of the area, resized bicubically with antialias by Pillow, flipped half of the time. Theirs is
-a DataLoader with two workers, which also makes float tensors and normalizes them on the host, as
-torchvision's ToTensor and Normalize do; ours leaves bytes, which the device normalizes. Without
---data they read JPEGs of ImageNet's usual size, 500 x 375 and some 100 kB, made of the built-in
-emoji and noise.
+Both read the same files and compute MAE's views of 224 x 224 in batches of 64: a random crop of 20
+to 100 % of the area, resized by Pillow with bicubic interpolation and antialiasing, and flipped
+with a probability of one half. PyTorch's is a DataLoader with two workers, which also converts
+images to float tensors and normalizes them on the host, like torchvision's ToTensor and Normalize;
+ours yields bytes, which the device normalizes. Without --data they read JPEGs of ImageNet's usual
+size, 500 x 375 and about 100 kB, generated from the built-in emoji and noise.
 
-What counts is the time of all processes together on the CPU, from the fifth batch on: it does not
-depend on how many cores are free. Each round measures both, one after the other, each in a process
-of its own; the figure is the median of the rounds' ratios. Of another resizer than Pillow's it is
-said how far its pixels are from Pillow's. Linux only.
+The result is the CPU time of all processes from the fifth batch on, which does not depend on the
+number of free cores. Each round measures both pipelines one after the other, in separate processes;
+the ratio is the median over the rounds. For another resizer, the differences of its pixels from
+Pillow's are printed too. Linux only.
 """
 
 import argparse
@@ -42,14 +42,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def ours(folder: str, workers: int, resizer: str):
-    """Batches of our pipeline, in threads, or in so many worker processes."""
+    """Returns the batches of our pipeline, computed in threads or in `workers` processes."""
     source = dict(name=f"folder:{folder}", split="all", evaluation_split="all")
     images = data.make(**source, size=SIZE, workers=workers, resizer=resizer)
     return images.training_batches(BATCH, seed=0, start=0, stop=10**6)
 
 
 class Photographs(torch.utils.data.Dataset):
-    """What torchvision's ImageFolder and the transforms of main_pretrain.py do, in their words."""
+    """The images as torchvision's ImageFolder and the transforms of main_pretrain.py give them."""
 
     def __init__(self, folder: str):
         self.files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
@@ -82,14 +82,14 @@ class Photographs(torch.utils.data.Dataset):
 
 
 def theirs(folder: str, *_):
-    """Batches of the official pipeline, of two workers."""
+    """Returns the batches of the official pipeline, with two workers."""
     torch.set_num_threads(1)
     settings = dict(batch_size=BATCH, shuffle=True, drop_last=True, num_workers=2)
     return iter(torch.utils.data.DataLoader(Photographs(folder), **settings))
 
 
 def cpu_seconds() -> float:
-    """Of this process and its workers, so far."""
+    """Returns the CPU time of this process and its workers until now."""
     total = time.process_time()
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(") ")[2].split()
@@ -98,7 +98,7 @@ def cpu_seconds() -> float:
 
 
 def measure(batches, images: int) -> float:
-    """Milliseconds of CPU time an image, once the pipeline has started."""
+    """Returns the milliseconds of CPU time per image, after the first batches."""
     for _ in range(WARM_UP):
         next(batches)
     start, count = cpu_seconds(), -(-images // BATCH)
@@ -108,7 +108,7 @@ def measure(batches, images: int) -> float:
 
 
 def distances(folder: str, resizer: str) -> list[float]:
-    """Mean absolute differences from Pillow's pixels, of 255: a crop of each file."""
+    """Returns the mean absolute difference from Pillow's pixels, of 255, in a crop of each file."""
     torch.manual_seed(0)
     theirs, measurements = Photographs(folder), []
     for file in theirs.files:
@@ -122,7 +122,7 @@ def distances(folder: str, resizer: str) -> list[float]:
 
 
 def photographs(folder: Path, count: int = 200) -> None:
-    """JPEGs of ImageNet's usual size in pixels and bytes: large emoji, and noise."""
+    """Writes JPEGs of ImageNet's usual size in pixels and bytes: enlarged emoji with noise."""
     emoji = data.make(name="emoji", size=64, crop_fraction=1.0)
     images = next(emoji.evaluation_batches(count))["image"]
     rng = np.random.default_rng(0)
@@ -140,16 +140,16 @@ def main():
     )
     parser.add_argument("--data", default="", help="a folder of JPEGs, or a tar file of them")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=1280, help="measured in a round")
-    parser.add_argument("--workers", type=int, default=0, help="ours; 0: threads")
-    parser.add_argument("--resizer", choices=("pillow", "simd"), default="pillow", help="ours")
-    parser.add_argument("--measure", choices=("ours", "theirs"), help="one of them, once")
+    parser.add_argument("--images", type=int, default=1280, help="number of images in a round")
+    parser.add_argument("--workers", type=int, default=0, help="of ours; 0: threads")
+    parser.add_argument("--resizer", choices=("pillow", "simd"), default="pillow", help="of ours")
+    parser.add_argument("--measure", choices=("ours", "theirs"), help="measure one pipeline once")
     flags = parser.parse_args()
     if flags.measure:
         pipeline = dict(ours=ours, theirs=theirs)[flags.measure]
         batches = pipeline(flags.data, flags.workers, flags.resizer)
         print(json.dumps(measure(batches, flags.images)), flush=True)
-        os._exit(0)  # without waiting for what is ahead
+        os._exit(0)  # without waiting for prefetched batches
 
     with tempfile.TemporaryDirectory() as folder:
         if not flags.data:
@@ -167,9 +167,9 @@ def main():
         if flags.resizer != "pillow":
             far = distances(folder, flags.resizer)
             print(
-                f"pixels differ from Pillow's by {statistics.mean(far):.3f} of 255 in the mean, by "
-                f"{max(far):.2f} in the image farthest off, in {sum(x > 0.2 for x in far)} of "
-                f"{len(far)} by more than 0.2"
+                f"mean difference from Pillow's pixels, of 255: {statistics.mean(far):.3f}, at "
+                f"most {max(far):.2f} in an image; over 0.2 in {sum(x > 0.2 for x in far)} of "
+                f"{len(far)} images"
             )
         call = [sys.executable, "-m", "benchmarks.input", f"--data={folder}"]
         call += [f"--images={flags.images}", f"--workers={flags.workers}"]

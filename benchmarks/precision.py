@@ -1,18 +1,19 @@
-"""How far training in bfloat16 is from float64, next to PyTorch's autocast on the same weights.
+"""Measures the errors of bfloat16 relative to float64, next to those of PyTorch's autocast.
 
     pip install -e '.[torch]'
     python -m benchmarks.precision [--width=256] [--depth=24] [--images=8]
 
-The reference is plain PyTorch in float64; autocast is the same code in bfloat16 on the CPU, with
-float32 weights. Printed are relative errors, norms of differences by norms of what is right:
+All use the same weights. The reference is plain PyTorch in float64; autocast is the same code in
+bfloat16 on the CPU, with float32 weights. The relative error of an array is the norm of its
+difference from the reference, divided by the norm of the reference. Columns:
 
-- loss, and output: the logits or predictions that the loss reads;
-- blocks: what all blocks but the first add to the residual stream;
-- gradient: of each parameter, the median and the largest over all;
-- biases: of the gradients of biases, tokens and gains, the largest.
+- loss and output: the loss, and the logits or predictions that it is computed from;
+- blocks: the sum of all branches after the first block;
+- gradient: the median and the largest error over all parameters;
+- biases: the largest error among the gradients of biases, tokens and gains.
 
-The last row is of as many tokens as a chip takes in a step, in one narrow block: there gradients of
-biases are sums over 25,000 rows.
+The last row is for two narrow blocks with as many tokens as a chip processes in a step, so that
+gradients of biases are sums over 25,000 rows.
 
 Shapes: b images, n patches, k visible, d width, h heads, (p, q) patch.
 """
@@ -27,7 +28,7 @@ import numpy as np
 import optax
 import torch
 from flax.traverse_util import flatten_dict
-from torch.nn import functional as F  # noqa: N812 - as everybody calls it
+from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.patches import patchify, relative_index, sincos2d, take
@@ -43,21 +44,21 @@ SHARED = ("bias", "q_bias", "v_bias", "scale", "gamma_1", "gamma_2", "cls_token"
 
 
 class Case(NamedTuple):
-    """A network and what it is trained with."""
+    """A network and its training data."""
 
     objective: str  # beit, mae or classify
     model: dict  # arguments of `vit`, without dtype
     decoder: dict | None  # width, depth and heads of MAE's
-    batch: dict  # images (b, H, W, 3), and what the objective reads of the rest
+    batch: dict  # images (b, H, W, 3), and masks, tokens or labels
 
 
 class Outcome(NamedTuple):
     """The quantities of a network that are compared."""
 
     loss: np.ndarray  # ()
-    output: np.ndarray  # what the loss reads
+    output: np.ndarray  # the logits or predictions
     first: np.ndarray  # the residual stream after the first block (b, n, d)
-    last: np.ndarray  # and after the last
+    last: np.ndarray  # the same after the last block
     gradients: dict  # by the name of a parameter
 
 
@@ -104,7 +105,7 @@ def many_rows() -> Case:
 
 
 def network(case: Case, dtype: str):
-    """Returns the network, and the function (params) -> its output and both residual streams."""
+    """Returns the network, its inputs, and a function params -> output, both residual streams."""
     encoder, batch = vit(**case.model, dtype=dtype), case.batch
     images, ends = jnp.asarray(batch["images"]), (0, case.model["depth"] - 1)
     n = batch["order"].shape[1]
@@ -129,7 +130,7 @@ def network(case: Case, dtype: str):
 
 
 def loss_of(case: Case, output: jax.Array) -> jax.Array:
-    """Returns the mean loss of what the network gives."""
+    """Returns the mean loss of the network's output."""
     batch = {name: jnp.asarray(x) for name, x in case.batch.items()}
     if case.objective == "mae":
         n = batch["order"].shape[1]
@@ -151,7 +152,7 @@ def initial(case: Case) -> dict:
 
 
 def ours(case: Case, params: dict, dtype: str) -> Outcome:
-    """Returns what our network gives in a dtype; in float64, all that it is given is."""
+    """Returns the outcome of our network in a dtype; for float64, all inputs are float64 too."""
     wide = "float64" if dtype == "float64" else "float32"
     with jax.enable_x64(dtype == "float64"):
         inputs = {k: x.astype(wide) if x.dtype.kind == "f" else x for k, x in case.batch.items()}
@@ -173,7 +174,7 @@ def ours(case: Case, params: dict, dtype: str) -> Outcome:
     return Outcome(*arrays, {name: np.asarray(x, np.float64) for name, x in flat.items()})
 
 
-# --- The reference: the papers in plain PyTorch, over our parameters. ---
+# --- The reference: the papers' networks in plain PyTorch, with our parameters. ---
 
 
 def linear(x, params, bias=None):
@@ -253,7 +254,7 @@ def reference_forward(case: Case, params: dict, batch: dict):
 
 
 def reference(case: Case, params: dict, dtype: str) -> Outcome:
-    """Returns what PyTorch gives in float64, in float32, or by autocast in bfloat16."""
+    """Returns the outcome of PyTorch in float64, in float32, or in bfloat16 by autocast."""
     wide = DTYPES.get(dtype, torch.float32)
     leaves = {
         name: torch.tensor(x, dtype=wide, requires_grad=True)

@@ -1,12 +1,12 @@
-"""Kills runs at random moments, continues them elsewhere, and compares them with undisturbed runs.
+"""Kills runs at random moments, continues them, and compares them with undisturbed runs.
 
     python -m benchmarks.soak --kills=100 --minutes=35
 
-Every objective trains a smoke config on the CPU. A process is killed by SIGKILL, or stopped by
-SIGTERM, SIGHUP or SIGINT: during its start, a save, an evaluation, or at any other moment. The next
-one continues on other devices: 1 to 4 in one process or two, with other numbers of parts, copies
-and worker processes. Two objectives train at a time. Losses and evaluations of all steps are
-compared with those of a run on one device that nothing disturbed. With --bucket, run directories
+Every objective is trained with a smoke config on the CPU. A process is killed by SIGKILL, or
+stopped by SIGTERM, SIGHUP or SIGINT: during its start, a save, an evaluation, or at any other
+moment. The next one continues on other devices: 1 to 4 in one process or two, with other numbers of
+parts, copies and worker processes. Two objectives train at a time. Losses and evaluations of all
+steps are compared with those of an undisturbed run on one device. With --bucket, run directories
 are in a bucket, which tests/bucket_server.py emulates. Exit codes: 0 if nothing was lost or
 different, 1 otherwise.
 """
@@ -46,7 +46,7 @@ CONFIGS = {  # objective: its arguments
     ],
 }
 STEPS, EVALUATE, SAVE, BATCH = 40, 7, 5, 24
-MESHES = 5  # different ones of an objective, because each is compiled
+MESHES = 5  # number of different meshes of an objective, because each is compiled
 COMMON = [
     *("--smoke", f"--config.steps={STEPS}", f"--config.batch_size={BATCH}"),
     *("--config.log.every_steps=1", f"--config.evaluate.every_steps={EVALUATE}"),
@@ -58,8 +58,8 @@ SIGNALS = {signal.SIGKILL: 6, signal.SIGTERM: 3, signal.SIGHUP: 1, signal.SIGINT
 MOMENTS = ("start", "save", "evaluation", "any")
 TOLERANCE = 1e-4  # of losses and evaluations, relative; meshes differ in rounding
 PATIENCE = 300  # seconds after which a process without a signal counts as stuck
-FAREWELL = 90  # seconds that a process may take to save and stop
-OTHERS = 20  # seconds that it may outlive another, before a launcher ends it
+STOPPING = 90  # seconds that a process may take to save and stop
+OTHERS = 20  # seconds after the end of one process, after which a launcher would end the others
 
 
 class Life:
@@ -104,7 +104,7 @@ class Life:
 
     @property
     def ended(self) -> bool:
-        """True if one of the processes is no longer running."""
+        """Whether one of the processes is no longer running."""
         return any(process.poll() is not None for process in self.processes)
 
     @property
@@ -123,7 +123,7 @@ class Life:
 
     def finish(self) -> list[int | None]:
         """Returns the exit codes of all processes; None: it had to be killed."""
-        end = time.monotonic() + FAREWELL
+        end = time.monotonic() + STOPPING
         while time.monotonic() < end and any(p.poll() is None for p in self.processes):
             time.sleep(0.05)
             if self.ended:

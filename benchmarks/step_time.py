@@ -1,15 +1,15 @@
-"""The time of a training step of MAE, ours and Hugging Face's, on this machine's CPU or GPU.
+"""Compares the time of a training step of MAE with Hugging Face's, on a CPU or a GPU.
 
     python -m benchmarks.step_time [--size=B] [--batch=16] [--rounds=7]
     python -m benchmarks.step_time --batch=256 --steps=20 [--compile]       # on a GPU
 
-Both take the same images of 224 x 224 from memory and do a whole step, forward, backward and
-AdamW: ours the `train_step` of `mim_jax.train` compiled, its state donated; theirs
-`ViTMAEForPreTraining` in PyTorch, eager or by torch.compile, with the faster of its two AdamW. The
-decoder is the default of both, 8 blocks of width 512. On a CPU all is in float32, on all cores; on
-a GPU in bfloat16 with float32 parameters, theirs by autocast. After three steps of each to warm
-up, every round times some steps of ours, then as many of theirs. What counts is the median of the
-rounds' ratios: a disturbance that lasts slows both of a round.
+Both compute a whole step (forward, backward and AdamW) on the same images of 224 x 224 in memory.
+Ours is the compiled `train_step` of `mim_jax.train`, with a donated state; theirs is
+`ViTMAEForPreTraining` in PyTorch, eager or with torch.compile, with the faster of its two
+implementations of AdamW. Both have the default decoder, 8 blocks of width 512. On a CPU both use
+float32 and all cores; on a GPU bfloat16 with float32 parameters, in PyTorch by autocast. After
+three warm-up steps of each, every round times some steps of ours and then as many of theirs. The
+result is the median of the rounds' ratios, because a disturbance that lasts slows down both.
 """
 
 import argparse
@@ -42,8 +42,10 @@ PATCH = {"H": 14}  # 16 for all others
 
 
 def ours(size: str, images: np.ndarray, dtype: str, remat: str) -> tuple[Callable, float, float]:
-    """-> a function that does so many steps; the FLOPs in one, as XLA counts them; the memory
-    (GB) that one takes at its peak, as XLA plans it, 0 where it was compiled before: unknown."""
+    """Returns a function that performs a number of steps, the FLOPs of a step, and its peak memory.
+
+    Both are XLA's estimates. The memory is in GB, and 0 if it is unknown.
+    """
     batch = {"image": jnp.array(images), "index": jnp.arange(len(images))}
     rng = jax.random.key(0)
 
@@ -65,7 +67,7 @@ def ours(size: str, images: np.ndarray, dtype: str, remat: str) -> tuple[Callabl
 
     begin, lowered = lower(dtype, jax.devices()[0])
     state, compiled = begin(), lowered.compile()
-    # XLA does not count what it leaves to a GPU's libraries: so count as if it were for a CPU.
+    # XLA does not count the FLOPs of a GPU's libraries, so those of a program for a CPU are used.
     flops = lower("float32", jax.local_devices(backend="cpu")[0])[1].cost_analysis()["flops"]
 
     def run(steps: int):
@@ -79,7 +81,7 @@ def ours(size: str, images: np.ndarray, dtype: str, remat: str) -> tuple[Callabl
 
 
 def theirs(size: str, images: np.ndarray, dtype: str, compiled: bool) -> tuple[Callable, str]:
-    """-> a function that does so many steps, and which of PyTorch's AdamW it uses."""
+    """Returns a function that performs a number of steps, and the kind of PyTorch's AdamW."""
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     encoder = SIZES[size]
     model = ViTMAEForPreTraining(
@@ -96,7 +98,7 @@ def theirs(size: str, images: np.ndarray, dtype: str, compiled: bool) -> tuple[C
     )
     model = model.to(device).train()
     trained = [x for x in model.parameters() if x.requires_grad]
-    groups = [  # as ours: what has one axis does not decay
+    groups = [  # as ours: parameters with one axis do not decay
         dict(params=[x for x in trained if x.ndim > 1]),
         dict(params=[x for x in trained if x.ndim == 1], weight_decay=0.0),
     ]
@@ -121,7 +123,7 @@ def theirs(size: str, images: np.ndarray, dtype: str, compiled: bool) -> tuple[C
     times = {}
     for kind in ("foreach", "fused"):
         optimizer = torch.optim.AdamW(groups, **ADAMW, **{kind: True})
-        update(optimizer)  # makes the moments
+        update(optimizer)  # creates the moments
         times[kind] = min(seconds(lambda: update(optimizer)) for _ in range(3))  # noqa: B023
     kind = min(times, key=times.get)
     optimizer = torch.optim.AdamW(groups, **ADAMW, **{kind: True})
@@ -136,6 +138,7 @@ def theirs(size: str, images: np.ndarray, dtype: str, compiled: bool) -> tuple[C
 
 
 def seconds(function: Callable) -> float:
+    """Returns the time that a call takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -145,12 +148,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", default="B", choices=SIZES, help="of the encoder")
+    parser.add_argument("--size", default="B", choices=SIZES, help="size of the encoder")
     parser.add_argument("--batch", type=int, default=16, metavar="IMAGES")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1, help="in a round, of each")
-    parser.add_argument("--remat", default="none", help="ours: none, full or a policy's name")
-    parser.add_argument("--compile", action="store_true", help="theirs by torch.compile")
+    parser.add_argument("--steps", type=int, default=1, help="steps of each in a round")
+    parser.add_argument("--remat", default="none", help="model.remat of ours")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile for PyTorch")
     flags = parser.parse_args()
 
     torch.set_num_threads(os.cpu_count())

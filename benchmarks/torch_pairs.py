@@ -1,4 +1,4 @@
-"""The same small networks here and in PyTorch, with the same initial weights, for curve_parity.
+"""Pairs of the same small network in mim_jax and in PyTorch, for curve_parity.
 
 MAE, BEiT and BEiT's segmentation are those of transformers, fine-tuning is timm's; the dVAE is
 written in plain PyTorch from its paper. The weights are converted by `mim_jax.convert`. Random
@@ -89,7 +89,7 @@ NAMES = {  # of parameters in PyTorch, by ours
 
 
 def by_axes(module: nn.Module, recipe: Recipe) -> list[dict]:
-    """Returns two parameter groups: what has one axis, or is excluded by name, does not decay."""
+    """Returns two groups: parameters with one axis, or excluded by name, do not decay."""
     undecayed = tuple(name for ours in recipe.undecayed for name in NAMES[ours])
     groups: dict[bool, list] = {True: [], False: []}
     for name, x in module.named_parameters():
@@ -102,7 +102,7 @@ def by_axes(module: nn.Module, recipe: Recipe) -> list[dict]:
 
 
 def normalized(images: torch.Tensor) -> torch.Tensor:
-    """Images (b, H, W, c) in [0, 1] -> (b, c, H, W)."""
+    """Normalizes images (b, H, W, c) in [0, 1] -> (b, c, H, W)."""
     return ((images - MEAN) / STD).permute(0, 3, 1, 2)
 
 

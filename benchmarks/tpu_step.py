@@ -1,11 +1,11 @@
-r"""How long a training step takes on a TPU, by part of the network and kind of work.
+r"""Predicts the time of a training step on a TPU, by part of the network and kind of work.
 
     pip install -e '.[tpu]'
     python -m benchmarks.tpu_step --config=configs/mae_base.py --images=64
 
-The same as `mim-jax plan --parts`, for a number of images per chip and one part of a batch, to
-compare programs. See mim_jax/plan/cost.py for what is predicted, and how well. `--text` writes the
-compiled program to a file.
+Does the same as `mim-jax plan --parts` for a given number of images per chip and accumulate=1, to
+compare programs. mim_jax/plan/cost.py describes the predictions and their accuracy. `--text` writes
+the compiled program to a file.
 """
 
 import argparse
