@@ -16,9 +16,8 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.batch_size = (
-        16  # upernet_beit_base_12_512_slide_160k_ade20k_pt.py, like all values below
-    )
+    # upernet_beit_base_12_512_slide_160k_ade20k_pt.py, like all values below
+    config.batch_size = 16
     config.steps = 160_000
     config.init_from = dict(encoder="runs/beit_base")
 

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.batch_size = 512  # A.2
     config.steps = 3_000_000  # A.2
-    config.ema = 0.999  # A.2: what is evaluated, and becomes the tokenizer
+    config.ema = 0.999  # A.2; used for evaluation and as the tokenizer
 
     config.tokenizer = dict(
         kind="dalle",
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.data = dict(
         name="imagenet2012",
         size=256,
-        # The paper crops 256 from a square of 9/8 to 12/8 of that, which is this share of it.
+        # The paper crops 256 pixels from a square with 9/8 to 12/8 of this side: these shares.
         crop_scale=(0.44, 0.79),
         flip=True,
     )

@@ -17,19 +17,19 @@ def get_config() -> ConfigDict:
 
     config.tokenizer = dict(
         kind="dalle",
-        likelihood="mse",  # white is met exactly, where a learned scale would go to zero
+        likelihood="mse",  # white can be predicted exactly: a learned scale would go to zero
         vocabulary=512,
         width=256,
-        stem=8,  # a token's pixels at once: convolutions of all pixels are slow on a CPU
+        stem=8,  # convolutions at full resolution are slow on a CPU
         layers=0,
         blocks=3,
     )
     config.objective = dict(
         name="dvae",
         temperature_steps=3000,
-        kl_weight=0.01,  # mse is small beside a logarithm of a density
+        kl_weight=0.01,  # squared errors are small compared with the logarithm of a density
         kl_warmup_steps=500,
-        balance=1.0,  # against codes that nothing uses
+        balance=1.0,  # against unused codes
         window=20,
     )
     config.data = dict(name="emoji", size=64, crop_scale=(0.6, 1.0), flip=True, crop_fraction=1.0)

@@ -259,9 +259,7 @@ def reduce_batch(config: ConfigDict, run: Run, parameters: int) -> ConfigDict:
     The steps and rates of the schedule do not change.
     """
     config, devices = copy.deepcopy(config), jax.device_count()
-    most = max(
-        2, int(CPU_LIMIT / parameters) // devices // 2 * 2
-    )  # even, because mixup takes pairs
+    most = max(2, int(CPU_LIMIT / parameters) // devices // 2 * 2)  # even: mixup takes pairs
     each = min(config.batch_size // devices, most)
     durations = {
         f"{name}_steps": recipe.in_steps(config.optimizer, name, run.steps_per_epoch)

@@ -1,7 +1,9 @@
 """Prints the contents of a run, a file of weights or a Hugging Face folder.
 
-mim-jax inspect runs/mae_base
-mim-jax inspect mae_pretrain_vit_base.pth
+    mim-jax inspect runs/mae_base
+    mim-jax inspect mae_pretrain_vit_base.pth
+
+Exit codes: 0 done, 2 user error.
 """
 
 import json
@@ -18,7 +20,7 @@ HIDDEN = ("config", "parts", "trajectory")  # entries that are too long to print
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns its exit code."""
+    """Runs the command and returns its exit code."""
     parser = cli.parser_of("inspect", __doc__)
     parser.add_argument(
         "source", help="a run, a .pth or .safetensors file, or a Hugging Face folder"

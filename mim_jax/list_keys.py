@@ -1,7 +1,7 @@
 """Lists the keys of a config: their values, types, ranges, defaults and meanings.
 
 mim-jax keys mae_base                        # the same as mim-jax keys --config=mae_base
-mim-jax keys mae_base mask ratio             # keys with these words in their name or meaning
+mim-jax keys mae_base mask ratio             # keys with these words in name or meaning
 mim-jax keys --markdown > docs/keys.md       # the keys of all objectives and optimizers
 """
 

@@ -308,9 +308,7 @@ def segment(
         pixels = decoded(image, config.data.channels, dtype_of(image))
         shape = fitted(width_and_height(pixels)[::-1], short, config.data.long_side or 4 * short)
         pixels = resize(pixels, shape, config.data.evaluation_interpolation)[None]
-        labels = np.full(
-            (1, *shape), len(names), np.int32
-        )  # not a class: the true labels are unknown
+        labels = np.full((1, *shape), len(names), np.int32)  # not a class: labels are unknown
         batch = dict(image=pixels, segmentation=labels, index=np.zeros(1, np.int32))
         drawn = draw(params, buffers, batch, jax.random.key(0))
         drawn = {k: np.asarray(x)[0, : shape[0], : shape[1]] for k, x in drawn.items()}

@@ -112,12 +112,12 @@ def in_bucket(path: str | epath.Path) -> bool:
 
 
 def is_file(path: epath.Path) -> bool:
-    """Returns whether there is a file. A pipe or a device is none: reading it may never end."""
+    """Returns whether there is a regular file, not a pipe or device, whose reading may not end."""
     return path.is_file() if in_bucket(path) else Path(path).is_file()
 
 
 def read_json(path: epath.PathLike) -> Any:
-    """Reads a JSON file. Raises ValueError if it is damaged or has no usual size or depth."""
+    """Reads a JSON file. Raises ValueError if it is damaged, too large or nested too deeply."""
     path = open_path(path)
     if not is_file(path):
         raise ValueError("it is not a file")
@@ -127,7 +127,7 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Parses JSON. Raises ValueError, also for deep nesting and for integers of over 64 bits."""
+    """Parses JSON. Raises ValueError, also for deep nesting and integers of over 20 digits."""
     try:
         return json.loads(text, parse_int=integer)
     except RecursionError:
@@ -135,7 +135,7 @@ def parse_json(text: str) -> Any:
 
 
 def integer(text: str) -> int:
-    """Parses an integer of at most 64 bits, because larger ones cannot become floats."""
+    """Parses an integer of at most 20 digits, because a very large one cannot become a float."""
     if len(text) > 20:
         raise ValueError(f"it has an integer of {len(text):,} digits")
     return int(text)
@@ -200,12 +200,12 @@ class Disk:
         try:
             with (Path(folder) / "lock").open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                was_here = file.read().endswith(f" on {platform.node()}")
+                by_this_machine = file.read().endswith(f" on {platform.node()}")
         except BlockingIOError:
             return True
         except OSError:  # there is no lock, or the file system has none
             return None
-        return False if was_here else None  # the lock of another machine may be invisible
+        return False if by_this_machine else None  # locks of other machines may be invisible
 
     def fetched(self, path: epath.Path) -> Path:
         return Path(path)

@@ -20,7 +20,7 @@ from mim_jax.convert.network import Network
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns its exit code."""
+    """Runs the command and returns its exit code."""
     parser = cli.parser_of("convert", __doc__)
     parser.add_argument(
         "source", help="a run, a .pth or .safetensors file, or a Hugging Face folder"

@@ -192,9 +192,8 @@ def stem(state, x):
         norm = name.replace("*", "norm")
         return F.group_norm(x, 32, state[f"{norm}.weight"], state[f"{norm}.bias"])
 
-    x = F.max_pool2d(
-        same(conv(x, "stem.*", 2).relu(), 3, 2), 3, 2
-    )  # after ReLU, so that padding with zeros is padding with -inf
+    # After ReLU, padding with zeros has the same effect as padding with -inf.
+    x = F.max_pool2d(same(conv(x, "stem.*", 2).relu(), 3, 2), 3, 2)
     for stage, blocks in enumerate((3, 4, 9)):
         for i in range(blocks):
             name, stride = f"stages.{stage}.blocks.{i}", 2 if stage and i == 0 else 1

@@ -19,9 +19,8 @@ LABELS = {  # headers of columns of labels
     *("category_name", "target", "finding labels"),
 }
 LONGEST = 256  # characters of a label
-WHOLE = re.compile(
-    r"[+-]?\d{1,18}(\.0*)?"
-)  # "3", and "3.0" as pandas writes it in a column with gaps
+# An integer: "3", or "3.0" as pandas writes it in a column with gaps.
+WHOLE = re.compile(r"[+-]?\d{1,18}(\.0*)?")
 OTHERS = {  # headers of columns without labels
     *("split", "set", "subset", "fold", "width", "height", "size", "date", "time", "url", "md5"),
     *("id", "index", "caption", "text", "description", "bbox", "x", "y", "w", "h"),

@@ -17,9 +17,8 @@ from mim_jax.models.layers import Dense, LayerNorm, at_least_float32, gelu
 from mim_jax.models.patches import relative_index
 
 Initializer = Literal["mae", "beit", "beit_finetune", "timm"]
-INITS: dict[
-    Initializer, Callable
-] = {  # initializers of kernels, named after the code that uses them
+# Initializers of kernels, named after the code that uses them.
+INITS: dict[Initializer, Callable] = {
     "mae": nn.initializers.xavier_uniform(),
     "beit": nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0),  # std 0.0108
     "beit_finetune": nn.initializers.normal(0.02),  # BEiT's classifier without pretraining

@@ -227,8 +227,8 @@ class DiscreteVAE:
             return ""
         if metrics["entropy"] > 0.95 * math.log(v):
             return (
-                "the codebook has collapsed: all codes are equally likely and say nothing about "
-                "the images. Lower objective.kl_weight or raise objective.kl_warmup_steps."
+                "the codebook has collapsed: all codes are equally likely, independently of the "
+                "image. Lower objective.kl_weight or raise objective.kl_warmup_steps."
             )
         if metrics["perplexity"] < v / 8:
             state = "has collapsed" if metrics["perplexity"] < v / 32 else "is close to collapse"

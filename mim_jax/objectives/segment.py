@@ -325,8 +325,8 @@ def count(
         x = interpolate(scores, rows, sizes, label_sizes, 0)
         x = interpolate(x, columns, sizes, label_sizes, 1)
         truth = jax.lax.dynamic_slice_in_dim(labels, block * ROWS, ROWS, axis=1)
-        true, guessed = (jax.nn.one_hot(y, num_classes) for y in (truth, x.argmax(-1)))
-        confusion = jnp.einsum("brwi,brwj->bij", true, guessed)  # exact: below 2^24
+        true, predicted = (jax.nn.one_hot(y, num_classes) for y in (truth, x.argmax(-1)))
+        confusion = jnp.einsum("brwi,brwj->bij", true, predicted)  # exact: below 2^24
         log_probabilities = jax.nn.log_softmax(x) if logits else jnp.log(x.clip(1e-30))
         losses = -(true * log_probabilities).sum((1, 2, 3))
         return (sums[0] + confusion.astype(jnp.int32), sums[1] + losses), None
