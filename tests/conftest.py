@@ -24,10 +24,15 @@ def pytest_addoption(parser):
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Returns the environment of a process with this number of devices."""
+    """Returns the environment of a process with this number of devices.
+
+    XLA prints fatal errors only: version 0.10.0 of jaxlib prints 2 kB for each program that it
+    reads from its cache, which fills a pipe that a test does not read, and blocks the process.
+    """
     interpreter = str(Path(sys.executable).parent)  # launchers call `python`
     path = os.pathsep.join([interpreter, os.environ.get("PATH", "")])
-    return os.environ | {"XLA_FLAGS": FLAGS.format(devices), "PATH": path}
+    flags = FLAGS.format(devices)
+    return os.environ | {"XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3", "PATH": path}
 
 
 @pytest.fixture
