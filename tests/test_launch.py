@@ -66,33 +66,30 @@ def test_one_of_two_processes_gets_a_signal(number, tmp_path):
     call = [sys.executable, "-m", "mim_jax.main", *SMOKE, "--config.steps=100000"]
     call += ["--config.save.every_steps=20", "--config.evaluate.every_steps=0"]
     call += ["--config.pictures.every_steps=0"]
-    call += [f"--workdir={tmp_path / 'run'}", f"--distributed=localhost:{port},2,"]
+    call += [f"--workdir={tmp_path}", f"--distributed=localhost:{port},2,"]
     env = environment(1) | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    pair = []
-    for i in range(2):
-        with (tmp_path / f"errors_{i}").open("w") as errors:  # a pipe that is not read may fill up
-            pair.append(
-                subprocess.Popen(
-                    [*call[:-1], f"{call[-1]}{i}"],
-                    cwd=ROOT,
-                    env=env,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                )
-            )
+    pair = [
+        subprocess.Popen(
+            [*call[:-1], f"{call[-1]}{i}"],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
     first, second = pair
     try:
         for line in first.stdout:
             if re.match(r"step +41/", line):  # the second save is in progress
                 break
         second.send_signal(number)
-        said, _ = first.communicate(timeout=90)
+        said, error = first.communicate(timeout=90)
         second.wait(timeout=90)
     finally:
         for process in pair:
             process.kill()
-    error = (tmp_path / "errors_0").read_text()
     if number == signal.SIGKILL:
         assert first.returncode == 1
         assert "failed: process 0 of 2 lost another process" in error
@@ -101,7 +98,7 @@ def test_one_of_two_processes_gets_a_signal(number, tmp_path):
     else:
         assert first.returncode == second.returncode == 143
         assert "stopped and saved after step" in said
-        assert len(list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))) > 0
+        assert len(list((tmp_path / "checkpoints").glob("[0-9]*"))) > 0
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path):
