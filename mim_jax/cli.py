@@ -52,7 +52,7 @@ TRAINING_KEYS = (  # keys and blocks that other commands do not use
 owns_process = False  # whether this process runs a single command, see exit_with
 NO_WRITE = (  # errors of a path that cannot be written
     *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG, errno.ELOOP),
 )
 
 

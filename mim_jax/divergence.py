@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mim_jax.storage import open_path
+from mim_jax.storage import open_path, storage_of
 from mim_jax.train import NO_LIMITS
 
 WARM_UP = 20  # steps before which none is a spike
@@ -154,7 +154,7 @@ class Failures:
         record |= dict(step=step, reason=reason, skips=list(self.skips))
         record["images"] = self.names_of(step)
         path = self.folder / f"step_{step:07d}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        storage_of(path).write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 @jax.jit

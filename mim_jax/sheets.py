@@ -3,13 +3,14 @@
 import io
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-from mim_jax.storage import open_path
+from mim_jax.storage import in_bucket, open_path
 
 MARGIN = 8
 LINE = 18  # height of a line of the legend
@@ -98,4 +99,6 @@ def draw_sheet(
     sheet.save(encoded, "PNG", optimize=True)
     path = open_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not in_bucket(path) and Path(path).is_symlink():
+        path.unlink()  # a stranger's run must not change other files
     path.write_bytes(encoded.getvalue())

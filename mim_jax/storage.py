@@ -223,6 +223,11 @@ class Disk:
             return file.read(size)
 
 
+def without_links(path: str, flags: int) -> int:
+    """Opens a file that is not a link: a stranger's run must not change files outside it."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 class AppendedLines:
     """A file of JSON objects to which every line is appended at once."""
 
@@ -230,7 +235,7 @@ class AppendedLines:
         self.path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with open(self.path, "a", opener=without_links) as file:
             file.write(json.dumps(record) + "\n")
 
     def flush(self) -> None:
@@ -242,7 +247,10 @@ class FileLock:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self.file: IO = (folder / "lock").open("a+")
+        path = folder / "lock"
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise UserError(f"{path} is not a regular file: remove it.")
+        self.file: IO = open(path, "a+", opener=without_links)  # noqa: SIM115
         try:
             self.acquire()
         except BlockingIOError:

@@ -72,3 +72,29 @@ def test_damaged_lines(copied, name, capsys):
     assert cli.main(["inspect", str(copied)]) == 0
     assert main.main([*SMOKE, f"--workdir={copied}"]) == 0
     assert "is complete" in capsys.readouterr().out
+
+
+def test_links_that_lead_out_of_a_run(copied, tmp_path, capsys):
+    """A stranger's run may hold them; the files that they point to are never changed."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious\n")
+    shutil.rmtree(copied / "checkpoints" / "20")
+    lock = copied / "checkpoints" / "lock"
+    lock.unlink()
+    lock.symlink_to(precious)
+    assert main.main([*SMOKE, f"--workdir={copied}"]) == 2
+    assert f"error: {lock} is not a regular file: remove it." in capsys.readouterr().err
+    lock.unlink()
+    (copied / "events.jsonl").unlink()
+    (copied / "events.jsonl").symlink_to(precious)
+    assert main.main([*SMOKE, f"--workdir={copied}"]) == 2
+    assert "error: cannot write to" in capsys.readouterr().err
+    (copied / "events.jsonl").unlink()
+    picture = copied / "pictures" / "step_0000020.png"
+    picture.parent.mkdir()
+    picture.symlink_to(precious)
+    arguments = [*SMOKE, f"--workdir={copied}", "--config.pictures.count=1"]
+    assert main.main(arguments) == 0
+    assert picture.is_file()
+    assert not picture.is_symlink()
+    assert precious.read_text() == "precious\n"
