@@ -358,3 +358,20 @@ def test_paths_that_are_not_folders_are_refused(tmp_path):
     (tmp_path / "set.tar.gz").write_bytes(b"x")
     with pytest.raises(UserError, match="neither a folder nor an uncompressed tar"):
         scan(tmp_path / "set.tar.gz")
+
+
+def test_tars_without_an_end(tmp_path):
+    """Tars in tars in tars, and zeros that take days to read, are listed as not read."""
+    content = b""
+    for _ in range(500):
+        file, member = io.BytesIO(), tarfile.TarInfo("inner.tar")
+        member.size = len(content)
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            tar.addfile(member, io.BytesIO(content))
+        content = file.getvalue()
+    (tmp_path / "deep.tar").write_bytes(content)
+    (tmp_path / "long.tar").write_bytes(tarfile.TarInfo("a.png").tobuf())
+    os.truncate(tmp_path / "long.tar", 2**42)
+    unread = dict(scan(tmp_path).unread)
+    assert "more data follows its end" in unread["long.tar"]
+    assert any("recursion" in reason for reason in unread.values())

@@ -380,3 +380,27 @@ def test_a_run_lists_the_files_that_it_could_not_use(tree, tmp_path, capsys):
     assert set(reasons) == set(UNREAD) | set(BAD)
     assert len(lines) == len(reasons)
     assert (tmp_path / "run/pictures/step_0000020.png").exists()
+
+
+HOSTILE = {
+    "deep features": ("features.json", lambda path: path.write_text("[" * 100_000)),
+    "a pipe": ("dataset_info.json", lambda path: (path.unlink(), os.mkfifo(path))),
+    "a device": ("metadata.json", lambda path: (path.unlink(), path.symlink_to("/dev/zero"))),
+    "long metadata": ("metadata.json", lambda path: os.truncate(path, 2**33)),
+    "half metadata": ("metadata.json", lambda path: os.truncate(path, 30)),
+    "another mode": ("metadata.json", lambda path: path.write_text('{"mode": 5}')),
+    "other digests": ("metadata.json", lambda path: path.write_text('{"digests": [1]}')),
+    "a shard": ("*train.array_record*", lambda path: (path.unlink(), os.mkfifo(path))),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_prepared_sets_that_cannot_be_read_in_bounded_time(tmp_path, case):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        (tmp_path / f"images/{i}.png").write_bytes(encoded(Image.fromarray(pixels())))
+    pack(str(tmp_path / "images"), str(tmp_path / "set"))
+    name, change = HOSTILE[case]
+    change(next((tmp_path / "set").glob(name)))
+    with pytest.raises(UserError, match=r"the metadata of .* cannot be read: "):
+        data.make(name=f"tfds:{tmp_path / 'set'}", size=8)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from google.protobuf.json_format import ParseError
 
 from mim_jax import UserError
@@ -16,7 +17,7 @@ from mim_jax.data.arrow import Rows, Table
 from mim_jax.data.decode import MODES, BadImageError
 from mim_jax.data.folder import Folder, select
 from mim_jax.data.manifest import printable
-from mim_jax.storage import open_path, require_access
+from mim_jax.storage import MAX_JSON, in_bucket, is_file, open_path, read_json, require_access
 
 BUILTIN = {"emoji": Path(__file__).parent / "builtin" / "emoji" / "1.0.0"}
 ONE_AT_A_TIME = threading.Lock()
@@ -138,7 +139,7 @@ def of_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Source:
         raise UserError(
             f"data set {name!r} has no split {split!r}; it has {', '.join(splits)}."
         ) from error
-    if not count:
+    if count < 1:
         raise UserError(f"split {split!r} of data set {name!r} is empty.")
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
@@ -197,11 +198,36 @@ def only_features_of_tfds() -> Iterator[None]:
             connector.cls_from_name = find
 
 
+def require_metadata(folder: epath.Path) -> None:
+    """Raises ValueError if files of a prepared data set are not read in bounded time and memory."""
+    if in_bucket(folder) or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.exists() and not path.is_dir() and not is_file(path):
+            raise ValueError(f"{printable(path.name)} is not a file")
+        if path.suffix == ".json":
+            content = read_json(path)
+            if path.name == "metadata.json":
+                require_note(content)
+        elif path.suffix == ".txt" and path.stat().length > MAX_JSON:
+            raise ValueError(f"{printable(path.name)} is longer than {MAX_JSON / 2**20:.0f} MiB")
+
+
+def require_note(note: Any) -> None:
+    """Raises ValueError if the metadata that `mim-jax prepare` writes have other types."""
+    digests = note.get("digests", {}) if isinstance(note, dict) else None
+    if not isinstance(digests, dict) or not isinstance(note.get("mode", ""), str):
+        raise ValueError("metadata.json has entries of other types")
+    if not all(isinstance(digest, str) for digest in digests.values()):
+        raise ValueError("the digests in metadata.json are not texts")
+
+
 def builder_of(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """Returns the TFDS builder of a prepared data set."""
     path = BUILTIN.get(name) or (name.startswith("tfds:") and name.removeprefix("tfds:"))
     if path:
         try:
+            require_metadata(open_path(path))
             with only_features_of_tfds():
                 return tfds.builder_from_directory(open_path(path))
         except (tfds.core.dataset_info.DatasetInfoFileError, FileNotFoundError) as error:

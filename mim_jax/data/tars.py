@@ -12,6 +12,7 @@ JUNK = {  # folders and files that operating systems and tools create, in lower 
     *("@recently-snapshot", "network trash folder", "temporary items"),
 }
 REST = 2**16  # bytes that are read at a time after the end of an archive
+PADDING = 2**26  # most zeros after the end of an archive
 
 
 class Members(NamedTuple):
@@ -49,7 +50,7 @@ def list_tar(file: BinaryIO, tar: str) -> tuple[list[tuple[str, int, int]], list
         file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as opened:
             add_members(opened, size, members)
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
         problems.append((tar, f"not a complete tar file: {error}"))
     follow_links(members)
     files = [(unpacked(stem, name), *place) for name, place in members.files.items()]
@@ -102,12 +103,14 @@ def add_inner(
     try:
         with tarfile.open(fileobj=file.extractfile(member), mode="r:") as inner:
             add_members(inner, member.size, members, name.removesuffix(".tar"), place)
-    except (tarfile.TarError, ValueError, EOFError) as error:
+    except (tarfile.TarError, ValueError, EOFError, RecursionError) as error:
         members.unread.append((name, f"not a complete tar file: {error}"))
 
 
 def has_data(file: tarfile.TarFile, size: int) -> bool:
-    """Returns whether nonzero bytes follow the end of an archive, as in concatenated ones."""
+    """Returns whether data follow the end of an archive, as in concatenated ones."""
+    if size - file.offset > PADDING:  # perhaps a file with holes, whose zeros never end
+        return True
     file.fileobj.seek(file.offset)
     return any(file.fileobj.read(REST).strip(b"\0") for _ in range(file.offset, size, REST))
 
