@@ -11,9 +11,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from mim_jax import UserError, main, optim
+from mim_jax.models.batch_norm import BatchNorm
 from mim_jax.models.vit import vit
 from mim_jax.objectives import beit, classify, mae
-from mim_jax.objectives.classify import BatchNorm
 from mim_jax.sharding import make_mesh
 from mim_jax.train import TrainState, evaluate, train_step
 from tests import official
@@ -170,7 +170,7 @@ def test_batch_norm_equals_pytorch():
     """Of two groups of rows, that of two devices, whose running statistics are averaged."""
     torch = pytest.importorskip("torch")
     theirs = [torch.nn.BatchNorm1d(5, affine=False, eps=1e-6).double() for _ in range(2)]
-    rng, norm = np.random.default_rng(0), BatchNorm(7)
+    rng, norm = np.random.default_rng(0), BatchNorm(7, 1e-6, affine=False)
     with jax.enable_x64(True):
         variables = norm.init(jax.random.key(0), jnp.zeros((1, 5)), False)
         for _ in range(3):

@@ -20,45 +20,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mim_jax import UserError
 from mim_jax.augment import erase, mix, smooth
 from mim_jax.keys import NOT_NEGATIVE, PER_DEVICE, SHARE, Range
+from mim_jax.models.batch_norm import COLLECTION, BatchNorm
 from mim_jax.models.layers import LayerNorm
 from mim_jax.models.vit import ViT
 from mim_jax.normalize import MEAN, STD, Mean, Std, denormalize, normalize
 from mim_jax.objectives import objective_of, per_example
 
 MLP = ("norm2", "fc1", "fc2", "gamma_2")  # the second half of a block
-STATISTICS = "batch_statistics"  # holds BatchNorm's running averages
-
-
-class BatchNorm(nn.Module):
-    """Batch normalization without scale and bias: PyTorch's BatchNorm1d(affine=False, eps=1e-6).
-
-    Statistics are those of `group` consecutive rows, like the rows of a device in MAE's code.
-    Evaluation uses running averages of the mean and the unbiased variance.
-    """
-
-    group: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, training: bool) -> jax.Array:
-        """x (b, d) -> (b, d)"""
-        running = {
-            name: self.variable(STATISTICS, name, fill, x.shape[1:], x.dtype)
-            for name, fill in (("mean", jnp.zeros), ("variance", jnp.ones))
-        }
-        if not training:
-            mean, variance = running["mean"].value, running["variance"].value
-            return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
-        if len(x) % self.group:
-            raise UserError(
-                f"objective.batch_norm = {self.group} does not divide the {len(x)} images that a "
-                "device processes at once: make it a divisor of batch_size / devices / accumulate."
-            )
-        groups = x.reshape(-1, self.group, x.shape[1])  # (b / group, group, d)
-        mean, variance = groups.mean(1, keepdims=True), groups.var(1, keepdims=True)
-        unbiased = variance * self.group / max(self.group - 1, 1)
-        for name, now in (("mean", mean), ("variance", unbiased)):
-            running[name].value = 0.9 * running[name].value + 0.1 * now.mean((0, 1))
-        return ((groups - mean) * jax.lax.rsqrt(variance + 1e-6)).reshape(x.shape)
 
 
 class Classifier(nn.Module):
@@ -87,7 +55,9 @@ class Classifier(nn.Module):
             x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             name = f"head_{i}" if self.pooling == "layers" else "head"
             if self.batch_norm:
-                x = BatchNorm(self.batch_norm, name=f"{name}_norm")(x, training)
+                # PyTorch's BatchNorm1d(affine=False, eps=1e-6), as in MAE's linear probe.
+                norm = BatchNorm(self.batch_norm, 1e-6, affine=False, name=f"{name}_norm")
+                x = norm(x, training)
             init = nn.initializers.normal(self.head_std)
             logits.append(nn.Dense(self.num_labels, kernel_init=init, name=name)(x))
         return jnp.stack(logits, axis=1)
@@ -107,7 +77,7 @@ def is_tuned(path: tuple[str, ...], depth: int, tuned_blocks: float) -> bool:
 class Classification:
     """Classification into `num_labels` classes (fine-tuning and probes of MAE and BEiT)."""
 
-    head = ("fc_norm", "head", STATISTICS)
+    head = ("fc_norm", "head", COLLECTION)
 
     model: ViT
     num_labels: int
@@ -188,9 +158,9 @@ class Classification:
         variables = {"params": params | {"encoder": encoder}}
         if not self.batch_norm:
             return self.network.apply(variables, images, drop_keys, training), buffers
-        variables[STATISTICS] = buffers[STATISTICS]
+        variables[COLLECTION] = buffers[COLLECTION]
         logits, changed = self.network.apply(
-            variables, images, drop_keys, training, mutable=[STATISTICS]
+            variables, images, drop_keys, training, mutable=[COLLECTION]
         )
         return logits, buffers | changed
 
