@@ -344,6 +344,33 @@ def read(path: str) -> dict:
     return record["config"]
 
 
+def require_networks(config: Mapping) -> None:
+    """Raises UserError if the keys of a recorded config that describe networks have wrong values.
+
+    The config may be that of converted weights, which has only some blocks, or a stranger's.
+    """
+    configured: dict[str, tuple[Callable, ...]] = {"model": (vit, ViT), "tokenizer": (dvae,)}
+    configured |= {"data": (data.make, *data.views_of(segmented=False)), "objective": ()}
+    for block, settings in config.items():
+        if block not in configured:
+            continue
+        if not isinstance(settings, dict | ConfigDict):
+            raise UserError(f"the config's {block} must be a block of keys.")
+        keys: dict[str, Key] = {}
+        for function in configured[block]:
+            keys |= keys_of_function(function)
+        for name, value in settings.items():
+            if name in keys:
+                set_key(
+                    ConfigDict({block: {}}),
+                    {f"{block}.{name}": keys[name]},
+                    f"{block}.{name}",
+                    value,
+                )
+    if missing := [block for block in ("objective", "data") if block not in config]:
+        raise UserError(f"the config has no block {missing[0]!r}.")
+
+
 def complete(given: Mapping) -> ConfigDict:
     """Returns a config with all keys, with defaults for those that are not in `given`."""
     keys: dict[str, Key] = keys_of(given)

@@ -215,3 +215,24 @@ def test_huge_networks_and_images_are_refused(override, range_):
     """Their arrays do not fit into memory, or tracing them does not end."""
     with pytest.raises(UserError, match=rf"must be {range_}\.$"):
         schema.load(EMOJI, [override])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"width": "big"}},
+        {"model": {"patch": [4, 4, 4]}},
+        {"model": {"depth": 10**9}},
+        {"model": [1]},
+        {"data": {"size": None}},
+        {"data": {"bands": 3}},
+        {"objective": "mae"},
+    ],
+)
+def test_recorded_networks_of_other_types_are_refused(change):
+    config = {"objective": {"name": "other"}, "data": {"size": 8}, "model": {"width": 8}}
+    schema.require_networks(config)
+    with pytest.raises(UserError, match=next(iter(change))):
+        schema.require_networks(config | change)
+    with pytest.raises(UserError, match="no block 'data'"):
+        schema.require_networks({"objective": {}})
