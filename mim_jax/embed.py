@@ -14,6 +14,7 @@ the images, the config's are used. --to is an .npz file, or a folder for an arra
 """
 
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from PIL import Image
 from mim_jax import UserError, cli, recipe, schema, workdir
 from mim_jax.convert import files
 from mim_jax.convert.fit import encoder_only, resized
+from mim_jax.convert.hugging_face import numbers, pair
 from mim_jax.data.images import Images, batch_of
 from mim_jax.data.records import shard_path, write_info, write_shard
 from mim_jax.normalize import MEAN, STD
@@ -94,16 +96,30 @@ def load(
     Raises:
         UserError: if there is no encoder, or images have another size or number of channels.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(
+            f"load({source!r}): pass the path of a run, of a file of weights or of a Hugging Face "
+            "folder."
+        )
+    mean, std = (
+        tuple(numbers(name, np.ravel(value).tolist()))
+        for name, value in (("mean", mean), ("std", std))
+    )
     params, network, _ = files.load_weights(source, heads=heads, encoder_only=True)
     if "encoder" not in params:
         raise UserError(f"{source} holds a tokenizer, not an encoder: use mim_jax.tokenize.")
     statistics = statistics_of(source, network.metadata, mean, std)
+    for name, value in statistics.items():
+        if len(value) not in (1, network.channels):
+            raise UserError(
+                f"{name} = {value} must have one number, or one per channel: {network.channels}."
+            )
     if not (np.isfinite(statistics["mean"]).all() and min(statistics["std"]) > 0):
         raise UserError(
             f"mean = {statistics['mean']} must be finite, and std = {statistics['std']} positive."
         )
     if image_size:
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        size = pair("image_size", np.asarray(image_size).tolist())
         if size != network.size:
             params, network = resized(*encoder_only(params, network), size)
     encode, model = image_encoder(network.encoder, **statistics), network.encoder
@@ -118,7 +134,13 @@ def load(
             data = dict(size=network.size, channels=network.channels)
             images = batch_of(images, data)["image"]
         require_unit_range(images)
-        images = jnp.asarray(images)
+        try:
+            images = jnp.asarray(images)
+        except (TypeError, ValueError):  # neither an array nor convertible to one
+            raise UserError(
+                f"images must be an array (b, H, W, {network.channels}), an image, a file or a "
+                f"list of them, not {type(images).__name__}."
+            ) from None
         require_images(images, network.channels)
         if not any_size and network.grid not in (None, model.grid(images)):
             height, width = images.shape[1:3]

@@ -175,6 +175,8 @@ def build(
         raise UserError("build needs the name of a config, a config file, a run or a ConfigDict.")
     config = config.copy_and_resolve_references()
     keys = schema.keys_of(config)
+    if not isinstance(changes or {}, Mapping):
+        raise UserError(f"changes = {changes!r} must be a dict of keys and values.")
     changes = schema.flatten({**(changes or {}), **top_level})
     for key, value in changes.items():
         schema.set_key(config, keys, key, value)

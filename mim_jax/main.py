@@ -19,11 +19,11 @@ import jax
 from ml_collections import ConfigDict
 
 from mim_jax import cli, objectives, processes, recipe, schema, workdir
-from mim_jax.checkpoint import Checkpoints
+from mim_jax.checkpoint import Checkpoints, has_checkpoints
 from mim_jax.goodput import Goodput, process_age
 from mim_jax.probe import Probe
 from mim_jax.recipe import Run
-from mim_jax.start import Start, claim_workdir
+from mim_jax.start import Start, claim_workdir, require_runs, sources_of
 from mim_jax.stop import Stop
 from mim_jax.training import Trace, Training
 from mim_jax.watchdog import Watchdog
@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         config = schema.load(options.config, overrides, options.smoke, options.trust_code)
         if options.dry_run:
             run = recipe.build(config)
+            if not has_checkpoints(path):  # a run that has begun no longer reads its sources
+                require_runs(sources_of(config))
             Start(run, config).trace_step()  # raises the mistakes that the first step would
             keys = (f"{key} = {value!r}" for key, value in schema.flatten(config).items())
             print(*keys, "", run.summary, f"run directory: {path}", sep="\n")

@@ -193,7 +193,7 @@ def attend(
     Raises:
         UserError: if the source has no encoder, or no such layer, head or patch.
     """
-    params, network, _ = files.load_weights(source, heads=heads)
+    params, network, _ = files.load_weights(source, heads=heads, encoder_only=True)
     encoder = network.encoder
     require_heads(encoder)
     if head not in (None, "average", *range(encoder.heads)):

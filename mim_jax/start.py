@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,8 @@ class Start:
 
         Raises UserError if `strict` is set and any parameter would stay random.
         """
-        sources = {k: x for k, x in self.config.init_from.items() if x not in ("", "random")}
-        for key, source in sources.items():  # checked before anything is compiled
-            if not (workdir.open_path(source) / "checkpoints").is_dir():
-                raise UserError(
-                    f"init_from.{key} = {source} is not a run directory: {how_to(key, source)}"
-                )
+        sources = sources_of(self.config)
+        require_runs(sources)  # before anything is compiled
         state = jax.jit(self.initialize, out_shardings=self.shardings)()
         for key, source in sources.items():
             state = start_from(
@@ -103,6 +99,20 @@ def model_flops(run: Run, config: ConfigDict) -> float:
         plain.model.remat = "none"
     objective = recipe.rebuild_objective(run, plain)
     return flops.step_flops(Start(run._replace(objective=objective), plain).trace_step().jaxpr)
+
+
+def sources_of(config: ConfigDict) -> dict[str, str]:
+    """Returns the runs of `init_from`: {"encoder": path} and others."""
+    return {key: x for key, x in config.init_from.items() if x not in ("", "random")}
+
+
+def require_runs(sources: Mapping[str, str]) -> None:
+    """Raises UserError for a source of init_from that is not a run directory."""
+    for key, source in sources.items():
+        if not (workdir.open_path(source) / "checkpoints").is_dir():
+            raise UserError(
+                f"init_from.{key} = {source} is not a run directory: {how_to(key, source)}"
+            )
 
 
 def how_to(key: str, source: str) -> str:

@@ -93,6 +93,12 @@ def test_the_page_of_keys_is_current():
     assert page == list_keys.markdown() + "\n", "run `mim-jax keys --markdown > docs/keys.md`"
 
 
+def test_a_dry_run_checks_the_sources(capsys):
+    arguments = ["train", "--config=mae_emoji", "--dry-run", "--config.init_from.encoder=nowhere"]
+    assert cli.main(arguments) == 2
+    assert "init_from.encoder = nowhere is not a run directory" in capsys.readouterr().err
+
+
 def test_a_dry_run_prints_the_config_and_the_arithmetic(capsys, tmp_path):
     arguments = ["train", "--config=mae_emoji", "--dry-run", f"--workdir={tmp_path / 'run'}"]
     assert cli.main([*arguments, "--config.steps=1e3"]) == 0

@@ -225,7 +225,7 @@ def test_the_official_mae():
     assert_identical(to_torch(params, network, layout="mae"), state)
     # a decoder with such positions is not MAE's; its encoder can be taken alone
     other = state | {"decoder_pos_embed": state["decoder_pos_embed"] + np.float32(1e-3)}
-    with pytest.raises(UserError, match="pass --encoder-only"):
+    with pytest.raises(UserError, match="convert --encoder-only"):
         from_torch(other, heads=4)
     encoder, described = from_torch(other, heads=4, encoder_only=True)
     assert (described.kind, list(encoder)) == ("encoder", ["encoder"])
@@ -439,7 +439,9 @@ def run_of_ours(folder):
 
 def test_the_command_there_and_back(tmp_path, capsys):
     run, state = run_of_ours(tmp_path), official_mae()
-    assert "the official MAE, mae: width 32, 2 blocks, 4 heads" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "the official MAE, mae: width 32, 2 blocks, 4 heads" in output
+    assert f"to start from it: --config.init_from.encoder={run}\n" in output
     params, network = from_torch(state, heads=4, decoder_heads=2)
     # init_from takes it
     zeros = jax.tree.map(np.zeros_like, params)
@@ -526,6 +528,9 @@ def test_errors_are_one_sentence(tmp_path, capsys):
         assert (code, sentence in error, error.count("\n")) == (2, True, 1), error
     assert not made.exists()
     assert os.path.isdir(run)
+    with pytest.raises(SystemExit):
+        convert.main([run, f"{tmp_path}/b.pth", "--to=mae", "--image-size=0"])
+    assert "--image-size: 0 must be at least 1" in capsys.readouterr().err
 
 
 def test_the_licence_of_released_weights(tmp_path, capsys):

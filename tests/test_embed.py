@@ -184,6 +184,46 @@ def test_files_that_are_not_images(runs):
             encoder(params, np.zeros(shape, np.uint8))
 
 
+@pytest.mark.parametrize("images", [None, {}, [None], [1], np.array(["a.png"]), iter(())])
+def test_images_of_other_types(runs, images):
+    encoder, params = mim_jax.load(runs / "mae_base")
+    with pytest.raises(UserError, match="must be a"):
+        encoder(params, images)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (dict(heads="x"), "heads = x must be a whole number"),
+        (dict(heads=-1), "heads = -1 must be a whole number"),
+        (dict(heads=2.0), "heads = 2.0 must be a whole number"),
+        (dict(image_size="32"), "image_size = 32 must be a whole number"),
+        (dict(image_size=32.0), "image_size = 32.0 must be a whole number"),
+        (dict(image_size=(32, 32, 3)), "must be one whole number, or two"),
+        (dict(mean="abc"), "mean = abc must be a number"),
+        (dict(mean=(None,)), "mean = None must be a number"),
+        (dict(std=(0.5, 0.5)), "must have one number, or one per channel: 3"),
+    ],
+)
+def test_arguments_of_other_types(runs, given, sentence):
+    with pytest.raises(UserError, match=sentence):
+        mim_jax.load(runs / "mae_base", **given)
+
+
+@pytest.mark.parametrize("source", [None, 3, ["runs/mae_base"]])
+def test_sources_that_are_not_paths(source):
+    with pytest.raises(UserError, match="pass the path of a run"):
+        mim_jax.load(source)
+
+
+def test_numpy_arguments(runs):
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    given = dict(image_size=np.int64(32), mean=np.full(3, 0.5), std=0.5)
+    encoder, params = mim_jax.load(runs / "mae_base", **given)
+    same, _ = mim_jax.load(runs / "mae_base", image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    np.testing.assert_array_equal(encoder(params, images), same(params, images))
+
+
 def test_one_file_and_no_file(runs, tmp_path):
     encoder, params = mim_jax.load(runs / "mae_base")
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

@@ -84,6 +84,8 @@ def test_mistakes():
         mim_jax.build("mae_emoji", {"optimizer.rate": 1.0})
     with pytest.raises(UserError, match="steps = -1 must be at least 0"):
         mim_jax.build("mae_emoji", steps=-1)
+    with pytest.raises(UserError, match="changes = 'steps=3' must be a dict"):
+        mim_jax.build("mae_emoji", "steps=3")
     with pytest.raises(UserError, match="did you mean mae_emoji"):
         mim_jax.build("mae_emojy")
     with pytest.raises(UserError, match=r"no key optimizer\.rate"):

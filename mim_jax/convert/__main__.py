@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 the outputs differ, 2 user error, reported in one sentence
 """
 
 import argparse
+import shlex
 import sys
 
 from mim_jax import cli
@@ -48,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
 def size(text: str) -> tuple[int, int]:
     """Returns (384, 384) for "384" and (256, 384) for "256,384"."""
     height, _, width = text.partition(",")
-    return int(height), int(width or height)
+    sides = int(height), int(width or height)
+    if min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return sides
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -77,6 +81,9 @@ def convert(options: argparse.Namespace) -> int:
         )
     written = save_weights(options.destination, params, network, options.to)
     print(f"{printable(options.destination)}: {written}")
+    if options.to == "mim_jax":
+        part = "tokenizer" if network.kind == "dvae" else "encoder"
+        print(f"to start from it: --config.init_from.{part}={shlex.quote(options.destination)}")
     return check(params, network, options.to) if options.check else 0
 
 

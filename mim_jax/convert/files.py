@@ -59,6 +59,9 @@ def load_weights(path: str | Path, **options: Any) -> tuple[dict, Network, dict[
         UserError: if the source cannot be read or holds another network.
     """
     options = {name: value for name, value in options.items() if value}
+    for name in HEADS:
+        if name in options:
+            number(name, options[name])
     if (workdir.open_path(path) / "checkpoints").is_dir():
         options.pop("encoder_only", None)
         return load_run(path, **options)

@@ -317,8 +317,8 @@ def without_fixed(flat: dict, grid: tuple[int, int] | None) -> tuple[dict, tuple
             flat = {path: value for path, value in flat.items() if path != f"{part}/positions"}
         elif part == "decoder":
             raise UserError(
-                "the decoder's positions are not MAE's sines and cosines: pass --encoder-only "
-                "to convert only the encoder."
+                "the decoder's positions are not MAE's sines and cosines: "
+                "`mim-jax convert --encoder-only` converts only the encoder."
             )
     return flat, grid
 

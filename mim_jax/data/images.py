@@ -1,5 +1,6 @@
 """Batches of single images: files, Pillow images and arrays."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ def batch_of(images: Images, data: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     `data` is the block `data` of a config, with the size and the number of channels.
     """
+    for image in images:
+        if not isinstance(image, str | os.PathLike | Image.Image | np.ndarray):
+            raise UserError(
+                "an image must be a file, a Pillow image or a NumPy array (H, W, c), not "
+                f"{type(image).__name__}."
+            )
     channels = data.get("channels", 3)
     fields = fields_of(
         size=data["size"],
