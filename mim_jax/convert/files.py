@@ -296,7 +296,7 @@ def save_file(path: Path, state: dict[str, np.ndarray], network: Network) -> Non
     }
     text = json.dumps({name: value for name, value in record.items() if value})
     if path.suffix == ".safetensors":
-        safetensors.save_file(state, path, metadata={"format": "pt", "mim_jax": text})
+        path.write_bytes(safetensors.save(state, metadata={"format": "pt", "mim_jax": text}))
         return
     with extra():
         from mim_jax.convert import torch_files

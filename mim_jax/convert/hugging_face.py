@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from mim_jax import UserError
 from mim_jax.convert.names import printable
@@ -267,5 +267,5 @@ def write(
             values = list(network.metadata[ours])
             images[theirs] = values * network.channels if len(values) == 1 else values
         (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
     return config

@@ -8,4 +8,6 @@ import torch
 
 def save_file(state: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
     """Saves {"model": state, **metadata}, which the official MAE and BEiT and timm read."""
-    torch.save({"model": {name: torch.tensor(x) for name, x in state.items()}} | metadata, path)
+    entries = {"model": {name: torch.tensor(x) for name, x in state.items()}} | metadata
+    with path.open("wb") as file:  # raises OSError; torch.save raises RuntimeError for a path
+        torch.save(entries, file)
