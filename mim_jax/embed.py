@@ -101,23 +101,11 @@ def load(
             f"load({source!r}): pass the path of a run, of a file of weights or of a Hugging Face "
             "folder."
         )
-    mean, std = (
-        tuple(numbers(name, np.ravel(value).tolist()))
-        for name, value in (("mean", mean), ("std", std))
-    )
     params, network, _ = files.load_weights(source, heads=heads, encoder_only=True)
     if "encoder" not in params:
         raise UserError(f"{source} holds a tokenizer, not an encoder: use mim_jax.tokenize.")
     statistics = statistics_of(source, network.metadata, mean, std)
-    for name, value in statistics.items():
-        if len(value) not in (1, network.channels):
-            raise UserError(
-                f"{name} = {value} must have one number, or one per channel: {network.channels}."
-            )
-    if not (np.isfinite(statistics["mean"]).all() and min(statistics["std"]) > 0):
-        raise UserError(
-            f"mean = {statistics['mean']} must be finite, and std = {statistics['std']} positive."
-        )
+    require_statistics(statistics, network.channels)
     if image_size:
         size = pair("image_size", np.asarray(image_size).tolist())
         if size != network.size:
@@ -133,15 +121,7 @@ def load(
                 raise UserError("there are no images: the list is empty.")
             data = dict(size=network.size, channels=network.channels)
             images = batch_of(images, data)["image"]
-        require_unit_range(images)
-        try:
-            images = jnp.asarray(images)
-        except (TypeError, ValueError):  # neither an array nor convertible to one
-            raise UserError(
-                f"images must be an array (b, H, W, {network.channels}), an image, a file or a "
-                f"list of them, not {type(images).__name__}."
-            ) from None
-        require_images(images, network.channels)
+        images = array_of(images, network.channels)
         if not any_size and network.grid not in (None, model.grid(images)):
             height, width = images.shape[1:3]
             raise UserError(
@@ -153,8 +133,11 @@ def load(
     return encoder, jax.tree.map(jnp.asarray, params["encoder"])
 
 
-def require_unit_range(images: Any) -> None:
-    """Raises UserError for an array of floats outside [0, 1]. Arrays of JAX may be traced."""
+def array_of(images: Any, channels: int) -> jax.Array:
+    """Returns images (b, H, W, channels) as an array of JAX.
+
+    Raises UserError unless they are integers, or floats in [0, 1].
+    """
     if isinstance(images, np.ndarray) and np.issubdtype(images.dtype, np.floating):
         low, high = float(images.min(initial=0)), float(images.max(initial=0))
         if not 0 <= low <= high <= 1:  # also NaN
@@ -162,26 +145,46 @@ def require_unit_range(images: Any) -> None:
                 f"float images must be in [0, 1], not {low:g} to {high:g}: pass integers, or "
                 "divide by their largest value."
             )
+    try:
+        array = jnp.asarray(images)
+    except (TypeError, ValueError):  # neither an array nor convertible to one
+        raise UserError(
+            f"images must be an array (b, H, W, {channels}), an image, a file or a list of them, "
+            f"not {type(images).__name__}."
+        ) from None
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        raise UserError(f"images must be integers or floats in [0, 1], not {array.dtype}.")
+    if array.size == 0:
+        raise UserError(f"there are no images: their shape is {array.shape}.")
+    if array.ndim != 4 or array.shape[-1] != channels:
+        raise UserError(f"images must have the shape (b, H, W, {channels}), not {array.shape}.")
+    return array
 
 
-def require_images(images: jax.Array, channels: int) -> None:
-    """Raises UserError unless images are numbers of the shape (b, H, W, channels)."""
-    if not any(jnp.issubdtype(images.dtype, kind) for kind in (jnp.integer, jnp.floating)):
-        raise UserError(f"images must be integers or floats in [0, 1], not {images.dtype}.")
-    if images.size == 0:
-        raise UserError(f"there are no images: their shape is {images.shape}.")
-    if images.ndim != 4 or images.shape[-1] != channels:
-        raise UserError(f"images must have the shape (b, H, W, {channels}), not {images.shape}.")
+def require_statistics(statistics: dict[str, tuple], channels: int) -> None:
+    """Raises UserError unless mean and std have a number per channel, or one for all."""
+    for name, value in statistics.items():
+        if len(value) not in (1, channels):
+            raise UserError(
+                f"{name} = {value} must have one number, or one per channel: {channels}."
+            )
+    mean, std = statistics["mean"], statistics["std"]
+    if not (np.isfinite(mean).all() and min(std) > 0):
+        raise UserError(f"mean = {mean} must be finite, and std = {std} positive.")
 
 
 def statistics_of(
     source: str | Path, metadata: dict, mean: tuple = (), std: tuple = ()
 ) -> dict[str, tuple]:
-    """Returns mean and std of images: the given ones, else those of the source, else ImageNet's."""
-    given = {name: value for name, value in (("mean", mean), ("std", std)) if value}
-    known = {name: tuple(metadata[name]) for name in IMAGENET if name in metadata} | given
+    """Returns mean and std of images: the given ones, else those of the source, else ImageNet's.
+
+    Raises UserError if they are not numbers.
+    """
+    given = {name: value for name, value in (("mean", mean), ("std", std)) if np.size(value)}
+    known = {name: metadata[name] for name in IMAGENET if name in metadata} | given
     if missing := " and ".join(name for name in IMAGENET if name not in known):
         print(f"{source} does not record {missing} of images: using ImageNet's", file=sys.stderr)
+    known = {name: tuple(numbers(name, np.ravel(x).tolist())) for name, x in known.items()}
     return IMAGENET | known
 
 
