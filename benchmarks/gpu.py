@@ -28,7 +28,7 @@ import torch
 import transformers
 
 from benchmarks.step_time import ADAMW, seconds
-from mim_jax.checkpoint import abstract
+from mim_jax.checkpoint.trees import abstract
 from mim_jax.models.vit import SIZES, ViT, vit
 from mim_jax.normalize import MEAN, STD, normalize
 from mim_jax.objectives import Objective, classify, mae

@@ -30,7 +30,7 @@ import optax
 import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from mim_jax.checkpoint import abstract
+from mim_jax.checkpoint.trees import abstract
 from mim_jax.models.vit import SIZES, vit
 from mim_jax.objectives import mae
 from mim_jax.optim import adamw

@@ -26,7 +26,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mim_jax import cli, recipe, schema, workdir
-from mim_jax.checkpoint import has_checkpoints
+from mim_jax.checkpoint.files import has_checkpoints
 from mim_jax.data.decode import BadImageError, decode, header
 from mim_jax.data.sources import Source
 from mim_jax.keys import PER_DEVICE

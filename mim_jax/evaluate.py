@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mim_jax import cli, recipe, schema, workdir
-from mim_jax.checkpoint import peek
+from mim_jax.checkpoint.saved import peek
 from mim_jax.data.class_names import list_names
 from mim_jax.progress import images_in, track
 from mim_jax.start import Start, source_run

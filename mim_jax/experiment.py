@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, recipe, schema, workdir
-from mim_jax.checkpoint import peek
+from mim_jax.checkpoint.saved import peek
 from mim_jax.recipe import Run
 from mim_jax.sharding import all_gather, replicated, to_global
 from mim_jax.start import Start

@@ -12,7 +12,7 @@ import signal
 import sys
 
 from mim_jax import cli, goodput, workdir
-from mim_jax.checkpoint import flat
+from mim_jax.checkpoint.trees import flat
 from mim_jax.convert.files import license_note, load_weights, summarize
 from mim_jax.convert.names import printable
 

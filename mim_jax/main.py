@@ -19,7 +19,8 @@ import jax
 from ml_collections import ConfigDict
 
 from mim_jax import cli, objectives, processes, recipe, schema, workdir
-from mim_jax.checkpoint import Checkpoints, has_checkpoints
+from mim_jax.checkpoint import Checkpoints
+from mim_jax.checkpoint.files import has_checkpoints
 from mim_jax.goodput import Goodput, process_age
 from mim_jax.probe import Probe
 from mim_jax.recipe import Run

@@ -31,8 +31,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
-from mim_jax import UserError, checkpoint, cli, objectives, optim, recipe, schema, workdir
+from mim_jax import UserError, cli, objectives, optim, recipe, schema, workdir
 from mim_jax.attend import attention_maps, heat, marked, rows_of
+from mim_jax.checkpoint import saved
+from mim_jax.checkpoint.files import has_checkpoints
 from mim_jax.convert import files
 from mim_jax.convert.fit import encoder_only, resized
 from mim_jax.convert.network import require_heads, segmenter
@@ -326,8 +328,8 @@ def read_segmenter(source: str | Path) -> tuple[dict, dict, dict]:
 
     Raises UserError if the weights do not classify pixels.
     """
-    if checkpoint.has_checkpoints(str(source)):
-        params, buffers, record = checkpoint.load(str(source))
+    if has_checkpoints(str(source)):
+        params, buffers, record = saved.load(str(source))
         if not workdir.is_converted(record):
             return params, buffers, record
     params, network, _ = files.load_weights(source)
@@ -378,7 +380,7 @@ def read_checkpoint(source: str | Path, tokenizer: str | Path = "") -> tuple[dic
     If `tokenizer` names a dVAE, the buffers and the config include it.
     """
     if (workdir.open_path(source) / "checkpoints").is_dir():
-        params, buffers, record = checkpoint.load(str(source))
+        params, buffers, record = saved.load(str(source))
         config = record["config"]
     else:
         params, network, _ = files.load_weights(source)

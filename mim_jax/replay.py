@@ -16,7 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, cli, objectives, recipe, schema, workdir
-from mim_jax.checkpoint import flat, state_before
+from mim_jax.checkpoint.saved import state_before
+from mim_jax.checkpoint.trees import flat
 from mim_jax.divergence import Spikes, data_step
 from mim_jax.recipe import Run
 from mim_jax.sharding import to_global

@@ -13,7 +13,9 @@ import jax
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, flops, recipe, schema, workdir
-from mim_jax.checkpoint import abstract, has_checkpoints, record_in
+from mim_jax.checkpoint.files import has_checkpoints
+from mim_jax.checkpoint.saved import record_in
+from mim_jax.checkpoint.trees import abstract
 from mim_jax.recipe import Run
 from mim_jax.sharding import by_row, place, replicated
 from mim_jax.train import TrainState, initialize, jit_step

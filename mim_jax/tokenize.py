@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, cli, recipe, schema, workdir
-from mim_jax.checkpoint import abstract
+from mim_jax.checkpoint.trees import abstract
 from mim_jax.normalize import unit
 from mim_jax.progress import images_in, track
 from mim_jax.recipe import Run

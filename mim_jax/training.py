@@ -12,7 +12,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, flops, recipe, workdir
-from mim_jax.checkpoint import Checkpoints, flat
+from mim_jax.checkpoint import Checkpoints
+from mim_jax.checkpoint.trees import flat
 from mim_jax.divergence import ADVICE, Failures, RollbackError, Spikes, all_finite, data_step
 from mim_jax.experiment import pictures_of
 from mim_jax.goodput import Goodput

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax import UserError, workdir
-from mim_jax.checkpoint import arrays, flat, open_run, weights_in
+from mim_jax.checkpoint.restore import arrays
+from mim_jax.checkpoint.saved import open_run, weights_in
+from mim_jax.checkpoint.trees import flat
 from mim_jax.models.resize import POSITIONS, RELATIVE, fit
 from mim_jax.models.vit import ViT, vit
 from mim_jax.train import TrainState

@@ -6,7 +6,7 @@
     evaluation.json   the newest evaluation, with results by class (log.py)
     bad_files.jsonl   files that could not be used (log.py)
     pictures/         sheets of images
-    checkpoints/      states by Orbax (checkpoint.py)
+    checkpoints/      states by Orbax (checkpoint/)
 
 The trajectory is everything that determines what a run learns; a run continues only if it is the
 same. A directory of converted weights also has a config.json, but no trajectory to continue. In a

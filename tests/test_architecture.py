@@ -31,7 +31,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     "objectives": {"augment", "keys", "models", "masking", "normalize", "objectives", "targets"},
     "conditional": set(),
     "train": {"conditional", "objectives", "sharding"},
-    "checkpoint": {"bucket", "storage", "train"},
+    "checkpoint": {"bucket", "checkpoint", "storage", "train"},
     "transfer": {"checkpoint", "models", "train", "workdir"},
     "data": {"cli", "data", "keys", "progress", "storage"},
     "schema": {"config_files", "data", "keys", "models", "objectives", "optim", "workdir"},

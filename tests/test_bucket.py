@@ -19,7 +19,6 @@ import pytest
 from mim_jax import (
     UserError,
     bucket,
-    checkpoint,
     evaluate,
     inspect,
     main,
@@ -29,6 +28,9 @@ from mim_jax import (
     storage,
     workdir,
 )
+from mim_jax.checkpoint import Checkpoints, files
+from mim_jax.checkpoint.saved import load
+from mim_jax.checkpoint.trees import flat
 from mim_jax.convert import __main__ as convert
 from mim_jax.data import sources
 from mim_jax.data.decode import BadImageError
@@ -89,7 +91,7 @@ def state_of(step: int) -> TrainState:
 
 def saved(place: str, *steps: int) -> None:
     """Saves checkpoints of some steps."""
-    checkpoints = checkpoint.Checkpoints(place, keep=9, record=dict(config={}, trajectory={}))
+    checkpoints = Checkpoints(place, keep=9, record=dict(config={}, trajectory={}))
     for step in steps:
         checkpoints.save(state_of(step))
     checkpoints.close()
@@ -106,7 +108,7 @@ def test_a_killed_run_continues_and_every_command_reads_it(place, capsys):
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        while not checkpoint.has_checkpoints(place):
+        while not files.has_checkpoints(place):
             assert process.poll() is None
             time.sleep(0.05)
         process.kill()
@@ -132,9 +134,9 @@ def test_a_killed_run_continues_and_every_command_reads_it(place, capsys):
     weights = f"{place}/weights.safetensors"
     assert convert.main([place, weights, "--to=mae"]) == 0
     assert convert.main([weights, f"{place}-converted", "--to=mim_jax"]) == 0
-    ours, _, _ = checkpoint.load(place)
-    theirs, _, _ = checkpoint.load(f"{place}-converted")
-    ours, theirs = checkpoint.flat(ours), checkpoint.flat(theirs)
+    ours, _, _ = load(place)
+    theirs, _, _ = load(f"{place}-converted")
+    ours, theirs = flat(ours), flat(theirs)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         np.testing.assert_array_equal(theirs[name], value)
@@ -338,28 +340,28 @@ def test_a_corrupt_checkpoint_is_detected_and_set_aside(place, capsys):
     content = bytearray((folder / "2" / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "2" / name).write_bytes(bytes(content))
-    checkpoints = checkpoint.Checkpoints(place, keep=9)
+    checkpoints = Checkpoints(place, keep=9)
     assert checkpoints.latest == 1
     checkpoints.close()
     assert f"{name} has changed since it was written" in capsys.readouterr().err
     assert any(path.name.startswith("2.corrupt-") for path in folder.iterdir())
-    assert checkpoint.load(place)[2]["step"] == 1
+    assert load(place)[2]["step"] == 1
 
 
 def test_checkpoints_can_be_copied_between_a_disk_and_a_bucket(place, tmp_path):
     saved(str(tmp_path / "run"), 1)
     with workdir.staged(place) as folder:
         shutil.copytree(tmp_path / "run", folder, dirs_exist_ok=True)
-    params, _, metadata = checkpoint.load(place)
+    params, _, metadata = load(place)
     assert metadata["step"] == 1
     assert params["layer"]["kernel"][0, 0] == 1
     saved(place, 2)  # a writer does not delete the copy
     copy = workdir.fetched(place)
-    assert checkpoint.load(str(copy))[2]["step"] == 2
-    assert checkpoint.steps_in(checkpoint.folder_of(str(copy))) == [1, 2]
+    assert load(str(copy))[2]["step"] == 2
+    assert files.steps_in(files.folder_of(str(copy))) == [1, 2]
     data = next((copy / "checkpoints" / "2" / "state" / "d").iterdir())
     data.write_bytes(data.read_bytes()[:-1])
-    assert checkpoint.newest(checkpoint.folder_of(str(copy))) == 1
+    assert files.newest(files.folder_of(str(copy))) == 1
 
 
 def test_a_bucket_that_stops_during_a_save_ends_the_run_with_one_sentence(server, place):
@@ -397,11 +399,11 @@ with Watchdog(0.05) as watchdog, watchdog.during("a save"):
     [line] = [line for line in errors.splitlines() if line.startswith("failed: ")]
     assert "the storage of the run directory may be stuck" in line
     assert "Traceback" not in errors
-    checkpoints = checkpoint.Checkpoints(place, keep=9, record=dict(config={}, trajectory={}))
+    checkpoints = Checkpoints(place, keep=9, record=dict(config={}, trajectory={}))
     assert checkpoints.latest == 1
     checkpoints.save(state_of(2))
     checkpoints.close()
-    assert checkpoint.load(place)[2]["step"] == 2
+    assert load(place)[2]["step"] == 2
 
 
 # --- The lock. ---
@@ -448,13 +450,13 @@ def test_the_lock_of_a_process_that_was_killed_here_is_taken_over_at_once(place,
 
 
 def test_a_process_that_lost_its_lock_does_not_save(place, short_lease):
-    checkpoints = checkpoint.Checkpoints(place, keep=9, record=dict(config={}, trajectory={}))
+    checkpoints = Checkpoints(place, keep=9, record=dict(config={}, trajectory={}))
     checkpoints.lock.blob.upload_from_string("{}")  # as a process that takes it over would do
     checkpoints.lock.thread.join(60)
     with pytest.raises(UserError, match="was taken over by another process"):
         checkpoints.save(state_of(1))
     checkpoints.close()
-    assert not checkpoint.has_checkpoints(place)
+    assert not files.has_checkpoints(place)
 
 
 # --- Failures. ---

@@ -14,7 +14,10 @@ import tensorstore as ts
 from etils import epath
 
 from mim_jax import UserError
-from mim_jax.checkpoint import Checkpoints, abstract, digests, find_fault, load, newest
+from mim_jax.checkpoint import Checkpoints
+from mim_jax.checkpoint.files import digests, find_fault, newest
+from mim_jax.checkpoint.saved import load
+from mim_jax.checkpoint.trees import abstract
 from mim_jax.sharding import make_mesh, replicated
 from mim_jax.train import train
 from tests.tiny_run import OBJECTIVE, OPTIMIZER, STEPS, batches_from, numbers, run, start

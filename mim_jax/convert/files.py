@@ -141,10 +141,10 @@ def cached(source: str | Path) -> Path:
 
 def load_run(path: str | Path, **options: Any) -> tuple[dict, Network, dict]:
     """Loads the newest checkpoint of a run, or of converted weights."""
-    from mim_jax import checkpoint
+    from mim_jax.checkpoint import saved
     from mim_jax.schema import require_networks
 
-    params, buffers, metadata = checkpoint.load(str(path))
+    params, buffers, metadata = saved.load(str(path))
     frozen = {name: buffers[name] for name in ("encoder", "batch_statistics") if name in buffers}
     params = unflatten_dict(flatten_dict(frozen) | flatten_dict(params))
     require_networks(metadata["config"])

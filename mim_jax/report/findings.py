@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, pictures, recipe, schema
-from mim_jax.checkpoint import peek
+from mim_jax.checkpoint.saved import peek
 from mim_jax.normalize import unit
 from mim_jax.recipe import Run
 from mim_jax.sharding import all_gather, replicated, to_global

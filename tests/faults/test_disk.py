@@ -8,6 +8,7 @@ import time
 import pytest
 
 from mim_jax import checkpoint, main, training
+from mim_jax.checkpoint import files
 
 SMOKE = ["--config=configs/mae_base.py", "--smoke", "--config.log.every_steps=1"]
 SMOKE += ["--config.pictures.count=0", "--config.batch_size=8", "--config.evaluate.limit=8"]
@@ -73,6 +74,6 @@ def test_an_error_waits_for_the_save_in_progress(tmp_path, monkeypatch):
     monkeypatch.setattr(training.Failures, "after", failing)
     with pytest.raises(RuntimeError, match="an error of the step"):
         main.main([*SMOKE, f"--workdir={tmp_path}", "--config.save.every_steps=5"])
-    assert checkpoint.find_fault(tmp_path / "checkpoints" / "10") == ""
+    assert files.find_fault(tmp_path / "checkpoints" / "10") == ""
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").open()]
     assert [event["event"] for event in events] == ["start", "failed"]
