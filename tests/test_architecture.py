@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,10 @@ def test_torch_is_imported_only_where_it_is_needed():
         if not path.name.startswith("torch_"):
             packages = {name.split(".")[0] for name in imports(path)}
             assert not packages & {"torch", "timm", "torchvision"}, path
+
+
+def test_the_wheel_has_all_packages():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in FILES}
+    packages = {".".join(folder.parts) for folder in folders} | {"mim_jax.configs"}
+    assert set(settings["packages"]) == packages
