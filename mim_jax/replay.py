@@ -9,10 +9,9 @@ are finite in float32, the dtype is too narrow; if not, look at the listed image
 learning rate. Nothing is written. Exit codes: 0 done, 2 user error.
 """
 
-import json
-
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, cli, objectives, recipe, schema, workdir
@@ -22,6 +21,7 @@ from mim_jax.divergence import Spikes, data_step
 from mim_jax.recipe import Run
 from mim_jax.sharding import to_global
 from mim_jax.start import Start
+from mim_jax.storage import read_json
 from mim_jax.train import TrainState, gradient_of, train
 
 SHOWN = 20  # largest number of images and of arrays that are listed
@@ -49,6 +49,8 @@ def replay(path: str, config: ConfigDict, step: int) -> int:
     capture = capture_of(path, step)
     step, skips = capture["step"], capture["skips"]
     run = recipe.build(config)
+    if not 0 < step <= run.steps:
+        raise UserError(f"step {step:,} is not a step of {path}: they are 1 to {run.steps:,}.")
     state, batch = before(run, config, path, step, skips)
     print(f"step {step:,} of {path}")
     for dtype in dict.fromkeys((run.dtype, "float32")):
@@ -80,7 +82,7 @@ def capture_of(path: str, step: int) -> dict:
     Raises UserError for step 0 if there is no record.
     """
     captures = sorted((workdir.open_path(path) / "captures").glob("step_*.json"))
-    records = [json.loads(file.read_text()) for file in captures]
+    records = [read_capture(file) for file in captures]
     for record in records:
         if step == record["step"]:
             return record
@@ -89,6 +91,18 @@ def capture_of(path: str, step: int) -> dict:
     if not records:
         raise UserError(f"{path} has no captures of failed steps: pass --step=N.")
     return records[-1]
+
+
+def read_capture(path: epath.Path) -> dict:
+    """Reads the record of a failed step. Raises UserError if it is not one."""
+    try:
+        record = read_json(path)
+        skips = [(int(start), int(length)) for start, length in record["skips"]]
+        if any(min(skip) < 0 for skip in skips):
+            raise ValueError("its skips are negative")
+        return record | {"step": int(record["step"]), "skips": skips}
+    except (OSError, ValueError, OverflowError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not the record of a failed step: remove it.") from error
 
 
 def before(

@@ -82,7 +82,7 @@ MAY_IMPORT = {  # modules of mim_jax; all may import UserError from mim_jax itse
     },
     "replay": {
         *("checkpoint", "cli", "divergence", "objectives", "recipe", "schema", "sharding"),
-        *("start", "train", "workdir"),
+        *("start", "storage", "train", "workdir"),
     },
     "experiment": {"checkpoint", "recipe", "schema", "sharding", "start", "train", "workdir"},
     "main": {

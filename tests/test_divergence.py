@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import divergence, main, recipe, replay, schema
+from mim_jax import UserError, divergence, main, recipe, replay, schema
 from mim_jax.divergence import Failures, RollbackError, Spikes, data_step
 from mim_jax.train import NO_LIMITS
 from tests.tiny_run import OBJECTIVE, STEPS, numbers, run
@@ -193,6 +193,31 @@ def test_one_bad_batch_is_left_out_and_named(config, tmp_path, capsys):
     assert "trained from step 0 to 4" in text  # older checkpoints are not kept
     assert "float32: loss nan" in text
     assert bad in text
+
+    capsys.readouterr()
+    assert replay.main([f"--config={work}", "--trust-code", "--step=1000"]) == 2
+    assert f"step 1,000 is not a step of {work}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 9999,
+        "{}",
+        '{"step": "x", "skips": []}',
+        '{"step": 1e999, "skips": []}',
+        '{"step": 3, "skips": 3}',
+        '{"step": 3, "skips": [[1, -1]]}',
+    ],
+)
+def test_a_damaged_record_of_a_step_is_named(tmp_path, text):
+    path = tmp_path / "captures" / "step_0000003.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"{path} is not the record of a failed step"):
+        replay.capture_of(str(tmp_path), 3)
 
 
 def test_several_return_to_a_checkpoint_and_skip_the_data(config, tmp_path, capsys):
