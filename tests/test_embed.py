@@ -343,3 +343,16 @@ def test_other_endings_are_refused(runs, capsys):
     with pytest.raises(SystemExit):
         embed.main([f"--config={runs / 'mae_base'}", "--to=x.pt"])
     assert ".pt files are not supported; pass an .npz file or a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mae_base", "mae_base_finetune"])
+def test_an_encoder_must_have_the_arrays_of_its_config(runs, name):
+    params, network, _ = load_weights(runs / name)
+    encoder = params["encoder"]
+    files.require_encoder("RUN", encoder, network)
+    without = {name: part for name, part in encoder.items() if name != "cls_token"}
+    with pytest.raises(UserError, match=r"RUN does not hold .*: encoder/cls_token is missing"):
+        files.require_encoder("RUN", without, network)
+    other = encoder | {"cls_token": np.zeros((1, 1, 7))}
+    with pytest.raises(UserError, match=r"cls_token has the shape \(1, 1, 7\), not \(1, 1, 64\)"):
+        files.require_encoder("RUN", other, network)

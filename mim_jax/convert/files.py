@@ -25,7 +25,16 @@ from mim_jax.convert.hugging_face import (
     write,
 )
 from mim_jax.convert.names import printable
-from mim_jax.convert.network import Network, depth_of, describe, extra, kind_of, segmenter
+from mim_jax.convert.network import (
+    Network,
+    depth_of,
+    describe,
+    expected,
+    extra,
+    kind_of,
+    leaves,
+    segmenter,
+)
 from mim_jax.convert.read import FREE, read, read_file
 from mim_jax.convert.states import from_torch, to_torch
 from mim_jax.convert.tables import LAYOUTS
@@ -148,7 +157,20 @@ def load_run(path: str | Path, **options: Any) -> tuple[dict, Network, dict]:
     frozen = {name: buffers[name] for name in ("encoder", "batch_statistics") if name in buffers}
     params = unflatten_dict(flatten_dict(frozen) | flatten_dict(params))
     require_networks(metadata["config"])
-    return params, network_of_run(params, metadata["config"], **options), metadata
+    network = network_of_run(params, metadata["config"], **options)
+    if "encoder" in params:
+        require_encoder(path, params["encoder"], network)
+    return params, network, metadata
+
+
+def require_encoder(path: str | Path, encoder: dict, network: Network) -> None:
+    """Raises UserError unless a run has the arrays of the encoder that its config describes."""
+    part = {"encoder": encoder}
+    given, wanted = leaves(part), expected(part, network._replace(kind="encoder", decoder=None))
+    for name, shape in wanted.items():
+        if given.get(name) != shape:
+            problem = f"has the shape {given[name]}, not {shape}" if name in given else "is missing"
+            raise UserError(f"{path} does not hold the encoder of its config: {name} {problem}.")
 
 
 def network_of_run(
