@@ -1,4 +1,4 @@
-r"""A small MAE on the built-in emoji: five to seven minutes on two cores, no download.
+r"""A small MAE on the built-in emoji: three to seven minutes on two cores, no download.
 
     mim-jax train --config=configs/mae_emoji.py
 
