@@ -104,7 +104,7 @@ class Life:
 
     @property
     def ended(self) -> bool:
-        """Whether one of the processes is no longer running."""
+        """Returns whether at least one process has ended."""
         return any(process.poll() is not None for process in self.processes)
 
     @property

@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mim_jax import UserError, cli, objectives, recipe, schema, workdir
+from mim_jax.checkpoint.restore import windows_of
 from mim_jax.checkpoint.saved import state_before
 from mim_jax.checkpoint.trees import flat
 from mim_jax.divergence import Spikes, data_step
@@ -97,10 +98,7 @@ def read_capture(path: epath.Path) -> dict:
     """Reads the record of a failed step. Raises UserError if it is not one."""
     try:
         record = read_json(path)
-        skips = [(int(start), int(length)) for start, length in record["skips"]]
-        if any(min(skip) < 0 for skip in skips):
-            raise ValueError("its skips are negative")
-        return record | {"step": int(record["step"]), "skips": skips}
+        return record | {"step": int(record["step"]), "skips": windows_of(record["skips"])}
     except (OSError, ValueError, OverflowError, TypeError, KeyError) as error:
         raise UserError(f"{path} is not the record of a failed step: remove it.") from error
 

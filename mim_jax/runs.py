@@ -147,7 +147,10 @@ def damage_of(record: Mapping[str, Any]) -> str:
     numbers = {name: config[name] for name in ("steps", "epochs")}
     numbers |= {EXAMPLES: record["trajectory"].get(EXAMPLES, 0)}
     numbers |= {name: data.get(name, 0) for name in ("images", "evaluation_images")}
-    numbers |= {"vocabulary": config.get("tokenizer", {}).get("vocabulary", 0)}
+    if "tokenizer" in config:
+        if "vocabulary" not in config["tokenizer"]:
+            return "it lacks tokenizer.vocabulary"
+        numbers["vocabulary"] = config["tokenizer"]["vocabulary"]
     for name, value in numbers.items():
         if not is_number(value) or value < 0:
             return f"{name} = {value!r} must be a number of at least 0"

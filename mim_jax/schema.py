@@ -349,8 +349,12 @@ def require_networks(config: Mapping) -> None:
 
     The config may be that of converted weights, which has only some blocks, or a stranger's.
     """
-    configured: dict[str, tuple[Callable, ...]] = {"model": (vit, ViT), "tokenizer": (dvae,)}
-    configured |= {"data": (data.make, *data.views_of(segmented=False)), "objective": ()}
+    configured: dict[str, tuple[Callable, ...]] = {
+        "model": (vit, ViT),
+        "tokenizer": (dvae,),
+        "data": (data.make, *data.views_of(segmented=False)),
+        "objective": (),
+    }
     for block, settings in config.items():
         if block not in configured:
             continue

@@ -111,12 +111,20 @@ def metadata_of(folder: epath.Path, step: int) -> dict:
     """Returns the metadata of a checkpoint. Raises UserError if some have other types."""
     with reading(folder, step):
         metadata = read_json(folder / str(step) / "metadata" / "metadata")
-        skips, largest = metadata.get("skips", []), metadata.get("largest", [])
-        metadata["skips"] = [(int(start), int(length)) for start, length in skips]
-        metadata["largest"] = [tuple(map(float, entry)) for entry in largest]
-        if any(min(skip) < 0 for skip in metadata["skips"]):
-            raise ValueError("its skips are negative")
+        metadata["skips"] = windows_of(metadata.get("skips", []))
+        metadata["largest"] = [tuple(map(float, entry)) for entry in metadata.get("largest", [])]
         if any(len(entry) != 4 for entry in metadata["largest"]):
             raise ValueError("its largest losses are incomplete")
         metadata["unfinished"] = [str(name) for name in metadata.get("unfinished", [])]
     return metadata
+
+
+def windows_of(skips: list) -> list[tuple[int, int]]:
+    """Returns the windows of data that a record leaves out: (step, length in steps).
+
+    Raises ValueError or TypeError if they are not pairs of integers of at least 0.
+    """
+    windows = [(int(start), int(length)) for start, length in skips]
+    if any(min(window) < 0 for window in windows):
+        raise ValueError("its skips are negative")
+    return windows

@@ -27,7 +27,6 @@ class BatchNorm(nn.Module):
     group: int
     epsilon: float = 1e-5
     affine: bool = True
-    key: str = "objective.batch_norm"  # the config key of `group`, for the error message
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool) -> jax.Array:
@@ -61,9 +60,9 @@ class BatchNorm(nn.Module):
             groups = len(x) // self.group
         else:
             raise UserError(
-                f"{self.key} = {self.group} does not divide the {len(x)} images that are processed "
-                "at once: make it a divisor of batch_size / devices / accumulate, or batch_size "
-                "with accumulate = 1."
+                f"objective.batch_norm = {self.group} does not divide the {len(x)} images "
+                "that are processed at once: make it a divisor of batch_size / devices / "
+                "accumulate, or batch_size with accumulate = 1."
             )
 
         def mean_of(x):

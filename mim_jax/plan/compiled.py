@@ -25,7 +25,7 @@ class Instruction(NamedTuple):
 
     @property
     def is_kernel(self) -> bool:
-        """Whether the instruction calls a Pallas kernel."""
+        """Returns whether the instruction calls a Pallas kernel."""
         return 'custom_call_target="tpu_custom_call"' in self.line
 
     @property
