@@ -344,10 +344,11 @@ def read(path: str) -> dict:
     return record["config"]
 
 
-def require_networks(config: Mapping) -> None:
+def require_networks(config: Mapping, network: str) -> None:
     """Raises UserError if the keys of a recorded config that describe networks have wrong values.
 
-    The config may be that of converted weights, which has only some blocks, or a stranger's.
+    The config may be that of converted weights, which has only some blocks, or a stranger's. It
+    must have the block `network`, "model" or "tokenizer".
     """
     configured: dict[str, tuple[Callable, ...]] = {
         "model": (vit, ViT),
@@ -371,7 +372,7 @@ def require_networks(config: Mapping) -> None:
                     f"{block}.{name}",
                     value,
                 )
-    if missing := [block for block in ("objective", "data") if block not in config]:
+    if missing := [block for block in ("objective", "data", network) if block not in config]:
         raise UserError(f"the config has no block {missing[0]!r}.")
 
 

@@ -231,8 +231,10 @@ def test_huge_networks_and_images_are_refused(override, range_):
 )
 def test_recorded_networks_of_other_types_are_refused(change):
     config = {"objective": {"name": "other"}, "data": {"size": 8}, "model": {"width": 8}}
-    schema.require_networks(config)
+    schema.require_networks(config, "model")
     with pytest.raises(UserError, match=next(iter(change))):
-        schema.require_networks(config | change)
+        schema.require_networks(config | change, "model")
     with pytest.raises(UserError, match="no block 'data'"):
-        schema.require_networks({"objective": {}})
+        schema.require_networks({"objective": {}}, "model")
+    with pytest.raises(UserError, match="no block 'tokenizer'"):
+        schema.require_networks(config, "tokenizer")

@@ -156,7 +156,7 @@ def load_run(path: str | Path, **options: Any) -> tuple[dict, Network, dict]:
     params, buffers, metadata = saved.load(str(path))
     frozen = {name: buffers[name] for name in ("encoder", "batch_statistics") if name in buffers}
     params = unflatten_dict(flatten_dict(frozen) | flatten_dict(params))
-    require_networks(metadata["config"])
+    require_networks(metadata["config"], "model" if "encoder" in params else "tokenizer")
     network = network_of_run(params, metadata["config"], **options)
     if "encoder" in params:
         require_encoder(path, params["encoder"], network)

@@ -105,7 +105,7 @@ class Data:
 
     @property
     def evaluation_labeled(self) -> bool:
-        """Returns whether the evaluation split has labels, which ImageNet's test split has not."""
+        """Returns whether the evaluation images have labels; ImageNet's test images have none."""
         try:
             return self.num_labels > 0 and bool(self.evaluation.examples[0]["label"] >= 0)
         except BadImageError:  # counted with the bad files later
